@@ -1,0 +1,1 @@
+"""The floor that every room stands on: errors, progress, artefact folders, fetching, charts. Loads no torch."""

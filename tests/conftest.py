@@ -1,0 +1,25 @@
+"""What all tests share: the real data beside the checkout, and no network."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("SOMA_TEST_DATA", ROOT.parent / "shared" / "data"))
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def shared_data() -> Callable[[str], Path]:
+    """`shared_data("wikitext2/wiki.test.raw")`: a real file, or a skip that says which one is missing."""
+
+    def find(name: str) -> Path:
+        path = SHARED / name
+        if not path.exists():
+            pytest.skip(f"real data {name!r} is not here (looked in {SHARED}; set SOMA_TEST_DATA)")
+        return path
+
+    return find
