@@ -183,7 +183,8 @@ def describe(task: Task, *, final: bool = False) -> str:
         parts.append(f"in {duration(task.seconds)}")
     elif task.remaining is not None:
         parts.append(f"{duration(task.remaining)} left")
-    parts += [f"{key} {compact(value) if isinstance(value, int | float) else value}" for key, value in task.fields.items()]
+    for key, value in task.fields.items():
+        parts.append(f"{key} {compact(value) if isinstance(value, int | float) else value}")
     return ", ".join(parts)
 
 
