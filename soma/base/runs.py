@@ -5,9 +5,9 @@
     runs/store/.locks/, .pins/, .trash/
     runs/<name>/                       one folder per named run: run.json, history.jsonl, report.html
 
-Who makes or reads an artefact holds its lock (`hold`), and who executes a run holds the lock of the run's name; the kernel
-drops a dead process's locks, so a lock never lies. A removal renames into `.trash` first: a prune that is killed halfway
-leaves either the whole artefact or none of it under its name.
+Who makes or reads an artefact holds its lock (`hold`), and who executes a run holds the lock of the run's name; the
+kernel drops a dead process's locks, so a lock never lies. A removal renames into `.trash` first: a prune that is killed
+halfway leaves either the whole artefact or none of it under its name.
 """
 
 import difflib
@@ -364,7 +364,7 @@ def enforce_quota(runs: Path, quota: int | None = None) -> Pruned:
         freed = human_bytes(result.bytes)
         progress.current().note(f"{runs}: over its quota, removed {len(result.removed)} unused artefacts ({freed})")
     if used - result.bytes > quota:
-        folders = [path for path in [*runs.glob("*"), *runs.glob("store/[!.]*")] if path.name != "store" and path.is_dir()]
+        folders = [path for path in [*runs.glob("*/"), *runs.glob("store/[!.]*/")] if path.name != "store"]
         sizes = sorted(((directory_bytes(path), path.name) for path in folders), reverse=True)[:3]
         biggest = ", ".join(f"{name} {human_bytes(size)}" for size, name in sizes)
         raise UserError(
