@@ -1,6 +1,7 @@
-"""What all tests share: the real data beside the checkout, and no network."""
+"""What all tests share: the real data beside the checkout, a small recipe, and no network."""
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("SOMA_TEST_DATA", ROOT.parent / "shared" / "data"))
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(ROOT))  # tests/browser.py and benchmarks/ are imported from the checkout
 
 
 @pytest.fixture

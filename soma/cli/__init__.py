@@ -1,0 +1,60 @@
+"""The command `soma`. Thin: it parses, calls one function of a room, prints. Heavy imports wait inside the commands."""
+
+import errno
+import sys
+
+import typer
+
+from soma.base.errors import UserError
+from soma.cli import models, recipes, upkeep
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        import soma
+
+        typer.echo(f"soma {soma.__version__}")
+        raise typer.Exit
+
+
+app = typer.Typer(
+    name="soma", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Raw text in, a trained, measured and served language model out.",
+)
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version and exit."),
+) -> None:
+    """Options of the command itself."""
+
+
+app.command("run")(recipes.run)
+app.add_typer(recipes.recipe_app, name="recipe")
+app.command("adapt")(recipes.adapt)
+app.command("chat")(models.chat)
+app.command("serve")(models.serve)
+app.command("doctor")(upkeep.doctor)
+app.add_typer(upkeep.runs_app, name="runs")
+
+
+def main() -> None:
+    """Entry point: a person's mistake is one clear message and exit status 2, never a traceback."""
+    try:
+        app()
+    except UserError as error:
+        fail(str(error), 2)
+    except KeyboardInterrupt:
+        fail("interrupted; the same command goes on from here", 130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" while writing {error.filename}" if error.filename else ""
+        fail(f"the disk is full{where}; nothing finished is lost. Free some space (`soma runs prune`) and run it again", 1)
+
+
+def fail(message: str, status: int) -> None:
+    """Print an error to standard error and exit."""
+    typer.echo(f"soma: {message}", err=True)
+    sys.exit(status)

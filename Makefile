@@ -1,0 +1,49 @@
+# make quickstart   install, then train, measure and serve a small model on the Python standard library
+# make test         install what the tests need, check style, types and layers, run the tests (under 15 minutes)
+# make test-full    the same with the long tests
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN_STAMP := $(VENV)/.installed-run
+DEV_STAMP := $(VENV)/.installed-dev
+
+.PHONY: quickstart test test-full check bench lock clean
+
+quickstart: $(RUN_STAMP)
+	$(BIN)/soma run recipes/quickstart.yaml
+
+test: $(DEV_STAMP) check
+	$(BIN)/python -m pytest -m "not slow"
+
+test-full: $(DEV_STAMP) check
+	$(BIN)/python -m pytest
+
+check: $(DEV_STAMP)
+	$(BIN)/ruff check soma tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(DEV_STAMP)
+	$(BIN)/python -m benchmarks.train --json
+	$(BIN)/python -m benchmarks.generate --json
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit("Soma needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+$(RUN_STAMP): requirements.lock pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .
+	touch $@
+
+$(DEV_STAMP): requirements-dev.lock $(RUN_STAMP)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.lock
+	touch $@
+
+# Write both lock files anew from pyproject.toml (CONSTRAINTS=file to hold versions back).
+lock: | $(BIN)/python
+	$(BIN)/python tools/lock.py $(if $(CONSTRAINTS),--constraints $(CONSTRAINTS))
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

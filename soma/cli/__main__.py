@@ -1,0 +1,5 @@
+"""`python -m soma.cli` is `soma`."""
+
+from soma.cli import main
+
+main()

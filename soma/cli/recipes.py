@@ -1,0 +1,125 @@
+"""`soma run`, `soma recipe`, `soma adapt`."""
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from soma.base import progress
+
+recipe_app = typer.Typer(no_args_is_help=True, help="Look at recipes: schema, check, show.")
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe's YAML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value, e.g. --set train.steps=200.")
+]
+RunsFolder = Annotated[Path, typer.Option("--runs", help="Folder of runs and artefacts.", envvar="SOMA_RUNS")]
+
+
+def run(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    runs: RunsFolder = Path("runs"),
+    explain: Annotated[bool, typer.Option("--explain", help="Say which stages are cached and why others would run.")] = False,
+    first: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Start here; earlier stages must be there.")] = None,
+    last: Annotated[str | None, typer.Option("--to", metavar="STAGE", help="Stop after this stage.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Make the chosen stages anew, cached or not.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Events as JSON lines on standard output.")] = False,
+) -> None:
+    """Run a recipe: text in, a trained, measured, served model out. What is there already is not made again."""
+    from soma.recipe import load
+
+    loaded = load(recipe, overrides or [])
+    if explain:
+        _explain(loaded, runs, as_json)
+        return
+    _execute(loaded, runs, as_json, first=first, last=last, force=force)
+
+
+def _explain(recipe: Any, runs: Path, as_json: bool) -> None:
+    from soma.run import plan
+
+    for item in plan(recipe, runs):
+        if as_json:
+            typer.echo(json.dumps({"stage": item.stage.name, "key": item.key, "cached": item.cached, "reasons": item.reasons}))
+        else:
+            typer.echo(f"{item.stage.name:<20} {'cached' if item.cached else 'runs'}  {item.path.name}")
+            for reason in item.reasons:
+                typer.echo(f"{'':<20}   {reason}")
+
+
+def _execute(recipe: Any, runs: Path, as_json: bool, **selection: Any) -> None:
+    from soma.run import run as run_recipe
+
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    with progress.use(progress.choose(as_json=as_json)) as reporter:
+        result = run_recipe(recipe, runs, **selection)
+        reporter.event("finished", folder=str(result.folder), metrics=result.record["metrics"])
+    if as_json:
+        return
+    typer.echo("")
+    for line in summary(result):
+        typer.echo(line)
+
+
+def summary(result: Any) -> list[str]:
+    """What a person wants to know at the end of a run: figures, where the report is, what to do next."""
+    lines = [*result.headline]
+    if result.report is not None:
+        lines.append(f"Report: {result.report}")
+    if result.model is not None:
+        soma = f"{Path(sys.argv[0]).parent}/soma" if Path(sys.argv[0]).name == "soma" and "/" in sys.argv[0] else "soma"
+        try:
+            soma = str(Path(soma).absolute().relative_to(Path.cwd()))
+        except ValueError:
+            soma = "soma"
+        lines += ["Next:", f"  {soma} chat {result.model}", f"  {soma} serve {result.model}"]
+    return lines
+
+
+@recipe_app.command("schema")
+def schema() -> None:
+    """Print the JSON Schema of a recipe, for editors."""
+    from soma.recipe import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+@recipe_app.command("show")
+def show(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    all_values: Annotated[bool, typer.Option("--all", help="Every default too, not only what is written down.")] = False,
+) -> None:
+    """Print a recipe as it is understood, with everything that it extends."""
+    from soma.recipe import load, to_yaml
+
+    typer.echo(to_yaml(load(recipe, overrides or []), only_set=not all_values), nl=False)
+
+
+@recipe_app.command("check")
+def check(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Check a recipe and name its stages."""
+    from soma.recipe import load
+    from soma.stages import stages_of
+
+    loaded = load(recipe, overrides or [])
+    typer.echo(f"{recipe}: fine; stages: {', '.join(stage.name for stage in stages_of(loaded))}")
+
+
+def adapt(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hf:ID or registry:NAME@VERSION to start from.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Text to learn (files, folder) or instruction pairs (JSONL).")],
+    recipe: Annotated[Path, typer.Option("--recipe", help="Recipe with the training settings.")] = Path("recipes/adapt.yaml"),
+    overrides: Overrides = None,
+    runs: RunsFolder = Path("runs"),
+    name: Annotated[str | None, typer.Option("--name", help="Name of the run.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Events as JSON lines on standard output.")] = False,
+) -> None:
+    """Adapt a model to your own text or instruction pairs."""
+    from soma.adapt import adapt_recipe
+
+    _execute(adapt_recipe(model, data, recipe, overrides or [], name), runs, as_json)

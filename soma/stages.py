@@ -1,0 +1,291 @@
+"""The stages that a recipe can have: what each reads, what shapes it, and the room's function that makes it.
+
+To add one, write a `Stage` in `stages_of` (see docs/stages.md). Rooms that need torch are imported when a stage runs.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from soma.base.artefact import content_hash, read_json, write_json
+from soma.base.fetch import fetch
+from soma.data.config import DataConfig, InstructConfig, TokenizerConfig
+from soma.evaluate.config import EvaluateConfig
+from soma.recipe import ModelShape, ProbeConfig, Recipe
+from soma.tracking import Tracking
+from soma.train.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Build:
+    """What a stage is given: an empty folder to fill, a folder that survives a kill, its inputs' artefacts."""
+
+    out: Path
+    state: Path
+    inputs: Mapping[str, Path]
+    tracking: Tracking
+
+
+def _nothing() -> str:
+    return ""
+
+
+def _no_metrics(artefact: Path) -> dict[str, float]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a run. Raise `format_version` when the same inputs and config give other bytes than before.
+
+    `config` is JSON and part of the key; `inputs` maps a role to the stage that fills it; `fingerprint` hashes what lies
+    outside of the store; `build` returns None, or the reason why a second run would not give the same bytes; `metrics`
+    reads the figures of a finished artefact for `soma runs`.
+    """
+
+    name: str
+    config: dict[str, Any]
+    build: Callable[[Build], str | None]
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    fingerprint: Callable[[], str] = _nothing
+    metrics: Callable[[Path], dict[str, float]] = _no_metrics
+    format_version: int = 1
+
+
+def stages_of(recipe: Recipe) -> list[Stage]:
+    """The stages of a recipe, in the order in which they run."""
+    stages: list[Stage] = []
+    tokenizer = {} if recipe.base else {"tokenizer": "tokenizer"}
+    if recipe.data is not None:
+        stages.append(corpus_stage(_seeded(recipe.data, recipe)))
+    if recipe.tokenizer is not None:
+        stages.append(tokenizer_stage(recipe.tokenizer))
+    base = _base_model(recipe.base)
+    model: dict[str, str] = {}
+    if recipe.train is not None:
+        stages.append(tokens_stage(tokenizer, base))
+        stages.append(pretrain_stage(_seeded(recipe.train, recipe), recipe.model, tokenizer, base))
+        model = {"model": "train"}
+    for block, data in (("tune", recipe.instruct), ("prefer", recipe.preferences)):
+        config: TrainConfig | None = getattr(recipe, block)
+        if config is None or data is None:
+            continue
+        corpus = {"corpus": "corpus"} if recipe.data is not None and not _own_files(data) else {}
+        pairs = "instruct" if block == "tune" else "preferences"
+        stages.append(pairs_stage(pairs, _seeded(data, recipe), corpus))
+        stages.append(pair_tokens_stage(f"{pairs}_tokens", pairs, tokenizer, base))
+        stages.append(tune_stage(block, _seeded(config, recipe), f"{pairs}_tokens", model, tokenizer, base))
+        model = {"model": block}
+    if recipe.evaluate is not None:
+        answers = {"instruct": "instruct_tokens"} if recipe.tune is not None else {}
+        if recipe.train is not None:
+            stages.append(evaluate_stage("evaluate", _seeded(recipe.evaluate, recipe), {"model": "train"} | answers, base))
+        elif recipe.base:
+            stages.append(evaluate_stage("evaluate", _seeded(recipe.evaluate, recipe), answers, base))
+        if model and model != {"model": "train"}:
+            stages.append(evaluate_stage("evaluate_tuned", _seeded(recipe.evaluate, recipe), model | answers, base))
+    if recipe.probe is not None:
+        stages.append(probe_stage(recipe.probe, model, base))
+    return stages
+
+
+@dataclass(frozen=True)
+class StartModel:
+    """The model that a recipe starts from."""
+
+    ref: str
+
+    def path(self) -> Path:
+        """Its local folder, fetched if need be."""
+        return fetch(self.ref)
+
+    def fingerprint(self) -> str:
+        """Hash of the folder's content."""
+        return content_hash(self.path())
+
+
+def _base_model(ref: str | None) -> "StartModel | None":
+    return StartModel(ref) if ref else None
+
+
+def _seeded(config: Any, recipe: Recipe) -> Any:
+    """The block with the recipe's seed, unless it names its own."""
+    if "seed" in type(config).model_fields and "seed" not in config.model_fields_set:
+        return config.model_copy(update={"seed": recipe.seed})
+    return config
+
+
+def _json(config: BaseModel) -> dict[str, Any]:
+    return config.model_dump(mode="json")
+
+
+# --- Data ---
+
+
+def _own_files(config: InstructConfig) -> bool:
+    """Whether instruction pairs come from files of their own rather than from the corpus."""
+    return bool(config.sources)
+
+
+def corpus_stage(config: DataConfig) -> Stage:
+    """sources → corpus"""
+    from soma.data.corpus import build_corpus, source_fingerprint
+
+    def build(job: Build) -> None:
+        build_corpus(config, job.out)
+
+    def metrics(artefact: Path) -> dict[str, float]:
+        splits = read_json(artefact / "report.json")["splits"]
+        return {f"{split}_bytes": facts["bytes"] for split, facts in splits.items()}
+
+    return Stage("corpus", _json(config), build, fingerprint=lambda: source_fingerprint(config), metrics=metrics)
+
+
+def tokenizer_stage(config: TokenizerConfig) -> Stage:
+    """corpus → tokenizer"""
+
+    def build(job: Build) -> None:
+        from soma.data.tokenizer import train_tokenizer
+
+        train_tokenizer(config, job.inputs["corpus"], job.out)
+
+    return Stage("tokenizer", _json(config), build, {"corpus": "corpus"})
+
+
+def tokens_stage(tokenizer: Mapping[str, str], base: StartModel | None) -> Stage:
+    """corpus, tokenizer → tokens"""
+
+    def build(job: Build) -> None:
+        from soma.data.tokens import tokenize_corpus
+
+        tokenize_corpus(job.inputs["corpus"], _tokenizer(job, base), job.out)
+
+    return Stage("tokens", {}, build, {"corpus": "corpus", **tokenizer}, _fingerprint(base))
+
+
+def pairs_stage(name: str, config: InstructConfig, corpus: Mapping[str, str]) -> Stage:
+    """corpus or files → instruction or preference pairs"""
+    from soma.data.instruct import build_instruct, instruct_fingerprint
+
+    def build(job: Build) -> None:
+        build_instruct(config, job.inputs.get("corpus"), job.out)
+
+    return Stage(name, _json(config), build, corpus, lambda: instruct_fingerprint(config))
+
+
+def pair_tokens_stage(name: str, pairs: str, tokenizer: Mapping[str, str], base: StartModel | None) -> Stage:
+    """pairs, tokenizer → tokens with loss masks"""
+
+    def build(job: Build) -> None:
+        from soma.data.tokens import tokenize_instruct
+
+        tokenize_instruct(job.inputs["pairs"], _tokenizer(job, base), job.out)
+
+    return Stage(name, {}, build, {"pairs": pairs, **tokenizer}, _fingerprint(base))
+
+
+def _tokenizer(job: Build, base: StartModel | None) -> Path:
+    """The trained tokenizer's folder, or the base model's, which holds its own."""
+    return job.inputs["tokenizer"] if base is None else base.path()
+
+
+def _fingerprint(base: StartModel | None) -> Callable[[], str]:
+    return base.fingerprint if base else _nothing
+
+
+# --- Training ---
+
+
+def pretrain_stage(
+    config: TrainConfig, shape: ModelShape | None, tokenizer: Mapping[str, str], base: StartModel | None
+) -> Stage:
+    """tokens → model"""
+
+    def build(job: Build) -> str | None:
+        from soma.model.tokenizer import Tokenizer
+
+        if base is not None:
+            return _train(job, "train", config, base.path(), job.inputs["tokens"], base)
+        assert shape is not None, "the recipe's validation asks for a model block"
+        vocabulary = Tokenizer.load(job.inputs["tokenizer"]).vocab_size
+        return _train(job, "train", config, shape.with_vocabulary(vocabulary), job.inputs["tokens"], base)
+
+    settings = {"train": _json(config), "model": shape.model_dump(mode="json", exclude_unset=True) if shape else None}
+    return Stage("train", settings, build, {"tokens": "tokens", **tokenizer}, _fingerprint(base), training_metrics("train"))
+
+
+def tune_stage(
+    name: str, config: TrainConfig, tokens: str, model: Mapping[str, str], tokenizer: Mapping[str, str], base: StartModel | None
+) -> Stage:
+    """model, masked tokens → model (instruction or preference tuning, by the config's type)"""
+
+    def build(job: Build) -> str | None:
+        start = job.inputs["model"] / "model" if "model" in job.inputs else _required(base).path()
+        return _train(job, name, config, start, job.inputs["tokens"], base)
+
+    inputs = {"tokens": tokens, **model, **tokenizer}
+    return Stage(name, _json(config), build, inputs, _fingerprint(base), training_metrics(name))
+
+
+def _required(base: StartModel | None) -> StartModel:
+    assert base is not None, "the recipe's validation asks for a model to start from"
+    return base
+
+
+def _train(job: Build, name: str, config: TrainConfig, model: Any, tokens: Path, base: StartModel | None) -> str | None:
+    from soma.train.trainer import train
+
+    result = train(
+        config, job.out, job.state, tokens=tokens, tokenizer=_tokenizer(job, base), model=model,
+        tracker=job.tracking.for_stage(name),
+    )
+    return "max_seconds cut the number of steps to what this machine's speed allowed" if result.limited else None
+
+
+def training_metrics(name: str) -> Callable[[Path], dict[str, float]]:
+    """Final figures of a training stage, with the stage's name before them."""
+
+    def read(artefact: Path) -> dict[str, float]:
+        facts = read_json(artefact / "logs" / "summary.json")
+        return {f"{name}_{key}": value for key, value in facts.items() if isinstance(value, int | float)}
+
+    return read
+
+
+# --- Evaluation and service ---
+
+
+def evaluate_stage(name: str, config: EvaluateConfig, inputs: Mapping[str, str], base: StartModel | None) -> Stage:
+    """model, corpus → scores and samples"""
+
+    def build(job: Build) -> None:
+        from soma.evaluate.evaluate import evaluate
+
+        model = job.inputs["model"] / "model" if "model" in job.inputs else _required(base).path()
+        evaluate(config, job.out, model=model, corpus=job.inputs["corpus"], instruct=job.inputs.get("instruct"))
+
+    def metrics(artefact: Path) -> dict[str, float]:
+        scores = read_json(artefact / "scores.json")
+        return {f"{name}_bits_per_byte": scores["bits_per_byte"]["value"]}
+
+    return Stage(name, _json(config), build, {"corpus": "corpus", **inputs}, _fingerprint(base), metrics)
+
+
+def probe_stage(config: ProbeConfig, model: Mapping[str, str], base: StartModel | None) -> Stage:
+    """model → a running service → answers and latencies"""
+
+    def build(job: Build) -> str:
+        from soma.serve.probe import probe
+        from soma.serve.server import running_service
+
+        folder = job.inputs["model"] / "model" if model else _required(base).path()
+        logs = job.out / "logs"
+        logs.mkdir()
+        with running_service(folder, log=logs / "service.log") as url:
+            write_json(logs / "probe.json", probe(url, **config.model_dump()))
+        return "latencies are measured"
+
+    return Stage("probe", _json(config), build, model, _fingerprint(base))
