@@ -15,7 +15,7 @@ class SampleConfig(Strict):
     """Texts that the model is asked to go on with, so that a person sees what it writes."""
 
     prompts: list[str] = Field([], description="Texts to continue.")
-    chat_prompts: list[str] = Field([], description="User messages to answer; left out for a model without a chat template.")
+    chat_prompts: list[str] = Field([], description="User messages to answer, where the model chats.")
     held_out: int = Field(3, ge=0, description="How many held-out documents to continue, beside the prompts above.")
     prompt_tokens: int = Field(48, ge=1, description="Tokens of a held-out document that are shown to the model.")
     max_tokens: int = Field(96, ge=1, description="Longest continuation in tokens.")
@@ -34,7 +34,7 @@ class EvaluateConfig(Strict):
     )
     batch_size: int = Field(8, ge=1, description="Windows in one forward pass.")
     precision: Literal["fp32", "bf16", "auto"] = Field(
-        "fp32", description="Arithmetic of the forward pass; auto is bf16 where the device has it. Log-softmax is always fp32."
+        "fp32", description="Arithmetic of the forward pass; auto is bf16 where native. Log-softmax is always fp32."
     )
     max_bytes: int | None = Field(
         None, ge=1, description="Measure only the first documents (by id) up to this many UTF-8 bytes. Left out: all."
@@ -42,7 +42,7 @@ class EvaluateConfig(Strict):
     baselines: list[Literal["gzip", "xz"]] = Field(
         ["gzip", "xz"], description="Compressors measured on the same bytes, each at -9."
     )
-    resamples: int = Field(1000, ge=0, description="Bootstrap resamples over documents for the 95 % interval; 0 for none.")
+    resamples: int = Field(1000, ge=0, description="Bootstrap resamples over documents for the 95 % interval.")
     record_logprobs: bool = Field(
         True, description="Keep every token id and logprob in tokens.parquet; otherwise each document's hash and total."
     )
@@ -54,6 +54,7 @@ class EvaluateConfig(Strict):
         """A stride longer than the window would leave tokens out."""
         if self.sequence_length is not None and self.stride is not None and self.stride > self.sequence_length:
             raise ValueError(
-                f"stride ({self.stride}) is longer than sequence_length ({self.sequence_length}): tokens would be left out"
+                f"stride ({self.stride}) is longer than sequence_length ({self.sequence_length}): "
+                "tokens would be left out"
             )
         return self
