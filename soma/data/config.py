@@ -1,0 +1,119 @@
+"""What the data stages can be told. Plain pydantic models: no torch, no pyarrow."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+def _as_list(value: Any) -> Any:
+    """One source may be written without the list around it."""
+    return [value] if isinstance(value, str) else value
+
+
+Sources = Annotated[list[str], BeforeValidator(_as_list)]
+
+
+class Block(BaseModel):
+    """A block of the recipe: unknown keys are errors, values do not change after checking."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CleanConfig(Block):
+    """What is done to a document's text, and which documents are set aside."""
+
+    unicode: Literal["NFC", "NFKC", "none"] = Field("NFC", description="Unicode normal form of the text.")
+    min_chars: int = Field(16, ge=1, description="Documents with fewer characters after cleaning are dropped.")
+    max_chars: int = Field(
+        1_000_000, ge=1000, description="Longer documents are cut at line ends into parts of at most this many characters."
+    )
+    max_control_fraction: float = Field(
+        0.01, ge=0, le=1,
+        description="Documents in which more than this share of characters are control or replacement characters are dropped as binary.",
+    )
+
+
+class DedupConfig(Block):
+    """Exact and near-duplicate removal (MinHash with banding, verified by the true Jaccard similarity)."""
+
+    exact: bool = Field(True, description="Drop documents that are equal up to white space.")
+    near: bool = Field(True, description="Drop near-duplicates.")
+    threshold: float = Field(
+        0.8, gt=0, le=1, description="Documents whose Jaccard similarity over word n-grams is at least this are near-duplicates."
+    )
+    straddle_threshold: float = Field(
+        0.5, gt=0, le=1,
+        description="Documents at least this similar are both kept but never split between train and validation.",
+    )
+    ngram: int = Field(5, ge=1, le=50, description="Words in a shingle.")
+    num_hashes: int = Field(128, ge=16, le=1024, description="Length of a MinHash signature.")
+    keep: Literal["longest", "smallest_id"] = Field(
+        "longest", description="Which document of a near-duplicate cluster stays; ties go to the smallest id."
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "DedupConfig":
+        if self.straddle_threshold > self.threshold:
+            raise ValueError(
+                f"straddle_threshold ({self.straddle_threshold}) must not be above threshold ({self.threshold})"
+            )
+        return self
+
+
+class DataConfig(Block):
+    """Where text comes from and how it becomes a corpus."""
+
+    sources: Sources = Field(
+        min_length=1,
+        description="Files, folders, globs, `stdlib:` (this Python's own library), or s3:// gs:// https:// hf:// addresses.",
+    )
+    text_field: str = Field("text", min_length=1, description="Field of JSON rows, or column of Parquet files, that holds the text.")
+    clean: CleanConfig = Field(default_factory=CleanConfig, description="Cleaning and length limits.")
+    dedup: DedupConfig = Field(default_factory=DedupConfig, description="Duplicate removal.")
+    validation_fraction: float = Field(0.05, ge=0, lt=1, description="Share of the documents that is held out for validation.")
+    min_documents: int = Field(
+        40, ge=1,
+        description="With fewer documents than this, long ones are cut at line ends until there are about this many, so that some "
+        "text can be held out.",
+    )
+    seed: int = Field(0, ge=0, description="Shifts which documents are held out.")
+
+
+class TokenizerConfig(Block):
+    """The tokenizer to train."""
+
+    type: Literal["bpe"] = Field("bpe", description="Byte-level BPE.")
+    vocab_size: int = Field(4096, ge=300, le=1_000_000, description="Entries of the vocabulary, special tokens among them.")
+    pattern: Literal["code", "gpt4", "gpt2"] = Field(
+        "code", description="How text is cut before merging: `code` keeps a line end and its indentation together."
+    )
+    digits: Literal["single", "three"] = Field(
+        "three", description="Numbers are cut into single digits or into groups of up to three."
+    )
+    min_frequency: int = Field(2, ge=1, description="A pair must be seen this often to be merged.")
+    max_bytes: int = Field(
+        200_000_000, ge=1, description="Train on at most this many bytes of the corpus, documents taken in order of their id."
+    )
+
+
+class InstructConfig(Block):
+    """Instruction or preference pairs: from files of one's own, or made from the docstrings of a code corpus."""
+
+    sources: Sources = Field(
+        default_factory=list,
+        description="JSON or JSONL files in Alpaca, messages, ShareGPT or prompt/chosen/rejected shape. "
+        "Empty: docstring → function pairs from the corpus.",
+    )
+    shape: Literal["auto", "alpaca", "messages", "sharegpt", "preference"] = Field(
+        "auto", description="Shape of the rows; `auto` tells by the fields of the first row."
+    )
+    system: str | None = Field(None, description="A system message put before every conversation that has none.")
+    strict: bool = Field(
+        True, description="A row that does not fit the shape is an error; false: it is counted and set aside."
+    )
+    min_chars: int = Field(40, ge=1, description="Answers shorter than this are left out of docstring pairs.")
+    max_chars: int = Field(4000, ge=1, description="Conversations with more characters than this are left out of docstring pairs.")
+    validation_fraction: float = Field(
+        0.05, ge=0, lt=1, description="Share held out, for files of one's own (a corpus keeps its split)."
+    )
+    seed: int = Field(0, ge=0, description="Shifts which rows are held out, for files of one's own.")

@@ -1,0 +1,246 @@
+"""From a file to documents. What cannot be read is set aside with file, line and reason; nothing here is fatal."""
+
+import codecs
+import gzip
+import io
+import json
+import tokenize
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+from soma.data.html import html_to_text
+from soma.data.sources import Item
+
+PIECE_BYTES = 32 << 20  # plain text longer than this is read in pieces, so that a huge file needs little memory
+LINE_BYTES = 64 << 20  # a longer line of JSON is set aside
+HTML_BYTES = 64 << 20
+EXCERPT_CHARS = 200
+META_CHARS = 200
+BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+# What opening, decompressing and reading raise: truncated and corrupt files, network trouble.
+READ_ERRORS = (OSError, EOFError, zlib.error, ValueError)
+
+
+@dataclass(slots=True)
+class Document:
+    """A text and where it comes from. `source` is the file's name, with `#line` for rows."""
+
+    text: str
+    source: str
+    kind: str
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Dropped:
+    """What was set aside: `reason` one word, `detail` for the person who looks into it, an excerpt of the text."""
+
+    source: str
+    reason: str
+    detail: str = ""
+    excerpt: str = ""
+
+
+def read_item(item: Item, text_field: str) -> Iterator[Document | Dropped]:
+    """The documents of one file, in order; problems as `Dropped`."""
+    try:
+        with item.open() as raw:
+            for found in _read(item, _decompress(raw, item.compression), text_field):
+                yield _checked(found) if isinstance(found, Document) else found
+    except READ_ERRORS as error:
+        reason = "truncated" if isinstance(error, EOFError) else "corrupt" if item.compression else "unreadable"
+        yield Dropped(item.name, reason, f"{type(error).__name__}: {error}")
+
+
+def _decompress(raw: IO[bytes], compression: str | None) -> IO[bytes]:
+    if compression == "gzip":
+        return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
+    if compression == "zstd":
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), 1 << 20)  # type: ignore[arg-type]
+    return raw
+
+
+def _read(item: Item, file: IO[bytes], text_field: str) -> Iterator[Document | Dropped]:
+    if item.kind == "jsonl":
+        yield from _read_json(item, file, text_field)
+    elif item.kind == "parquet":
+        yield from _read_parquet(item, file, text_field)
+    elif item.kind == "html":
+        html = file.read(HTML_BYTES + 1)
+        if len(html) > HTML_BYTES:
+            yield Dropped(item.name, "too_large", f"an HTML page of more than {HTML_BYTES >> 20} MiB")
+            return
+        found = _decode(item, html, _decoder(item, html))
+        yield Document(html_to_text(found), item.name, "html") if isinstance(found, str) else found
+    else:
+        yield from _read_text(item, file)
+
+
+def _read_text(item: Item, file: IO[bytes]) -> Iterator[Document | Dropped]:
+    """Plain text, whole or in pieces of `PIECE_BYTES` that end at a line end where there is one."""
+    decoder, line = None, 1
+    while data := file.read(PIECE_BYTES):
+        last = len(data) < PIECE_BYTES
+        if not last:
+            data += file.readline(PIECE_BYTES)
+        whole = last and decoder is None
+        decoder = decoder or _decoder(item, data)
+        found = _decode(item, data, decoder, line, last)
+        if isinstance(found, Dropped):
+            yield found
+            return
+        yield Document(found, item.name, item.kind or "text", {} if whole else {"line": line})
+        line += data.count(b"\n")
+    if decoder is None:
+        yield Dropped(item.name, "empty", "the file has no content")
+
+
+@dataclass
+class _Decoder:
+    encoding: str
+
+    def __post_init__(self) -> None:
+        self.decode = codecs.getincrementaldecoder(self.encoding)("strict").decode
+
+
+def _decoder(item: Item, data: bytes) -> _Decoder:
+    """By the byte order mark, for Python by its coding cookie, else UTF-8."""
+    for mark, encoding in BOMS:
+        if data.startswith(mark):
+            return _Decoder(encoding)
+    if item.kind == "python":
+        try:
+            return _Decoder(tokenize.detect_encoding(io.BytesIO(data).readline)[0])
+        except SyntaxError:
+            return _Decoder("utf-8")
+    return _Decoder("utf-8")
+
+
+def _decode(item: Item, data: bytes, decoder: _Decoder, first_line: int = 1, last: bool = True) -> str | Dropped:
+    if b"\0" in data and decoder.encoding != "utf-16":
+        line = first_line + data.count(b"\n", 0, data.index(b"\0"))
+        return Dropped(item.name, "nul_bytes", f"line {line}: NUL byte, this is not text", _excerpt(data))
+    try:
+        return decoder.decode(data, last)
+    except UnicodeDecodeError as error:
+        line = first_line + data.count(b"\n", 0, error.start)
+        detail = f"line {line}: not {decoder.encoding} ({error.reason})"
+        return Dropped(item.name, "undecodable", detail, _excerpt(data[error.start :]))
+
+
+def _excerpt(data: bytes) -> str:
+    return data[:EXCERPT_CHARS].decode("utf-8", "backslashreplace").replace("\0", "\\0")
+
+
+def _checked(document: Document) -> Document | Dropped:
+    """The document, unless its text cannot be stored as UTF-8 or holds NUL characters (JSON escapes can)."""
+    if "\0" in document.text:
+        return Dropped(document.source, "nul_bytes", "NUL character in the text", document.text[:EXCERPT_CHARS].replace("\0", "\\0"))
+    try:
+        document.text.encode()
+    except UnicodeEncodeError as error:
+        return Dropped(document.source, "lone_surrogate", f"character {error.start} is half of a UTF-16 pair")
+    return document
+
+
+# --- Rows ---
+
+
+def _read_json(item: Item, file: IO[bytes], text_field: str) -> Iterator[Document | Dropped]:
+    """One JSON object a line; also a file that is one JSON array of objects."""
+    for line, row in json_rows(item, file):
+        source = f"{item.name}#{line}"
+        if isinstance(row, Dropped):
+            yield row
+        elif not isinstance(row, dict):
+            yield Dropped(source, "not_an_object", f"a row must be an object, this is {_json_kind(row)}", repr(row)[:EXCERPT_CHARS])
+        elif not isinstance(row.get(text_field), str):
+            yield _no_text(source, row, text_field)
+        else:
+            yield Document(row[text_field], source, "jsonl", _meta(row, text_field))
+
+
+def json_rows(item: Item, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
+    """(line or index from 1, value) for every row; a `Dropped` as value where a line is not JSON."""
+    number = 0
+    while data := file.readline(LINE_BYTES):
+        number += 1
+        if number == 1:
+            data = data.removeprefix(codecs.BOM_UTF8)
+            if data.lstrip().startswith(b"[") and item.name.split(".")[-1] not in ("jsonl", "ndjson"):
+                yield from _array(item, data + file.read())
+                return
+        if len(data) == LINE_BYTES and not data.endswith(b"\n"):
+            while (rest := file.readline(LINE_BYTES)) and not rest.endswith(b"\n"):
+                pass
+            yield number, Dropped(f"{item.name}#{number}", "too_large", f"a line of more than {LINE_BYTES >> 20} MiB")
+        elif data.strip():
+            try:
+                yield number, json.loads(data)
+            except (ValueError, RecursionError) as error:
+                yield number, Dropped(f"{item.name}#{number}", "bad_json", str(error), _excerpt(data))
+    if number == 0:
+        yield 0, Dropped(item.name, "empty", "the file has no content")
+
+
+def _array(item: Item, data: bytes) -> Iterator[tuple[int, Any]]:
+    try:
+        yield from enumerate(json.loads(data), start=1)
+    except (ValueError, RecursionError) as error:
+        yield 0, Dropped(item.name, "bad_json", str(error), _excerpt(data))
+
+
+def _no_text(source: str, row: dict[str, Any], text_field: str) -> Dropped:
+    if row.get(text_field) is None:
+        return Dropped(source, "no_text_field", f"no {text_field!r}; the row has {', '.join(map(repr, row)) or 'nothing'}")
+    return Dropped(source, "text_not_string", f"{text_field!r} is {_json_kind(row[text_field])}", repr(row[text_field])[:EXCERPT_CHARS])
+
+
+def _json_kind(value: Any) -> str:
+    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    return names.get(type(value), "null" if value is None else type(value).__name__)
+
+
+def _meta(row: dict[str, Any], text_field: str) -> dict[str, Any]:
+    """The row's other short scalar fields."""
+    return {
+        key: value for key, value in row.items()
+        if key != text_field and isinstance(value, str | int | float | bool) and len(str(value)) <= META_CHARS
+    }  # fmt: skip
+
+
+def _read_parquet(item: Item, file: IO[bytes], text_field: str) -> Iterator[Document | Dropped]:
+    import pyarrow
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.ParquetFile(io.BytesIO(file.read()) if item.compression else file)
+        names = table.schema_arrow.names
+        if text_field not in names:
+            yield Dropped(item.name, "no_text_field", f"no column {text_field!r}; the file has {', '.join(names[:12])}")
+            return
+        row = 0
+        for batch in table.iter_batches(batch_size=1024):
+            for fields in batch.to_pylist():
+                row += 1
+                yield _parquet_row(f"{item.name}#{row}", fields, text_field)
+        if row == 0:
+            yield Dropped(item.name, "empty", "the table has no rows")
+    except (pyarrow.ArrowException, OSError) as error:
+        yield Dropped(item.name, "corrupt", f"{type(error).__name__}: {str(error).splitlines()[0]}")
+
+
+def _parquet_row(source: str, fields: dict[str, Any], text_field: str) -> Document | Dropped:
+    text = fields[text_field]
+    if isinstance(text, bytes):
+        try:
+            text = text.decode()
+        except UnicodeDecodeError as error:
+            return Dropped(source, "undecodable", f"byte {error.start} is not UTF-8")
+    if not isinstance(text, str):
+        return _no_text(source, fields, text_field)
+    return Document(text, source, "parquet", _meta(fields, text_field))
