@@ -64,10 +64,12 @@ class TrackingConfig(Strict):
 
     enabled: bool = Field(True, description="False records nothing with MLflow; the run's own files stay.")
     uri: str | None = Field(
-        None, description="MLflow tracking URI. Left out: SQLite in the runs folder, or MLFLOW_TRACKING_URI if it is set."
+        None,
+        description="MLflow tracking URI. Left out: SQLite in the runs folder, or MLFLOW_TRACKING_URI if it is set.",
     )
     register_as: str | None = Field(
-        None, description="Name in the model registry. Left out, the recipe's name. `registry:NAME@VERSION` finds it again."
+        None,
+        description="Name in the model registry. Left out, the recipe's name. `registry:NAME@VERSION` finds it again.",
     )
 
 
@@ -78,22 +80,32 @@ class Recipe(Strict):
         description="Name of the run; its results lie in runs/NAME.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
     )
     description: str = Field("", description="One line for people; it changes nothing.")
-    extends: str | None = Field(None, description="Another recipe (path relative to this one) whose values this one overrides.")
+    extends: str | None = Field(
+        None, description="Another recipe (path relative to this one) whose values this one overrides."
+    )
     seed: int = Field(0, ge=0, description="Seed of every stage that does not name its own.")
     base: str | None = Field(
-        None, description="Start from this model (folder, hf:ID or registry:NAME@VERSION) instead of training one from nothing."
+        None, description="Start from this model (folder, hf:ID, registry:NAME@VERSION), not from random weights."
     )
     data: DataConfig | None = Field(None, description="Text sources, cleaning, deduplication, split.")
-    tokenizer: TokenizerConfig | None = Field(None, description="The tokenizer to train; with `base`, the base model's is used.")
-    model: ModelShape | None = Field(None, description="The shape of the model to train; with `base`, the base model's is used.")
+    tokenizer: TokenizerConfig | None = Field(
+        None, description="The tokenizer to train; with `base`, the base model's is used."
+    )
+    model: ModelShape | None = Field(
+        None, description="The shape of the model to train; with `base`, the base model's is used."
+    )
     train: TrainConfig | None = Field(None, description="Pretraining (or, with `base`, further pretraining) on `data`.")
-    instruct: InstructConfig | None = Field(None, description="Instruction pairs for `tune`: from files, or made from `data`.")
+    instruct: InstructConfig | None = Field(
+        None, description="Instruction pairs for `tune`: from files, or made from `data`."
+    )
     tune: TuneConfig | None = Field(None, description="Instruction tuning on `instruct`; loss on the answers only.")
-    preferences: InstructConfig | None = Field(None, description="Preference pairs (prompt, chosen, rejected) for `prefer`.")
+    preferences: InstructConfig | None = Field(
+        None, description="Preference pairs (prompt, chosen, rejected) for `prefer`."
+    )
     prefer: PreferenceConfig | None = Field(None, description="Preference tuning (DPO) on `preferences`.")
     evaluate: EvaluateConfig | None = Field(None, description="Held-out bits per byte, perplexity, samples.")
     probe: ProbeConfig | None = Field(None, description="Start the service on the result and send it real requests.")
-    tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow.")  # type: ignore[call-arg]
+    tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow.")
 
     @model_validator(mode="after")
     def blocks_fit(self) -> "Recipe":
@@ -101,7 +113,10 @@ class Recipe(Strict):
         if self.base is not None and (self.model is not None or self.tokenizer is not None):
             raise ValueError("`base` brings its own model and tokenizer: remove the blocks `model` and `tokenizer`")
         for block, needs in (
-            ("tokenizer", ["data"]), ("train", ["data"]), ("tune", ["instruct"]), ("prefer", ["preferences"]),
+            ("tokenizer", ["data"]),
+            ("train", ["data"]),
+            ("tune", ["instruct"]),
+            ("prefer", ["preferences"]),
         ):
             missing = [need for need in needs if getattr(self, need) is None]
             if getattr(self, block) is not None and missing:
@@ -175,7 +190,7 @@ def _value(loader: yaml.SafeLoader, node: yaml.Node, key: Key, path: Path, place
         return mapping
     if isinstance(node, yaml.SequenceNode):
         return [_value(loader, item, (*key, index), path, places) for index, item in enumerate(node.value)]
-    return loader.construct_object(node)  # type: ignore[no-untyped-call]
+    return loader.construct_object(node)
 
 
 def _nearest_file(path: Path) -> str:
@@ -287,10 +302,9 @@ def _written_key(location: Key, values: Any) -> Key:
     key: list[str | int] = []
     level = values
     for index, part in enumerate(location):
-        if isinstance(level, dict) and part in level:
-            key.append(part)
-            level = level[part]
-        elif isinstance(level, list) and isinstance(part, int) and part < len(level):
+        in_mapping = isinstance(level, dict) and part in level
+        in_list = isinstance(level, list) and isinstance(part, int) and part < len(level)
+        if in_mapping or in_list:
             key.append(part)
             level = level[part]
         elif isinstance(level, dict) and index == len(location) - 1:

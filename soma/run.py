@@ -2,8 +2,8 @@
 
 A stage's key is the hash of its inputs' keys, its config and its format version; its artefact is
 `RUNS/store/STAGE-KEY/`. What exists is not made again. Unfinished work lies in `RUNS/store/.work/STAGE-KEY/`, where a
-stage that can resume finds it after kill -9; the artefact appears by one rename, whole. `RUNS/NAME/` holds what a person
-looks for: `run.json`, `report.html`, and a link to each artefact.
+stage that can resume finds it after kill -9; the artefact appears by one rename, whole. `RUNS/NAME/` holds what a
+person looks for: `run.json`, `report.html`, and a link to each artefact.
 """
 
 import json
@@ -72,7 +72,10 @@ def plan(recipe: Recipe, runs: Path) -> list[Planned]:
     planned: dict[str, Planned] = {}
     for stage in stages_of(recipe):
         identity = {
-            "stage": stage.name, "format": stage.format_version, "config": stage.config, "outside": stage.fingerprint(),
+            "stage": stage.name,
+            "format": stage.format_version,
+            "config": stage.config,
+            "outside": stage.fingerprint(),
             "inputs": {role: planned[name].key for role, name in stage.inputs.items()},
         }
         item = Planned(stage, identity, runs / "store")
@@ -109,7 +112,9 @@ def _why(before: dict[str, Any] | None, item: Planned) -> list[str]:
     if before.get("outside") != identity["outside"]:
         reasons.append("the files that it reads changed")
     reasons += [
-        f"its input {name!r} changed" for name, key in identity["inputs"].items() if before.get("inputs", {}).get(name) != key
+        f"its input {name!r} changed"
+        for name, key in identity["inputs"].items()
+        if before.get("inputs", {}).get(name) != key
     ]
     if before.get("format") != identity["format"]:
         reasons.append(f"its format is version {identity['format']} now (was {before.get('format')})")
@@ -146,8 +151,14 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "recipe.yaml", to_yaml(recipe))
     record: dict[str, Any] = {
-        "name": recipe.name, "recipe": recipe.model_dump(mode="json", exclude_unset=True), "status": "running",
-        "started": now(), "pid": os.getpid(), "stages": [], "metrics": {}, "versions": versions(),
+        "name": recipe.name,
+        "recipe": recipe.model_dump(mode="json", exclude_unset=True),
+        "status": "running",
+        "started": now(),
+        "pid": os.getpid(),
+        "stages": [],
+        "metrics": {},
+        "versions": versions(),
     }
     session = _Session(recipe, runs, record)
     try:
@@ -189,7 +200,10 @@ class _Session:
             make(item, inputs, self.tracking)
         lock.share()
         made = read_json(item.path / "run.json")
-        entry |= {key: made[key] for key in ("seconds", "peak_memory_bytes", "bytes", "content_hash", "reproducible", "inputs")}
+        entry |= {
+            key: made[key]
+            for key in ("seconds", "peak_memory_bytes", "bytes", "content_hash", "reproducible", "inputs")
+        }
         self.artefacts[name] = item.path
         self.record["stages"].append(entry)
         self.record["metrics"] |= item.stage.metrics(item.path)
@@ -225,9 +239,15 @@ def make(item: Planned, inputs: Mapping[str, Path], tracking: Tracking) -> None:
     with PeakMemory() as memory:
         reproducible = stage.build(Build(out, item.work / "state", inputs, tracking)) or True
     record = {
-        **item.identity, "key": item.key, "content_hash": content_hash(out), "versions": versions(), "started": started,
-        "seconds": round(time.monotonic() - clock, 3), "peak_memory_bytes": memory.peak_bytes,
-        "bytes": directory_bytes(out), "reproducible": reproducible,
+        **item.identity,
+        "key": item.key,
+        "content_hash": content_hash(out),
+        "versions": versions(),
+        "started": started,
+        "seconds": round(time.monotonic() - clock, 3),
+        "peak_memory_bytes": memory.peak_bytes,
+        "bytes": directory_bytes(out),
+        "reproducible": reproducible,
     }
     write_json(out / "run.json", record)
     publish(out, item.path)

@@ -41,8 +41,8 @@ def _no_metrics(artefact: Path) -> dict[str, float]:
 class Stage:
     """One step of a run. Raise `format_version` when the same inputs and config give other bytes than before.
 
-    `config` is JSON and part of the key; `inputs` maps a role to the stage that fills it; `fingerprint` hashes what lies
-    outside of the store; `build` returns None, or the reason why a second run would not give the same bytes; `metrics`
+    `config` is JSON and part of the key; `inputs` maps a role to the stage that fills it; `fingerprint` hashes what
+    lies outside of the store; `build` returns None, or the reason why a second run would not give the same bytes; `metrics`
     reads the figures of a finished artefact for `soma runs`.
     """
 
@@ -82,7 +82,9 @@ def stages_of(recipe: Recipe) -> list[Stage]:
     if recipe.evaluate is not None:
         answers = {"instruct": "instruct_tokens"} if recipe.tune is not None else {}
         if recipe.train is not None:
-            stages.append(evaluate_stage("evaluate", _seeded(recipe.evaluate, recipe), {"model": "train"} | answers, base))
+            stages.append(
+                evaluate_stage("evaluate", _seeded(recipe.evaluate, recipe), {"model": "train"} | answers, base)
+            )
         elif recipe.base:
             stages.append(evaluate_stage("evaluate", _seeded(recipe.evaluate, recipe), answers, base))
         if model and model != {"model": "train"}:
@@ -214,11 +216,18 @@ def pretrain_stage(
         return _train(job, "train", config, shape.with_vocabulary(vocabulary), job.inputs["tokens"], base)
 
     settings = {"train": _json(config), "model": shape.model_dump(mode="json", exclude_unset=True) if shape else None}
-    return Stage("train", settings, build, {"tokens": "tokens", **tokenizer}, _fingerprint(base), training_metrics("train"))
+    return Stage(
+        "train", settings, build, {"tokens": "tokens", **tokenizer}, _fingerprint(base), training_metrics("train")
+    )
 
 
 def tune_stage(
-    name: str, config: TrainConfig, tokens: str, model: Mapping[str, str], tokenizer: Mapping[str, str], base: StartModel | None
+    name: str,
+    config: TrainConfig,
+    tokens: str,
+    model: Mapping[str, str],
+    tokenizer: Mapping[str, str],
+    base: StartModel | None,
 ) -> Stage:
     """model, masked tokens → model (instruction or preference tuning, by the config's type)"""
 
@@ -239,7 +248,12 @@ def _train(job: Build, name: str, config: TrainConfig, model: Any, tokens: Path,
     from soma.train.trainer import train
 
     result = train(
-        config, job.out, job.state, tokens=tokens, tokenizer=_tokenizer(job, base), model=model,
+        config,
+        job.out,
+        job.state,
+        tokens=tokens,
+        tokenizer=_tokenizer(job, base),
+        model=model,
         tracker=job.tracking.for_stage(name),
     )
     return "max_seconds cut the number of steps to what this machine's speed allowed" if result.limited else None

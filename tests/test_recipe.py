@@ -62,7 +62,10 @@ MISTAKES = {
     "wrong type": (GOOD.replace("100", "many"), ["r.yaml:8", "train.steps", "integer", "'many'"]),
     "out of range": (GOOD.replace("100", "-1"), ["r.yaml:8", "train.steps", "greater than or equal to 1"]),
     "missing name": (GOOD.replace("name: mine\n", ""), ["r.yaml", "name: missing"]),
-    "missing field": (GOOD.replace("hidden_size: 64, ", ""), ["r.yaml:6", "model.hidden_size: missing", "residual stream"]),
+    "missing field": (
+        GOOD.replace("hidden_size: 64, ", ""),
+        ["r.yaml:6", "model.hidden_size: missing", "residual stream"],
+    ),
     "bad choice": (GOOD + "  optimizer: sgd\n", ["r.yaml:9", "train.optimizer", "'adamw' or 'muon'", "'sgd'"]),
     "block is a scalar": (GOOD.replace("train:\n  steps: 100", "train: 100"), ["r.yaml:7", "train"]),
     "key twice": (GOOD + "seed: 1\nseed: 2\n", ["r.yaml:10", "seed", "given twice"]),

@@ -18,11 +18,23 @@ SKIP = ("somacube", "triton", "cuda-", "nvidia-")  # come with torch's CUDA buil
 def resolve(extra: str, constraints: list[str]) -> list[str]:
     """Sorted `name==version` lines of everything that an extra needs."""
     command = [
-        sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", "--report", "-",
-        f"torch=={TORCH}", f"{ROOT}[{extra}]", *constraints,
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--dry-run",
+        "--ignore-installed",
+        "--quiet",
+        "--report",
+        "-",
+        f"torch=={TORCH}",
+        f"{ROOT}[{extra}]",
+        *constraints,
     ]
     report = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    pairs = [(item["metadata"]["name"].lower().replace("_", "-"), item["metadata"]["version"]) for item in report["install"]]
+    pairs = [
+        (item["metadata"]["name"].lower().replace("_", "-"), item["metadata"]["version"]) for item in report["install"]
+    ]
     return [f"{name}=={version.partition('+')[0]}" for name, version in sorted(pairs) if not name.startswith(SKIP)]
 
 
@@ -33,7 +45,8 @@ def main() -> None:
     constraints = ["-c", str(chosen)] if chosen else []
     for extra, name in (("quickstart", "requirements.lock"), ("dev", "requirements-dev.lock")):
         lines = resolve(extra, constraints)
-        head = f"# Made by `make lock` for Python {sys.version_info.major}.{sys.version_info.minor}: the extra `{extra}`.\n"
+        python = f"{sys.version_info.major}.{sys.version_info.minor}"
+        head = f"# Made by `make lock` for Python {python}: the extra `{extra}`.\n"
         (ROOT / name).write_text(head + "\n".join(lines) + "\n")
         print(f"{name}: {len(lines)} packages")
 

@@ -18,14 +18,19 @@ def _version(asked: bool) -> None:
 
 
 app = typer.Typer(
-    name="soma", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    name="soma",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
     help="Raw text in, a trained, measured and served language model out.",
 )
 
 
 @app.callback()
 def _options(
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version and exit."),
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version and exit."
+    ),
 ) -> None:
     """Options of the command itself."""
 
@@ -51,7 +56,10 @@ def main() -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = f" while writing {error.filename}" if error.filename else ""
-        fail(f"the disk is full{where}; nothing finished is lost. Free some space (`soma runs prune`) and run it again", 1)
+        fail(
+            f"the disk is full{where}; nothing finished is lost. Free some space (`soma runs prune`) and run it again",
+            1,
+        )
 
 
 def fail(message: str, status: int) -> None:

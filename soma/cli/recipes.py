@@ -23,8 +23,12 @@ def run(
     recipe: RecipePath,
     overrides: Overrides = None,
     runs: RunsFolder = Path("runs"),
-    explain: Annotated[bool, typer.Option("--explain", help="Say which stages are cached and why others would run.")] = False,
-    first: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Start here; earlier stages must be there.")] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say which stages are cached and why others would run.")
+    ] = False,
+    first: Annotated[
+        str | None, typer.Option("--from", metavar="STAGE", help="Start here; earlier stages must be there.")
+    ] = None,
     last: Annotated[str | None, typer.Option("--to", metavar="STAGE", help="Stop after this stage.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Make the chosen stages anew, cached or not.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Events as JSON lines on standard output.")] = False,
@@ -44,7 +48,9 @@ def _explain(recipe: Any, runs: Path, as_json: bool) -> None:
 
     for item in plan(recipe, runs):
         if as_json:
-            typer.echo(json.dumps({"stage": item.stage.name, "key": item.key, "cached": item.cached, "reasons": item.reasons}))
+            typer.echo(
+                json.dumps({"stage": item.stage.name, "key": item.key, "cached": item.cached, "reasons": item.reasons})
+            )
         else:
             typer.echo(f"{item.stage.name:<20} {'cached' if item.cached else 'runs'}  {item.path.name}")
             for reason in item.reasons:
@@ -92,7 +98,9 @@ def schema() -> None:
 def show(
     recipe: RecipePath,
     overrides: Overrides = None,
-    all_values: Annotated[bool, typer.Option("--all", help="Every default too, not only what is written down.")] = False,
+    all_values: Annotated[
+        bool, typer.Option("--all", help="Every default too, not only what is written down.")
+    ] = False,
 ) -> None:
     """Print a recipe as it is understood, with everything that it extends."""
     from soma.recipe import load, to_yaml
@@ -111,9 +119,15 @@ def check(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 def adapt(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hf:ID or registry:NAME@VERSION to start from.")],
-    data: Annotated[str, typer.Argument(metavar="DATA", help="Text to learn (files, folder) or instruction pairs (JSONL).")],
-    recipe: Annotated[Path, typer.Option("--recipe", help="Recipe with the training settings.")] = Path("recipes/adapt.yaml"),
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder, hf:ID or registry:NAME@VERSION to start from.")
+    ],
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="Text to learn (files, folder) or instruction pairs (JSONL).")
+    ],
+    recipe: Annotated[Path, typer.Option("--recipe", help="Recipe with the training settings.")] = Path(
+        "recipes/adapt.yaml"
+    ),
     overrides: Overrides = None,
     runs: RunsFolder = Path("runs"),
     name: Annotated[str | None, typer.Option("--name", help="Name of the run.")] = None,
