@@ -18,12 +18,11 @@ from urllib.parse import unquote
 from soma.base import cache
 from soma.base.cache import MODEL_FILES
 from soma.base.errors import UserError
-from soma.base.secrets import redact_url, scrub
+from soma.base.secrets import URL, scrub
 
 Kind = Literal["model", "file"]
 
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^/@\s]+))?(?:/(?P<file>[^@\s]+))?")
-URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 
 
 def fetch(ref: str, kind: Kind = "model") -> Path:
@@ -98,8 +97,3 @@ def _fetch_hub(name: str, kind: Kind) -> Path:
             "loaded and are not read; use a revision with safetensors, or convert with transformers' save_pretrained"
         )
     return folder
-
-
-def describe_ref(ref: str) -> str:
-    """A reference as it may be recorded and shown: without user names, passwords, tokens and signatures."""
-    return redact_url(ref) if URL.match(ref) else ref

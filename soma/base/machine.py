@@ -23,7 +23,7 @@ from soma.base.artefact import json_hash, write_json
 SAMPLE_SECONDS = 0.2
 PROGRAMS = {
     # As torch.compile builds on a CPU: OpenMP, and Python's own headers for the binding.
-    "c++": ("cpp", '#include <Python.h>\n#include <cmath>\nextern "C" double probe(double x) { return std::sqrt(x); }\n'),
+    "c++": ("cpp", '#include <Python.h>\n#include <cmath>\nextern "C" double probe(double x) { return sqrt(x); }\n'),
     "c": ("c", "#include <math.h>\ndouble probe(double x) { return sqrt(x); }\nint main(void) { return 0; }\n"),
 }
 CANDIDATES = {"c++": ("CXX", "g++", "clang++", "c++"), "c": ("CC", "gcc", "clang", "cc")}

@@ -1,11 +1,13 @@
 """Keep secrets out of what is shown and recorded."""
 
 import re
+from typing import Any
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
 SECRET_NAME = re.compile(
     r"(?i)token|secret|passw|pwd|signature|credential|auth|session|api.?key|access.?key|^sig$|^key$|^x-amz-|^x-goog-"
 )
+URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 HIDDEN = "***"
 
 
@@ -44,3 +46,12 @@ def scrub(text: str, url: str) -> str:
         if len(value) >= 3:
             text = text.replace(value, HIDDEN)
     return text
+
+
+def redact(value: Any) -> Any:
+    """A JSON value (a recipe, say) with every URL in it as it may be shown."""
+    if isinstance(value, dict):
+        return {key: redact(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [redact(inner) for inner in value]
+    return redact_url(value) if isinstance(value, str) and URL.match(value) else value
