@@ -146,7 +146,9 @@ class ModelConfig(BaseModel):
 
     def _check_router(self) -> None:
         if self.num_experts_per_tok > self.num_experts:
-            raise ValueError(f"num_experts_per_tok {self.num_experts_per_tok} is more than num_experts {self.num_experts}")
+            raise ValueError(
+                f"num_experts_per_tok {self.num_experts_per_tok} is more than num_experts {self.num_experts}"
+            )
         if self.topk_method != "greedy":
             if self.num_experts % self.n_group:
                 raise ValueError(f"num_experts {self.num_experts} is not a multiple of n_group {self.n_group}")

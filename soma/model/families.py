@@ -20,6 +20,7 @@ COMMON = (
     "eos_token_id", "pad_token_id",
 )  # fmt: skip
 REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+NULL_MEANS_NONE = ("q_lora_rank", "sliding_window")  # other nulls mean the default
 MLA = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 DEEPSEEK_ROUTER = (
     "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts", "n_group", "topk_group", "topk_method",
@@ -55,7 +56,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "mistral": Family(
         "MistralForCausalLM", ("head_dim",), window="plain",
-        defaults={**LLAMA_DEFAULTS, "max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+        defaults={**LLAMA_DEFAULTS, "max_position_embeddings": 131072, "num_key_value_heads": 8,
+                  "sliding_window": 4096},
         fixed={"attention_bias": (False,), "mlp_bias": (False,)},
     ),
     "qwen2": Family(
@@ -68,9 +70,10 @@ FAMILIES: dict[str, Family] = {
     ),
     "gpt2": Family(
         "GPT2LMHeadModel", (), GPT2_RENAMED,
-        defaults={"n_positions": 1024, "layer_norm_epsilon": 1e-5, "initializer_range": 0.02, "tie_word_embeddings": True,
-                  "activation_function": "gelu_new"},
-        fixed={"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)},
+        defaults={"n_positions": 1024, "layer_norm_epsilon": 1e-5, "initializer_range": 0.02,
+                  "tie_word_embeddings": True, "activation_function": "gelu_new"},
+        fixed={"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
+               "add_cross_attention": (False,)},
         written={"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     ),
     "mixtral": Family(
@@ -93,7 +96,8 @@ FAMILIES: dict[str, Family] = {
         {"norm_eps": "rms_norm_eps", "num_experts": "n_routed_experts", "router_aux_loss_coef": "aux_loss_alpha"},
         defaults={**LLAMA_DEFAULTS, "max_position_embeddings": 2048, "kv_lora_rank": 512, "q_lora_rank": 1536,
                   "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "n_routed_experts": 64,
-                  "n_shared_experts": 2, "moe_intermediate_size": 1407, "aux_loss_alpha": 0.001, "norm_topk_prob": False},
+                  "n_shared_experts": 2, "moe_intermediate_size": 1407, "aux_loss_alpha": 0.001,
+                  "norm_topk_prob": False},
         fixed={"norm_topk_prob": (False,), "scoring_func": ("softmax",), "moe_layer_freq": (1,),
                "topk_method": ("greedy", "group_limited_greedy")},
     ),
@@ -105,7 +109,8 @@ FAMILIES: dict[str, Family] = {
                   "n_shared_experts": 1, "moe_intermediate_size": 2048, "aux_loss_alpha": 0.001, "norm_topk_prob": True,
                   "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5,
                   "first_k_dense_replace": 3},
-        fixed={"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "moe_layer_freq": (1,), "mlp_bias": (False,)},
+        fixed={"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "moe_layer_freq": (1,),
+               "mlp_bias": (False,)},
         written={"scoring_func": "sigmoid", "num_nextn_predict_layers": 0},
     ),
 }  # fmt: skip
@@ -142,13 +147,12 @@ def config_from_hf(raw: dict[str, Any], where: Path | str) -> ModelConfig:
         raise UserError(f"{where}: model_type {name!r} is not supported (supported: {', '.join(sorted(FAMILIES))})")
     family = FAMILIES[name]
     refuse_options(raw, family, where)
-    merged = {**family.defaults, **{key: value for key, value in raw.items() if value is not None}}
-    if "q_lora_rank" in family.keys and "q_lora_rank" in raw:
-        merged["q_lora_rank"] = raw["q_lora_rank"]  # null means: no query latent
+    given = {key: value for key, value in raw.items() if value is not None or key in NULL_MEANS_NONE}
+    merged = {**family.defaults, **given}
     values: dict[str, Any] = {"family": name}
     for ours in (*COMMON, *family.keys, *family.renamed):
         theirs = family.renamed.get(ours, ours)
-        if merged.get(theirs) is not None:
+        if merged.get(theirs) is not None or (ours in NULL_MEANS_NONE and theirs in merged):
             values[ours] = merged[theirs]
         elif ours in REQUIRED or (ours == "intermediate_size" and name != "gpt2"):
             raise UserError(f"{where}: key {theirs!r} is missing")

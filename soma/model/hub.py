@@ -11,6 +11,7 @@ from soma.base.artefact import read_json, write_json
 from soma.base.errors import UserError
 from soma.model.config import ModelConfig
 from soma.model.families import config_from_hf, config_to_hf
+from soma.model.folder import local_folder
 from soma.model.layout import Entry, canonical_name, disk_layout, is_tolerated
 from soma.model.safetensors_io import DTYPES, SafetensorsFile, write_safetensors
 from soma.model.transformer import Transformer
@@ -22,18 +23,6 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 FLOATS = ("F64", "F32", "F16", "BF16")
 DEFAULT_SHARD_BYTES = 4 << 30
-
-
-def local_folder(ref: str | Path) -> Path:
-    """The local folder of a model reference: a path as it is, `hf:…`, `registry:…` and URLs fetched."""
-    path = Path(ref)
-    if path.is_dir():
-        return path
-    if isinstance(ref, str) and ":" in ref:
-        from soma.base.fetch import fetch
-
-        return fetch(ref, kind="model")
-    raise UserError(f"{ref}: no such model folder (a folder, hf:ORGANISATION/NAME or registry:NAME@VERSION)")
 
 
 def load_config(directory: str | Path) -> ModelConfig:
@@ -124,7 +113,9 @@ def check_names(config: ModelConfig, directory: Path, layout: list[Entry], locat
     if missing := [entry.name for entry in layout if entry.name not in location]:
         raise UserError(f"{directory}: {len(missing)} tensors are missing: {listing(missing)}")
     if extra := [name for name in location if name not in expected and not is_tolerated(config, name)]:
-        raise UserError(f"{directory}: {len(extra)} tensors that a {config.family} of this config has not: {listing(extra)}")
+        raise UserError(
+            f"{directory}: {len(extra)} tensors that a {config.family} of this config has not: {listing(extra)}"
+        )
 
 
 def listing(names: list[str]) -> str:
@@ -228,7 +219,10 @@ def save_weights(model: Transformer, directory: Path, max_shard_bytes: int) -> s
         f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)
     ]  # fmt: skip
     for name, shard in zip(names, shards, strict=True):
-        specs = [(entry.name, tensors[entry.parts[0][0]].dtype, disk_shape(entry, parts_of(entry, tensors))) for entry in shard]
+        specs = []
+        for entry in shard:
+            parts = parts_of(entry, tensors)
+            specs.append((entry.name, parts[0].dtype, disk_shape(entry, parts)))
         write_safetensors(directory / name, specs, disk_tensors(shard, tensors))
     if len(shards) == 1:
         return {WEIGHTS}

@@ -52,7 +52,8 @@ class Fused(nn.Module):
         """Join the weights (and biases: all or none) of linear layers that read the same input."""
         self.fused_sizes = [layer.out_features for layer in layers]
         with torch.no_grad():
-            fused = torch.cat([layer.weight for layer in layers])
+            weights: list[Tensor] = [layer.weight for layer in layers]
+            fused = torch.cat(weights)
             for layer, part in zip(layers, fused.split(self.fused_sizes), strict=True):
                 layer.weight = nn.Parameter(part, requires_grad=False)
             biases = [layer.bias for layer in layers if layer.bias is not None]

@@ -28,7 +28,8 @@ GPT2_OUTER = {
     "norm.weight": "transformer.ln_f.weight", "norm.bias": "transformer.ln_f.bias", "lm_head.weight": "lm_head.weight",
 }  # fmt: skip
 GPT2_LAYER = {
-    "input_layernorm": ("ln_1", False), "post_attention_layernorm": ("ln_2", False), "self_attn.o_proj": ("attn.c_proj", True),
+    "input_layernorm": ("ln_1", False), "post_attention_layernorm": ("ln_2", False),
+    "self_attn.o_proj": ("attn.c_proj", True),
     "mlp.up_proj": ("mlp.c_fc", True), "mlp.down_proj": ("mlp.c_proj", True),
 }  # fmt: skip
 

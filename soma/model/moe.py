@@ -1,6 +1,7 @@
 """Sparse mixture of experts: routers of Mixtral, Qwen3-MoE and DeepSeek, experts as stacked matrices.
 
-Shape letters: N tokens (flat), D model width, I expert width, E experts, K experts per token, P = N·K token-expert pairs.
+Shape letters: N tokens (flat), D model width, I expert width, E experts, K experts per token, P = N·K pairs of token
+and expert.
 """
 
 from collections.abc import Callable
@@ -55,7 +56,7 @@ grouped_linear.register_autograd(_backward, setup_context=_save)
 
 
 def load_balancing_loss(scores_NE: Tensor, chosen_NK: Tensor, keep_N: Tensor | None = None) -> Tensor:
-    """E · Σ_e f_e · P_e: f_e token-expert pairs of expert e per token, P_e its mean score (Switch, arXiv:2101.03961 eq. 4-6).
+    """E · Σ_e f_e · P_e: f_e tokens routed to expert e, P_e its score, both means (Switch, arXiv:2101.03961 eq. 4-6).
 
     For top-1 it is Switch's loss, for top-k Mixtral's: K when balanced. Worked number: E = 2, K = 1, scores
     (0.8, 0.2), (0.6, 0.4), both tokens to expert 0: 2 · (1 · 0.7 + 0 · 0.3) = 1.4. Tokens where `keep_N` is False

@@ -54,7 +54,7 @@ def yarn_frequencies(theta: float, width: int, scaling: dict[str, Any]) -> Tenso
 
 
 def yarn_attention_factor(scaling: dict[str, Any]) -> float:
-    """Factor on cos and sin of YaRN: `attention_factor` if given, else from `mscale` and `mscale_all_dim` (DeepSeek)."""
+    """YaRN's factor on cos and sin: `attention_factor` if given, else from `mscale` and `mscale_all_dim` (DeepSeek)."""
     if scaling.get("attention_factor") is not None:
         return float(scaling["attention_factor"])
     factor, mscale, mscale_all = scaling["factor"], scaling.get("mscale"), scaling.get("mscale_all_dim")

@@ -31,7 +31,7 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.file = open(path, "rb")
+            self.file = open(path, "rb")  # noqa: SIM115  (closed by close)
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
         try:
@@ -60,7 +60,9 @@ class SafetensorsFile:
             if dtype not in DTYPES:
                 raise UserError(f"{self.path}: tensor {name!r} has dtype {dtype}, which is not supported")
             if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
-                raise UserError(f"{self.path}: tensor {name!r}: {end - begin} bytes do not fit shape {list(shape)} {dtype}")
+                raise UserError(
+                    f"{self.path}: tensor {name!r}: {end - begin} bytes do not fit shape {list(shape)} {dtype}"
+                )
             if self.start + end > size:
                 raise UserError(
                     f"{self.path}: truncated: tensor {name!r} ends at byte {self.start + end}, the file has {size}"
@@ -73,10 +75,10 @@ class SafetensorsFile:
         if out is None:
             out = torch.empty(shape, dtype=DTYPES[dtype])
         self.file.seek(self.start + begin)
-        view = memoryview(out.detach().reshape(-1).view(torch.uint8).numpy())
+        view = raw_bytes(out)
         done = 0
         while done < end - begin:
-            count = self.file.readinto(view[done:])  # type: ignore[attr-defined]
+            count = self.file.readinto(view[done:])
             if not count:
                 raise UserError(f"{self.path}: truncated while tensor {name!r} was read")
             done += count
@@ -86,7 +88,14 @@ class SafetensorsFile:
         self.file.close()
 
 
-def write_safetensors(path: Path, specs: list[tuple[str, torch.dtype, tuple[int, ...]]], tensors: Iterable[Tensor]) -> None:
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def write_safetensors(
+    path: Path, specs: list[tuple[str, torch.dtype, tuple[int, ...]]], tensors: Iterable[Tensor]
+) -> None:
     """Write tensors in the order of `specs` (name, dtype, shape), one at a time; the file appears when it is whole."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -101,8 +110,8 @@ def write_safetensors(path: Path, specs: list[tuple[str, torch.dtype, tuple[int,
         with open(temporary, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for (name, dtype, shape), tensor in zip(specs, tensors, strict=True):
-                assert tensor.dtype == dtype and tuple(tensor.shape) == shape, name
-                file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+                assert (tensor.dtype, tuple(tensor.shape)) == (dtype, shape), name
+                file.write(raw_bytes(tensor.contiguous()))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -1,0 +1,139 @@
+"""Chat templates: Jinja2 in the sandbox, with the extras that Hugging Face templates expect. Loads no torch."""
+
+import functools
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Any
+
+import jinja2
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from soma.base.errors import UserError
+
+Span = tuple[int, int]
+
+
+class GenerationTracker(Extension):
+    """`{% generation %}…{% endgeneration %}`: marks what the assistant says; its spans can be recorded."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def __init__(self, environment: jinja2.Environment) -> None:
+        super().__init__(environment)
+        environment.extend(record_spans=self.record_spans)
+        self.blocks: list[str] | None = None
+        self.spans: list[Span] = []
+
+    def parse(self, parser: Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+    def _mark(self, caller: Callable[[], str]) -> str:
+        text = caller()
+        if self.blocks is not None:
+            start = sum(len(block) for block in self.blocks)
+            self.spans.append((start, start + len(text)))
+        return text
+
+    @contextmanager
+    def record_spans(self) -> Iterator[tuple[list[str], list[Span]]]:
+        """Inside the `with`, append each rendered block to the list; the spans fill up."""
+        self.blocks, self.spans = [], []
+        try:
+            yield self.blocks, self.spans
+        finally:
+            self.blocks = None
+
+
+def raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None,
+            sort_keys: bool = False) -> str:  # fmt: skip
+    """Jinja's own tojson escapes HTML; templates expect it not to."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def plain(value: Any) -> Any:
+    """Messages as plain JSON values, so that a template finds no methods to call."""
+    return json.loads(json.dumps(value, ensure_ascii=False))
+
+
+@functools.lru_cache(maxsize=32)
+def compile_template(template: str) -> jinja2.Template:
+    """A chat template, compiled. UserError with the line if it is not valid Jinja."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTracker, loopcontrols]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    try:
+        return environment.from_string(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"chat template, line {error.lineno}: {error.message}") from None
+
+
+def has_generation_marks(template: str) -> bool:
+    """Whether the template says with `{% generation %}` what the assistant wrote."""
+    compiled = compile_template(template)
+    return any(
+        isinstance(node.call, jinja2.nodes.ExtensionAttribute) or "_mark" in repr(node.call)
+        for node in compiled.environment.parse(template).find_all(jinja2.nodes.CallBlock)
+    )
+
+
+def render(template: str, messages: list[dict[str, Any]], **variables: Any) -> tuple[str, list[Span]]:
+    """The text, and the spans of `{% generation %}` blocks in it.
+
+    Raises UserError with the template's own words if it refuses the messages.
+    """
+    compiled = compile_template(template)
+    try:
+        with compiled.environment.record_spans() as (blocks, spans):  # type: ignore[attr-defined]
+            for block in compiled.generate(messages=plain(messages), **variables):
+                blocks.append(block)
+            return "".join(blocks), list(spans)
+    except (jinja2.TemplateError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"the chat template refuses these messages: {error}") from None
+
+
+def answer_spans(
+    template: str, messages: list[dict[str, Any]], special_tokens: set[str], **variables: Any
+) -> tuple[str, list[Span]]:
+    """The conversation's text and the character spans that the assistant wrote, end-of-turn tokens included.
+
+    Templates with `{% generation %}` say so themselves. For others, the answer to messages[:i] is what message i adds
+    to the prompt that ends in the generation prompt; white space after its last special token is not the answer's.
+    Raises UserError where a template changes earlier text when a message is added, since no exact span exists then.
+    """
+    text, spans = render(template, messages, add_generation_prompt=False, **variables)
+    if has_generation_marks(template):
+        return text, spans
+    spans = []
+    for index, message in enumerate(messages):
+        if message.get("role") != "assistant":
+            continue
+        prompt, _ = render(template, messages[:index], add_generation_prompt=True, **variables)
+        after, _ = render(template, messages[: index + 1], add_generation_prompt=False, **variables)
+        if not after.startswith(prompt) or not text.startswith(after):
+            raise UserError(
+                f"the chat template renders message {index} differently once more messages follow, so the answer's "
+                "tokens cannot be told apart; mark them with {% generation %} in the template"
+            )
+        spans.append((len(prompt), end_of_turn(after, len(prompt), special_tokens)))
+    return text, spans
+
+
+def end_of_turn(text: str, start: int, special_tokens: set[str]) -> int:
+    """Where an answer that starts at `start` and runs to the end of `text` ends: white space that follows its last
+    special token belongs to the template."""
+    stripped = text.rstrip()
+    ends_special = any(stripped.endswith(token) for token in special_tokens)
+    return len(stripped) if ends_special and len(stripped) > start else len(text)

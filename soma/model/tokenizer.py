@@ -1,0 +1,239 @@
+"""The tokenizer runtime: text ↔ ids, chat templates, loss masks, streaming. Loads no torch."""
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from soma.base.artefact import read_json
+from soma.base.errors import UserError
+from soma.model import chat, sentencepiece_model
+from soma.model.folder import local_folder
+
+Messages = list[dict[str, Any]]
+SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+class Tokenizer:
+    """A tokenizer folder: `tokenizer.json` (or a SentencePiece `tokenizer.model`), its special tokens and template.
+
+    Special tokens that stand in a text are taken as such, also when a user typed them.
+    """
+
+    def __init__(
+        self, inner: tokenizers.Tokenizer, special_tokens: dict[str, str] | None = None,
+        chat_templates: dict[str, str] | None = None, eos_ids: tuple[int, ...] = (), content: bytes | None = None,
+    ) -> None:  # fmt: skip
+        self.inner = inner
+        self.special_tokens = special_tokens or {}
+        self.chat_templates = chat_templates or {}
+        vocabulary = inner.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values()) + 1  # rows an embedding needs; ids may have gaps
+        self.bos_id = self._special_id("bos_token")
+        self.pad_id = self._special_id("pad_token")
+        own = self._special_id("eos_token")
+        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys([*([] if own is None else [own]), *eos_ids]))
+        self._special_ids = {id for id, token in inner.get_added_tokens_decoder().items() if token.special}
+        self._special_texts = {token.content for token in inner.get_added_tokens_decoder().values()}
+        self._byte_ids = {id for text, id in vocabulary.items() if BYTE_PIECE.fullmatch(text)}
+        digest = hashlib.sha256(content if content is not None else inner.to_str().encode())
+        for name, template in sorted(self.chat_templates.items()):
+            digest.update(f"\0{name}\0{template}".encode())
+        self.hash = digest.hexdigest()
+
+    @classmethod
+    def load(cls, ref: str | Path) -> "Tokenizer":
+        """The tokenizer of a folder, `hf:…` or `registry:…`. UserError if there is none or it is broken."""
+        directory = local_folder(ref)
+        settings = read_object(directory / "tokenizer_config.json")
+        if (directory / "tokenizer.json").is_file():
+            content = (directory / "tokenizer.json").read_bytes()
+            try:
+                inner = tokenizers.Tokenizer.from_buffer(content)
+            except Exception as error:  # noqa: BLE001  (the library raises bare Exception)
+                raise UserError(f"{directory / 'tokenizer.json'}: not a valid tokenizer ({error})") from None
+        elif (directory / "tokenizer.model").is_file():
+            content = (directory / "tokenizer.model").read_bytes()
+            inner = sentencepiece_model.load(directory / "tokenizer.model", bool(settings.get("legacy", True)))
+        else:
+            raise UserError(f"{directory}: no tokenizer there (neither tokenizer.json nor tokenizer.model)")
+        inner.no_padding()
+        inner.no_truncation()
+        special = read_special_tokens(directory, settings)
+        add_declared_tokens(inner, settings)
+        return cls(inner, special, read_templates(directory, settings), read_eos_ids(directory), content)
+
+    def _special_id(self, role: str) -> int | None:
+        text = self.special_tokens.get(role)
+        return None if text is None else self.inner.token_to_id(text)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; no special tokens are added."""
+        return self.inner.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of many texts, on all cores that TOKENIZERS_PARALLELISM and RAYON_NUM_THREADS allow."""
+        return [each.ids for each in self.inner.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: list[int], skip_special: bool = True) -> str:
+        """Text of ids; bytes that are no UTF-8 become U+FFFD."""
+        return self.inner.decode(ids, skip_special_tokens=skip_special)
+
+    def token_text(self, id: int) -> str:
+        """A token as the vocabulary spells it."""
+        text = self.inner.id_to_token(id)
+        return "" if text is None else text
+
+    def stream_decoder(self, skip_special: bool = True) -> "StreamDecoder":
+        """A decoder that is fed one id at a time."""
+        return StreamDecoder(self, skip_special)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self.chat_templates)
+
+    def _template(self, tools: list[dict[str, Any]] | None = None) -> str:
+        if not self.chat_templates:
+            raise UserError(
+                "this model has no chat template; use plain completions or add chat_template to its tokenizer_config.json"
+            )
+        if tools and "tool_use" in self.chat_templates:
+            return self.chat_templates["tool_use"]
+        if "default" not in self.chat_templates:
+            raise UserError(f"no default chat template among {', '.join(sorted(self.chat_templates))}")
+        return self.chat_templates["default"]
+
+    def render_chat(
+        self, messages: Messages, add_generation_prompt: bool, tools: list[dict[str, Any]] | None = None
+    ) -> str:
+        """The conversation as text, by the chat template. UserError if there is none or it refuses the messages."""
+        return chat.render(
+            self._template(tools), messages, add_generation_prompt=add_generation_prompt, tools=tools, documents=None,
+            **self.special_tokens,
+        )[0]  # fmt: skip
+
+    def encode_chat(self, messages: Messages, add_generation_prompt: bool) -> list[int]:
+        """Ids of the rendered conversation."""
+        return self.encode(self.render_chat(messages, add_generation_prompt))
+
+    def encode_chat_masked(self, messages: Messages) -> tuple[list[int], list[int]]:
+        """Ids of a whole conversation, and a mask: 1 for tokens that the assistant wrote, its end-of-turn included.
+
+        A token that reaches over an answer's border counts as the answer's. Raises UserError where the template
+        leaves it open which text that is (see `chat.answer_spans`).
+        """
+        text, spans = chat.answer_spans(
+            self._template(), messages, self._special_texts, tools=None, documents=None, **self.special_tokens
+        )
+        encoding = self.inner.encode(text, add_special_tokens=False)
+        mask = [0] * len(encoding.ids)
+        spans = sorted(spans)
+        current = 0
+        for index, (start, end) in enumerate(encoding.offsets):
+            while current < len(spans) and spans[current][1] <= start:
+                current += 1
+            if current < len(spans) and max(start, spans[current][0]) < min(end, spans[current][1]):
+                mask[index] = 1
+        return encoding.ids, mask
+
+
+class StreamDecoder:
+    """Text of a growing sequence of ids, in increments that end at whole characters.
+
+    The increments joined are `decode` of all ids. Text is held back while it could still change: at the end of an
+    unfinished UTF-8 sequence, and within a run of byte tokens (SentencePiece decodes such a run as a whole).
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
+        self.tokenizer, self.skip_special = tokenizer, skip_special
+        self.ids: list[int] = []
+        self.context = 0  # ids from here to `sent` are decoded again, for the spaces that depend on a neighbour
+        self.sent = 0
+
+    def _pending(self) -> str:
+        before = self.tokenizer.decode(self.ids[self.context : self.sent], self.skip_special)
+        return self.tokenizer.decode(self.ids[self.context :], self.skip_special)[len(before) :]
+
+    def push(self, id: int) -> str:
+        """The new text that `id` completes, often empty."""
+        if self.skip_special and id in self.tokenizer._special_ids:
+            return ""
+        self.ids.append(id)
+        if id in self.tokenizer._byte_ids:
+            return ""
+        text = self._pending()
+        if not text or text.endswith("\ufffd"):
+            return ""
+        self.context, self.sent = self.sent, len(self.ids)
+        return text
+
+    def flush(self) -> str:
+        """What was held back; the stream is over."""
+        text = self._pending()
+        self.context, self.sent = self.sent, len(self.ids)
+        return text
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, empty if there is no file."""
+    if not path.is_file():
+        return {}
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: a JSON object is expected")
+    return value
+
+
+def read_special_tokens(directory: Path, settings: dict[str, Any]) -> dict[str, str]:
+    """bos_token, eos_token and the like, as text; tokenizer_config.json before special_tokens_map.json."""
+    found: dict[str, str] = {}
+    for source in (read_object(directory / "special_tokens_map.json"), settings):
+        for role in SPECIAL_ROLES:
+            value = source.get(role)
+            text = value.get("content") if isinstance(value, dict) else value
+            if isinstance(text, str):
+                found[role] = text
+    return found
+
+
+def add_declared_tokens(inner: tokenizers.Tokenizer, settings: dict[str, Any]) -> None:
+    """Make tokens known that only tokenizer_config.json declares (`added_tokens_decoder`), as transformers does."""
+    declared = settings.get("added_tokens_decoder") or {}
+    for _, token in sorted(declared.items(), key=lambda item: int(item[0])):
+        if inner.token_to_id(token["content"]) is None:
+            added = tokenizers.AddedToken(
+                token["content"], single_word=token.get("single_word", False), lstrip=token.get("lstrip", False),
+                rstrip=token.get("rstrip", False), normalized=token.get("normalized", True),
+                special=token.get("special", False),
+            )  # fmt: skip
+            if added.special:
+                inner.add_special_tokens([added])
+            else:
+                inner.add_tokens([added])
+
+
+def read_templates(directory: Path, settings: dict[str, Any]) -> dict[str, str]:
+    """Chat templates by name: `chat_template.jinja` before the tokenizer config's string or list."""
+    value = settings.get("chat_template")
+    templates = {}
+    if isinstance(value, str):
+        templates = {"default": value}
+    elif isinstance(value, list):
+        templates = {entry["name"]: entry["template"] for entry in value}
+    if (directory / "chat_template.jinja").is_file():
+        templates["default"] = (directory / "chat_template.jinja").read_text(encoding="utf-8")
+    return templates
+
+
+def read_eos_ids(directory: Path) -> tuple[int, ...]:
+    """End ids that generation_config.json names (Llama 3 has several), else config.json."""
+    for name in ("generation_config.json", "config.json"):
+        value = read_object(directory / name).get("eos_token_id")
+        if isinstance(value, int):
+            return (value,)
+        if isinstance(value, list):
+            return tuple(value)
+    return ()
