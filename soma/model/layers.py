@@ -56,7 +56,7 @@ class Fused(nn.Module):
             fused = torch.cat(weights)
             for layer, part in zip(layers, fused.split(self.fused_sizes), strict=True):
                 layer.weight = nn.Parameter(part, requires_grad=False)
-            biases = [layer.bias for layer in layers if layer.bias is not None]
+            biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
             self.fused_bias = torch.cat(biases) if biases else None
         self.fused = fused
 

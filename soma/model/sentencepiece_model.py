@@ -124,13 +124,15 @@ def load(path: Path, prefix_every_segment: bool = True) -> Tokenizer:
         tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=unknown, byte_fallback=model.byte_fallback))
     steps: list[Any] = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
     if model.remove_extra_whitespaces:
-        steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
-    if model.add_dummy_prefix and prefix_every_segment:
-        steps.append(normalizers.Prepend("▁"))
-    steps.append(normalizers.Replace(" ", "▁"))
+        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    prefix = model.add_dummy_prefix
+    if model.model_type == BPE and (prefix_every_segment or not prefix):
+        steps += [normalizers.Prepend("▁")] * prefix + [normalizers.Replace(" ", "▁")]
+    else:
+        scheme = ("always" if prefix_every_segment else "first") if prefix else "never"
+        split = model.model_type == UNIGRAM  # a unigram piece never reaches over a space
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=split)
     tokenizer.normalizer = normalizers.Sequence(steps)
-    if model.add_dummy_prefix and not prefix_every_segment:
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
     decoding: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if model.add_dummy_prefix:
         decoding.append(decoders.Strip(" ", left=1))

@@ -98,7 +98,7 @@ class Tokenizer:
     def _template(self, tools: list[dict[str, Any]] | None = None) -> str:
         if not self.chat_templates:
             raise UserError(
-                "this model has no chat template; use plain completions or add chat_template to its tokenizer_config.json"
+                "this model has no chat template: use plain completions, or add chat_template to tokenizer_config.json"
             )
         if tools and "tool_use" in self.chat_templates:
             return self.chat_templates["tool_use"]
