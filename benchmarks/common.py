@@ -67,8 +67,15 @@ def alternate(runs: Mapping[str, Run], rounds: int = 5, warmup: int = 1) -> dict
 
 
 def compare(
-    case: str, unit: str, ours: Run, peers: Mapping[str, Run], *, bars: Mapping[str, float | None] | None = None,
-    rounds: int = 5, warmup: int = 1, higher_is_better: bool = True,
+    case: str,
+    unit: str,
+    ours: Run,
+    peers: Mapping[str, Run],
+    *,
+    bars: Mapping[str, float | None] | None = None,
+    rounds: int = 5,
+    warmup: int = 1,
+    higher_is_better: bool = True,
 ) -> list[Case]:
     """Run ours and the peers in turn; one `Case` per peer."""
     print(f"{case} [{unit}]", file=sys.stderr, flush=True)
@@ -80,14 +87,26 @@ def compare(
 
 
 def make_case(
-    case: str, unit: str, ours: Sequence[float], peer: str, theirs: Sequence[float], bar: float | None = None,
+    case: str,
+    unit: str,
+    ours: Sequence[float],
+    peer: str,
+    theirs: Sequence[float],
+    bar: float | None = None,
     higher_is_better: bool = True,
 ) -> Case:
     """A case from the rounds of both sides: round i of ours is held against round i of theirs."""
     ratios = [a / b if higher_is_better else b / a for a, b in zip(ours, theirs, strict=True)]
     ratio = statistics.median(ratios)
     return Case(
-        case, unit, statistics.median(ours), peer, statistics.median(theirs), ratio, (min(ratios), max(ratios)), bar,
+        case,
+        unit,
+        statistics.median(ours),
+        peer,
+        statistics.median(theirs),
+        ratio,
+        (min(ratios), max(ratios)),
+        bar,
         None if bar is None else ratio >= bar,
     )
 
@@ -126,9 +145,17 @@ def print_table(cases: list[Case]) -> None:
     """The cases as an aligned table on standard output."""
     header = ("case", "unit", "ours", "peer", "theirs", "ratio", "spread", "bar", "met")
     rows = [
-        (c.case, c.unit, f"{c.ours:,.4g}", c.peer, f"{c.theirs:,.4g}", f"{c.ratio:.3f}",
-         f"{c.spread[0]:.3f}-{c.spread[1]:.3f}", "" if c.bar is None else f"{c.bar:g}",
-         {None: "", True: "yes", False: "NO"}[c.met])
+        (
+            c.case,
+            c.unit,
+            f"{c.ours:,.4g}",
+            c.peer,
+            f"{c.theirs:,.4g}",
+            f"{c.ratio:.3f}",
+            f"{c.spread[0]:.3f}-{c.spread[1]:.3f}",
+            "" if c.bar is None else f"{c.bar:g}",
+            {None: "", True: "yes", False: "NO"}[c.met],
+        )
         for c in cases
     ]
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
@@ -138,6 +165,7 @@ def print_table(cases: list[Case]) -> None:
 
 def rounded(case: Case) -> dict[str, Any]:
     """A case as JSON, in at most five significant figures."""
+
     def short(value: float) -> float:
         return float(f"{value:.5g}")
 
@@ -152,6 +180,7 @@ def command(name: str) -> str:
 
 def commit() -> str:
     """The short commit, with `+` where tracked files differ from it; "unknown" outside a checkout."""
+
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
@@ -168,9 +197,13 @@ def machine(threads: int | None = None) -> dict[str, Any]:
     import torch
 
     return {
-        "processor": processor(), "architecture": platform.machine(), "cores": os.cpu_count(),
-        "threads": threads or torch.get_num_threads(), "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "system": platform.system(),
+        "processor": processor(),
+        "architecture": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": threads or torch.get_num_threads(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": platform.system(),
     }
 
 

@@ -1,0 +1,261 @@
+"""Checkpoints: `step-N` folders written whole or not at all, checked before they are believed.
+
+checkpoints/step-00000100/
+  state/            torch.distributed.checkpoint: weights and optimizer state by parameter name
+  run.json          step, data position, decisions, log position …: what the trainer put in
+  random-00000.json random state of rank 0
+  manifest.json     size and sha256 of every other file; written last
+"""
+
+import base64
+import errno
+import random
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+
+from soma.base import progress
+from soma.base.artefact import directory_bytes, file_hash, publish, read_json, write_json
+from soma.base.errors import UserError
+from soma.train.optim import allocate_state
+from soma.train.world import World
+
+NAME = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of one run, in `directory`."""
+
+    directory: Path
+    keep: int
+    world: World
+
+    def steps(self) -> list[int]:
+        """Steps of the folders there are, whole or torn, in rising order."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(int(match[1]) for path in self.directory.iterdir() if (match := NAME.fullmatch(path.name)))
+
+    def path(self, step: int) -> Path:
+        """Folder of the checkpoint of a step."""
+        return self.directory / f"step-{step:08d}"
+
+    def newest(self) -> int | None:
+        """Step of the newest whole checkpoint; a torn one on the way is named in a note. Removes half-written ones."""
+        if self.world.is_main and self.directory.is_dir():
+            for path in self.directory.glob(".step-*"):
+                shutil.rmtree(path)
+        self.world.barrier()
+        for step in reversed(self.steps()):
+            fault = torn(self.path(step))
+            if fault is None:
+                return step
+            progress.current().note(f"checkpoint {self.path(step).name} is torn and is passed over: {fault}")
+        return None
+
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizers: list[torch.optim.Optimizer],
+        run: dict[str, Any],
+        best: int | None = None,
+    ) -> None:
+        """Write the checkpoint of `step`, then remove all but the newest `keep` and `best`.
+
+        Raises UserError when the disk is full; the checkpoints that were there stay.
+        """
+        final = self.path(step)
+        temporary = final.with_name(f".{final.name}.tmp")
+        tensors = model_tensors(model) | optimizer_tensors(model, optimizers)
+        with disk_full(self, step, tensors):
+            if self.world.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+            self.world.barrier()
+            with quiet():
+                dcp.save(tensors, checkpoint_id=temporary / "state")
+            write_json(temporary / f"random-{self.world.rank:05d}.json", random_state())
+            self.world.barrier()
+            if self.world.is_main:
+                write_json(temporary / "run.json", run)
+                write_json(temporary / "manifest.json", manifest(temporary))
+                publish(temporary, final)
+        if self.world.is_main:
+            self.prune(best)
+        self.world.barrier()
+
+    def prune(self, best: int | None) -> None:
+        """Remove all but the newest `keep` and `best`."""
+        for step in self.steps()[: -self.keep]:
+            if step != best:
+                shutil.rmtree(self.path(step))
+
+    def load(self, step: int, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
+        """Read weights, optimizer and this rank's random state in place; returns what `save` was given as `run`."""
+        allocate_state(optimizers)
+        tensors = model_tensors(model) | optimizer_tensors(model, optimizers)
+        self._read(step, tensors)
+        set_random_state(read_json(self.path(step) / f"random-{self.world.rank:05d}.json"))
+        return read_json(self.path(step) / "run.json")
+
+    def load_weights(self, step: int, model: nn.Module) -> None:
+        """Read the weights alone, in place."""
+        self._read(step, model_tensors(model))
+
+    def _read(self, step: int, tensors: dict[str, Tensor]) -> None:
+        with quiet(), torch.no_grad():
+            try:
+                dcp.load(tensors, checkpoint_id=self.path(step) / "state")
+            except dcp.CheckpointException as error:
+                raise UserError(
+                    f"{self.path(step)}: the checkpoint does not fit this model and optimizer ({first_cause(error)}); "
+                    "it comes from another config: remove the work folder to start anew"
+                ) from error
+
+
+def torn(path: Path) -> str | None:
+    """What is wrong with a checkpoint folder; None if every file is as its manifest says."""
+    if not (path / "manifest.json").is_file():
+        return "it has no manifest.json"
+    try:
+        files = read_json(path / "manifest.json")["files"]
+    except (UserError, KeyError, TypeError):
+        return "its manifest.json cannot be read"
+    for name, facts in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != facts["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes, not {facts['bytes']}"
+        if file_hash(file) != facts["sha256"]:
+            return f"{name} is not what was written (its sha256 differs)"
+    return None
+
+
+def manifest(directory: Path) -> dict[str, Any]:
+    """Size and sha256 of every file below a folder."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {
+        "files": {
+            path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+            for path in files
+        }
+    }
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Weights and persistent buffers by name; tied weights once."""
+    seen: set[int] = set()
+    tensors = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[f"model.{name}"] = tensor.detach()
+    return tensors
+
+
+def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """Optimizer state by the name of its parameter: `optimizer.layers.0.….exp_avg`."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"optimizer.{names[parameter]}.{key}": value
+        for optimizer in optimizers
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def random_state() -> dict[str, Any]:
+    """State of Python's, numpy's and torch's generators as JSON."""
+    _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {
+        "python": random.getstate(),
+        "numpy": [[int(key) for key in keys], position, has_gauss, gauss],
+        "torch": to_text(torch.get_rng_state()),
+        "cuda": [to_text(state) for state in cuda],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put back `random_state()`."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(from_text(state["torch"]))
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([from_text(text) for text in state["cuda"]])
+
+
+def to_text(state: Tensor) -> str:
+    """A byte tensor as base64."""
+    return base64.b64encode(state.cpu().numpy().tobytes()).decode()
+
+
+def from_text(text: str) -> Tensor:
+    """The byte tensor of `to_text`."""
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without DCP's warning that one process saves alone: it does so on purpose."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+@contextmanager
+def disk_full(checkpoints: Checkpoints, step: int, tensors: dict[str, Tensor]) -> Iterator[None]:
+    """Turn "no space left" into a message that says what is needed and what is there; the torn rest is removed."""
+    temporary = checkpoints.path(step).with_name(f".{checkpoints.path(step).name}.tmp")
+    try:
+        yield
+    except (OSError, RuntimeError, dcp.CheckpointException) as error:
+        needed = sum(tensor.nbytes for tensor in tensors.values())
+        free = shutil.disk_usage(checkpoints.directory).free
+        written = directory_bytes(temporary) if temporary.exists() else 0
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not (is_no_space(error) or free + written < needed):
+            raise
+        raise UserError(
+            f"the disk is full: the checkpoint of step {step} needs {needed / 1e6:,.0f} MB in {checkpoints.directory}, "
+            f"where {(free + written) / 1e6:,.0f} MB are free. {last_whole(checkpoints)} Free some space and give the "
+            "same command again"
+        ) from error
+
+
+def last_whole(checkpoints: Checkpoints) -> str:
+    """A sentence that names the last whole checkpoint."""
+    for step in reversed(checkpoints.steps()):
+        if torn(checkpoints.path(step)) is None:
+            return f"The last good checkpoint is {checkpoints.path(step)} (step {step})."
+    return "There is no checkpoint yet."
+
+
+def is_no_space(error: BaseException) -> bool:
+    """Whether ENOSPC or EDQUOT is behind an error, also one that DCP has wrapped."""
+    if isinstance(error, dcp.CheckpointException):
+        return any(is_no_space(failure[0]) for failure in error.failures.values())
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return "No space left" in str(error) or (error.__cause__ is not None and is_no_space(error.__cause__))
+
+
+def first_cause(error: dcp.CheckpointException) -> str:
+    """The first failure that DCP reports, in one line."""
+    failures = list(error.failures.values())
+    return str(failures[0][0]).split("\n")[0] if failures else str(error)

@@ -1,0 +1,378 @@
+"""The training loop, resumable to the last bit.
+
+Decisions that rest on a clock (a smaller number of steps) are written to the work folder before they are used, so that
+a killed run takes the same ones again.
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from soma.base import progress
+from soma.base.artefact import read_json, write_json
+from soma.base.errors import UserError
+from soma.model.formulas import flops_per_token
+from soma.model.tokenizer import Tokenizer
+from soma.model.transformer import Transformer
+from soma.train.checkpoint import Checkpoints, last_whole
+from soma.train.compute import Compute, peak_memory
+from soma.train.config import TrainConfig, TuneConfig
+from soma.train.guard import DivergenceGuard, TimeGuard
+from soma.train.journal import Journal
+from soma.train.objective import Objective
+from soma.train.optim import build_optimizers, set_learning_rate
+from soma.train.peak import matmul_peak
+from soma.train.samples import continue_text
+from soma.train.schedule import learning_rate
+from soma.train.world import World, reduce_gradients
+
+
+class DivergenceError(UserError):
+    """The loss is not finite or has diverged. The message names the step, the batch and the last good checkpoint."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training stage did. Losses in nats per token (per pair for preferences)."""
+
+    model: Path
+    steps: int
+    planned_steps: int
+    limited: bool  # max_seconds took steps away
+    stopped_early: bool
+    tokens: int  # positions trained on
+    loss: float
+    validation_loss: float | None
+    parameters: int
+    flops_per_token: float
+    seconds: float
+    tokens_per_second: float
+    matmul_peak: float
+    mfu: float
+    peak_memory_bytes: int
+
+
+@dataclass
+class Progress:
+    """Where a run stands: all that a checkpoint keeps besides tensors, loader and random state."""
+
+    done: int = 0
+    tokens: int = 0
+    last_loss: float = float("nan")
+    last_validation: float | None = None
+    validated_at: int = -1
+    best_validation: float = float("inf")
+    best_step: int | None = None
+    without_gain: int = 0
+    train_seconds: float = 0.0
+    spent: float = 0.0
+    interval_losses: list[float] = field(default_factory=list)
+    interval_seconds: float = 0.0
+    interval_tokens: int = 0
+
+
+class Trainer:
+    """One run of the loop. `run()` trains from the newest whole checkpoint to the end."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        work: Path,
+        *,
+        model: Transformer,
+        objective: Objective,
+        tokens: Path,
+        steps: int,
+        compute: Compute,
+        tokenizer: Tokenizer,
+        identity: str,
+        world: World,
+        journal: Journal,
+    ) -> None:
+        self.config, self.work, self.model, self.objective, self.tokens = config, work, model, objective, tokens
+        self.compute, self.tokenizer, self.identity, self.world, self.journal = (
+            compute,
+            tokenizer,
+            identity,
+            world,
+            journal,
+        )
+        self.planned = self.steps = steps
+        self.at = Progress()
+        self.optimizers = build_optimizers(model, config, compute.muon_dtype)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16")
+        self.divergence = DivergenceGuard(config.divergence_factor, config.divergence_steps)
+        self.clock = TimeGuard(config.max_seconds or float("inf"))
+        self.checkpoints = Checkpoints(work / "checkpoints", config.keep_checkpoints, world)
+        self.microbatch = config.microbatch_size or config.batch_size // world.size
+        self.loader = objective.loader(tokens, "train", None)
+        self.flops = flops_per_token(model.config, config.sequence_length)
+        self.peak = matmul_peak(compute.device, compute.dtype)
+        self.stopped_early = False
+
+    # --- The loop ---
+
+    def run(self) -> None:
+        """Train to the end: to `steps`, an early stop, or where max_seconds cuts."""
+        self.resume()
+        self.model.train()
+        with progress.current().task("train", total=self.steps, unit="steps") as task:
+            task.skip(self.at.done)
+            while self.at.done < self.steps and not self.stopped_early:
+                started = time.perf_counter()
+                self.train_step()
+                self.at.done += 1
+                self.after_step()
+                self.clock.record(time.perf_counter() - started)
+                self.limit_time()
+                task.total = self.steps
+                task.advance(1, loss=round(self.at.last_loss, 4))
+        if self.at.validated_at != self.at.done:
+            self.evaluate()
+        if self.config.early_stop and self.at.best_step not in (None, self.at.done):
+            assert self.at.best_step is not None
+            self.checkpoints.load_weights(self.at.best_step, self.model)
+            self.at.last_validation = self.at.best_validation
+
+    def train_step(self) -> None:
+        """One optimizer step over a whole batch."""
+        started = time.perf_counter()
+        batch = next(self.loader)
+        count = self.global_count(batch)
+        total, aux_scale, rate = torch.zeros((), device=self.compute.device), None, 0.0
+        one = self.scaler.scale(torch.ones((), device=self.compute.device))
+        for part in self.objective.parts(batch, self.microbatch):
+            aux_scale = one * (self.microbatch / self.config.batch_size)
+            total += self.objective.backward(part, one / max(1, count), aux_scale)
+        loss = float(self.world.sum(total)) / max(1, count)
+        self.stop_if_diverged(self.divergence.check(loss), batch)
+        reduce_gradients(self.model, self.world)
+        norm = self.clip()
+        if not self.scaler.is_enabled() and not np.isfinite(norm):
+            self.stop_if_diverged(f"the gradient norm is {norm}", batch)
+        rate = learning_rate(self.config, self.at.done, self.steps)
+        set_learning_rate(self.optimizers, rate)
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
+        self.scaler.update()
+        self.model.zero_grad(set_to_none=True)
+        self.count_step(loss, norm, rate, time.perf_counter() - started)
+
+    def global_count(self, batch: Any) -> int:
+        """What the loss of this step is divided by, over all ranks: so unequal masks weigh as in one large batch."""
+        return int(self.world.sum(torch.tensor(self.objective.count(batch), device=self.compute.device)))
+
+    def clip(self) -> float:
+        """Clip the global gradient norm; returns it as it was before."""
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        limit = self.config.grad_clip or float("inf")
+        return float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+
+    def count_step(self, loss: float, norm: float, rate: float, seconds: float) -> None:
+        """Keep the step's figures and write the log line of an interval."""
+        at, tokens = self.at, self.config.tokens_per_step()
+        at.last_loss, at.tokens = loss, at.tokens + tokens
+        at.train_seconds += seconds
+        at.interval_seconds += seconds
+        at.interval_tokens += tokens
+        at.interval_losses.append(loss)
+        step = at.done + 1
+        if step % self.config.log_every and step != self.steps:
+            return
+        speed = at.interval_tokens / at.interval_seconds
+        self.journal.write(
+            "train",
+            step,
+            loss=float(np.mean(at.interval_losses)),
+            learning_rate=rate,
+            grad_norm=norm,
+            tokens=at.tokens,
+            tokens_per_second=speed,
+            mfu=speed * self.flops / (self.peak * self.world.size),
+            flops_per_token=self.flops,
+            peak_memory_bytes=peak_memory(),
+            seconds=at.train_seconds,
+        )
+        at.interval_losses, at.interval_seconds, at.interval_tokens = [], 0.0, 0
+
+    def after_step(self) -> None:
+        """Evaluation and checkpoint, where they are due."""
+        config, done = self.config, self.at.done
+        is_best = False
+        if config.evaluate_every and done % config.evaluate_every == 0:
+            is_best = self.evaluate()
+        due = config.checkpoint_every and done % config.checkpoint_every == 0
+        if due or (config.early_stop and is_best):
+            self.save()
+        if config.early_stop and self.at.without_gain >= config.early_stop:
+            progress.current().note(
+                f"early stop at step {done}: the held-out loss has not gained for {self.at.without_gain} evaluations; "
+                f"the weights of step {self.at.best_step} are kept"
+            )
+            self.stopped_early = True
+
+    # --- Evaluation ---
+
+    def evaluate(self) -> bool:
+        """Held-out loss and samples, into the log. Whether the loss is the best so far."""
+        at, config = self.at, self.config
+        loss = self.validation_loss() if config.evaluate_batches else None
+        at.validated_at = at.done
+        self.model.eval()
+        if self.world.is_main:
+            for prompt in config.sample_prompts:
+                text = continue_text(
+                    self.model,
+                    self.tokenizer,
+                    prompt,
+                    config.sample_tokens,
+                    config.sample_temperature,
+                    config.seed,
+                    chat=isinstance(config, TuneConfig) and self.tokenizer.has_chat_template,
+                )
+                self.journal.write("sample", at.done, prompt=prompt, text=text)
+        self.model.train()
+        if loss is None:
+            return False
+        at.last_validation = loss
+        self.journal.write("evaluate", at.done, validation_loss=loss)
+        if loss < at.best_validation:
+            at.best_validation, at.best_step, at.without_gain = loss, at.done, 0
+            return True
+        at.without_gain += 1
+        return False
+
+    def validation_loss(self) -> float | None:
+        """Mean loss over the first `evaluate_batches` batches of the validation split; None if it has none."""
+        loader = self.objective.loader(self.tokens, "validation", 1)
+        sums = torch.zeros(2, dtype=torch.float64, device=self.compute.device)
+        self.model.eval()
+        for _, batch in zip(range(self.config.evaluate_batches), loader, strict=False):
+            sums[1] += self.objective.count(batch)
+            for part in self.objective.parts(batch, self.microbatch):
+                sums[0] += self.objective.loss(part)
+        self.model.train()
+        total, count = self.world.sum(sums).tolist()
+        return total / count if count else None
+
+    # --- Guards ---
+
+    def stop_if_diverged(self, reason: str | None, batch: Any) -> None:
+        """Raise DivergenceError if there is a reason to, with the batch written to the work folder."""
+        if reason is None:
+            return
+        step = self.at.done + 1
+        path = self.work / f"bad-batch-step-{step}.npz"
+        np.savez(path, allow_pickle=False, **batch_arrays(batch))
+        position = json.dumps(self.loader.state_dict(), default=str)
+        raise DivergenceError(
+            f"stopped at step {step}: {reason}. Its batch is in {path} (loader position after it: {position}). "
+            f"{last_whole(self.checkpoints)} Lower learning_rate (now {self.config.learning_rate:g}), lengthen warmup, "
+            "or look at the batch"
+        )
+
+    def limit_time(self) -> None:
+        """Take steps away when max_seconds says so, or when a killed run had done so at this step."""
+        decisions = self.decisions()
+        taken = dict(decisions["steps"])
+        if taken and self.at.done <= max(taken):  # a killed run has been here
+            self.steps = taken.get(self.at.done, self.steps)
+            return
+        closing = self.config.evaluate_batches / 3  # a forward pass is a third of a step
+        steps = self.world.agree(self.clock.decide(self.at.done, self.steps, closing))
+        if steps is None or steps >= self.steps:
+            return
+        decisions["steps"].append([self.at.done, steps])
+        if self.world.is_main:
+            write_json(self.work / "decisions.json", decisions)
+        progress.current().note(
+            f"max_seconds {self.config.max_seconds:g}: {steps} steps in place of {self.steps}, at this machine's speed"
+        )
+        self.journal.write("note", self.at.done, text=f"{steps} steps in place of {self.steps}")
+        self.steps = steps
+
+    def decisions(self) -> dict[str, Any]:
+        """What this run has decided so far: `steps` is a list of [at step, new total]."""
+        path = self.work / "decisions.json"
+        return read_json(path) if path.exists() else {"steps": []}
+
+    # --- Checkpoints ---
+
+    def save(self) -> None:
+        """Write a checkpoint of this moment."""
+        self.at.spent = self.clock.spent
+        self.checkpoints.save(
+            self.at.done,
+            self.model,
+            self.optimizers,
+            {
+                "identity": self.identity,
+                "progress": asdict(self.at),
+                "loader": self.loader.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "divergence": self.divergence.state(),
+                "log_bytes": self.journal.size(),
+            },
+            best=self.at.best_step if self.config.early_stop else None,
+        )
+
+    def resume(self) -> None:
+        """Take up the newest whole checkpoint, if there is one."""
+        step = self.world.agree(self.checkpoints.newest())
+        if step is None:
+            self.journal.start(0)
+            return
+        run = self.checkpoints.load(step, self.model, self.optimizers)
+        if run["identity"] != self.identity:
+            raise UserError(
+                f"{self.work}: its checkpoints are of another run (model, data or settings differ): give another work "
+                "folder, or remove this one to start anew"
+            )
+        self.at = Progress(**run["progress"])
+        self.loader.load_state_dict(run["loader"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(run["scaler"])
+        self.divergence.restore(run["divergence"])
+        self.journal.start(run["log_bytes"])
+        self.clock.spent = self.at.spent
+        for at, steps in self.decisions()["steps"]:
+            if at <= step:
+                self.steps = steps
+        self.stopped_early = bool(self.config.early_stop) and self.at.without_gain >= self.config.early_stop
+        progress.current().note(f"resumed at step {step} of {self.steps}")
+
+    def result(self, model: Path) -> TrainResult:
+        """The figures of the finished run."""
+        speed = self.at.tokens / max(self.at.train_seconds, 1e-9)
+        return TrainResult(
+            model=model,
+            steps=self.at.done,
+            planned_steps=self.planned,
+            limited=bool(self.decisions()["steps"]),
+            stopped_early=self.stopped_early,
+            tokens=self.at.tokens,
+            loss=self.at.last_loss,
+            validation_loss=self.at.last_validation,
+            parameters=sum(p.numel() for p in self.model.parameters()),
+            flops_per_token=self.flops,
+            seconds=self.clock.spent,
+            tokens_per_second=speed,
+            matmul_peak=self.peak,
+            mfu=speed * self.flops / (self.peak * self.world.size),
+            peak_memory_bytes=peak_memory(),
+        )
+
+
+def batch_arrays(batch: Any) -> dict[str, np.ndarray]:
+    """A batch's arrays by name, for a file: those of a preference batch with `chosen_` and `rejected_` before."""
+    if hasattr(batch, "chosen"):
+        both = (("chosen", batch.chosen), ("rejected", batch.rejected))
+        return {f"{side}_{name}": array for side, half in both for name, array in batch_arrays(half).items()}
+    return {name: getattr(batch, name) for name in ("tokens", "targets", "positions", "document_ids")}

@@ -1,0 +1,94 @@
+"""Losses. Letters: B sequences, T positions, N = B·T, D model width, V vocabulary."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = -100
+CHUNK = 1024  # positions whose logits exist at a time
+
+ChunkLoss = Callable[[Tensor, Tensor], Tensor]
+
+
+def cross_entropy_sum(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """Sum of -log p(target) in nats over targets that are not -100, in float32."""
+    return F.cross_entropy(logits_NV.float(), targets_N, ignore_index=IGNORE, reduction="sum")
+
+
+def target_logprobs(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """Sum over each sequence of log p(target), (B,), float32; targets of -100 do not count."""
+    losses_BT = F.cross_entropy(logits_BTV.float().transpose(1, 2), targets_BT, ignore_index=IGNORE, reduction="none")
+    return -losses_BT.sum(dim=1)
+
+
+def chunks(x_BTD: Tensor, targets_BT: Tensor, size: int = CHUNK) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+    """Cut positions into pieces of `size`: hidden states (size, D), targets (size,), and the rows kept (None: all).
+
+    Positions without a target are in no piece: a tuning batch whose answers are a tenth of it needs a tenth of the
+    logits. The last piece is filled up with targets of -100, so that a compiled loss sees one shape.
+    """
+    x_ND, targets_N = x_BTD.flatten(0, 1), targets_BT.flatten()
+    size = min(size, len(targets_N))
+    rows = None
+    if bool((targets_N == IGNORE).any()):
+        rows = (targets_N != IGNORE).nonzero().squeeze(1)
+        x_ND, targets_N = x_ND[rows], targets_N[rows]
+    short = -len(targets_N) % size if len(targets_N) else size
+    if short:
+        x_ND, targets_N = F.pad(x_ND, (0, 0, 0, short)), F.pad(targets_N, (0, short), value=IGNORE)
+    return list(x_ND.split(size)), list(targets_N.split(size)), rows
+
+
+def backward(
+    x_BTD: Tensor, aux: Tensor, targets_BT: Tensor, chunk_loss: ChunkLoss, scale: Tensor, aux_scale: Tensor
+) -> Tensor:
+    """Backward pass of scale · (sum of cross-entropies) + aux_scale · aux; returns the sum, detached, float32.
+
+    `chunk_loss(x_ND, targets_N)` is the head and its loss. Head and loss run piece by piece, forward and at once
+    backward, so that no (N, V) tensor is ever whole: at 8,192 positions and a vocabulary of 8,192 that is 32 MiB of
+    logits in place of 256 (and again as much for their gradient), and the pieces stay in the cache (docs/lab.md). The
+    gradients add up over the pieces, so the result is that of the whole.
+    """
+    pieces, targets, rows = chunks(x_BTD.detach(), targets_BT)
+    total = torch.zeros((), device=x_BTD.device)
+    gradients = []
+    for piece, target in zip(pieces, targets, strict=True):
+        leaf = piece.requires_grad_()
+        loss = chunk_loss(leaf, target)
+        (loss * scale).backward()
+        total += loss.detach()
+        assert leaf.grad is not None
+        gradients.append(leaf.grad)
+    N, D = targets_BT.numel(), x_BTD.size(-1)
+    grad_ND = torch.cat(gradients)
+    if rows is not None:
+        grad_ND = x_BTD.new_zeros(N, D).index_copy(0, rows, grad_ND[: len(rows)])
+    outputs, seeds = [x_BTD], [grad_ND.view_as(x_BTD)]
+    if aux.requires_grad:
+        outputs, seeds = [x_BTD, aux], [seeds[0], aux_scale.to(aux.dtype)]
+    torch.autograd.backward(outputs, seeds)
+    return total
+
+
+def loss_sum(x_BTD: Tensor, targets_BT: Tensor, chunk_loss: ChunkLoss) -> Tensor:
+    """Sum of cross-entropies without gradients."""
+    pieces, targets, _ = chunks(x_BTD, targets_BT)
+    total = torch.zeros((), device=x_BTD.device)
+    for piece, target in zip(pieces, targets, strict=True):
+        total += chunk_loss(piece, target)
+    return total
+
+
+def dpo_loss(
+    chosen_B: Tensor, rejected_B: Tensor, reference_chosen_B: Tensor, reference_rejected_B: Tensor, beta: float
+) -> tuple[Tensor, Tensor]:
+    """DPO's loss of each pair (B,), in nats, and its margin (B,): Rafailov et al. 2023 (arXiv:2305.18290), eq. 7.
+
+    Arguments are log-probabilities of whole answers under the model and under the reference. The margin is
+    β[(log π(y_w) - log π_ref(y_w)) - (log π(y_l) - log π_ref(y_l))], the loss -log σ(margin).
+    Worked number: β = 0.1, log π = (-10, -20), log π_ref = (-12, -15): margin 0.1 · (2 - (-5)) = 0.7, loss 0.40319.
+    """
+    margin_B = beta * ((chosen_B - reference_chosen_B) - (rejected_B - reference_rejected_B))
+    return -F.logsigmoid(margin_B), margin_B

@@ -1,0 +1,175 @@
+"""What a batch is worth: the language model's objective and DPO's, behind the same four methods.
+
+B sequences, T positions, D model width. A part is a slice of a batch, one forward and backward pass.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from soma.data.loader import Batch, PreferenceBatch, PreferenceLoader, TokenLoader
+from soma.model.transformer import Transformer
+from soma.train import loss
+from soma.train.compute import Compute
+from soma.train.config import PreferenceConfig, TrainConfig
+from soma.train.world import World
+
+Features = Callable[..., tuple[Tensor, Tensor]]
+
+
+class Objective(Protocol):
+    """How a batch becomes a loss. Sums are over the part, in nats, float32; the trainer divides by the global count."""
+
+    def loader(self, tokens: Path, split: str, epochs: int | None) -> Any:
+        """The loader of a split for this rank."""
+
+    def count(self, batch: Any) -> int:
+        """What the sum is divided by: targets of this rank's batch, or pairs."""
+
+    def parts(self, batch: Any, size: int) -> Iterator[Any]:
+        """The batch in slices of `size` sequences."""
+
+    def backward(self, part: Any, scale: Tensor, aux_scale: Tensor) -> Tensor:
+        """Add the gradient of scale · sum + aux_scale · aux; returns the sum, 0-d."""
+
+    def loss(self, part: Any) -> Tensor:
+        """The sum without gradients, in eval mode, never compiled."""
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A numpy array as a tensor on the device."""
+    return torch.from_numpy(array).to(device, non_blocking=True)
+
+
+class Inputs:
+    """Runs the model over a slice of a batch, compiled if the run is."""
+
+    def __init__(self, model: Transformer, config: TrainConfig, compute: Compute) -> None:
+        self.model, self.compute, self.isolate = model, compute, config.isolate_documents
+        self.compiled: Features = torch.compile(model.features, dynamic=False) if compute.compile else model.features
+
+    def __call__(self, batch: Batch, rows: slice, features: Features) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states (B, T, D), auxiliary loss, targets (B, T)."""
+        device = self.compute.device
+        tokens_BT, targets_BT = to_device(batch.tokens[rows], device), to_device(batch.targets[rows], device)
+        documents = []
+        if self.isolate:
+            documents = [to_device(batch.positions[rows], device), to_device(batch.document_ids[rows], device)]
+        with self.compute.autocast():
+            x_BTD, aux = features(tokens_BT, *documents)
+        return x_BTD, aux, targets_BT
+
+
+class LanguageModeling:
+    """Cross-entropy of the next token, wherever the batch has a target. Pretraining and instruction tuning."""
+
+    def __init__(self, model: Transformer, config: TrainConfig, compute: Compute, world: World) -> None:
+        self.config, self.compute, self.world = config, compute, world
+        self.inputs = Inputs(model, config, compute)
+
+        def chunk_loss(x_ND: Tensor, targets_N: Tensor) -> Tensor:
+            with compute.autocast():
+                logits_NV = model.logits(x_ND)
+            return loss.cross_entropy_sum(logits_NV, targets_N)
+
+        self.plain_chunk_loss = chunk_loss
+        self.chunk_loss = torch.compile(chunk_loss, dynamic=False) if compute.compile else chunk_loss
+
+    def loader(self, tokens: Path, split: str, epochs: int | None) -> TokenLoader:
+        return TokenLoader(
+            tokens,
+            split,
+            self.config.sequence_length,
+            self.config.batch_size,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            seed=self.config.seed,
+            pack=None if self.config.pack == "auto" else self.config.pack,
+            epochs=epochs,
+        )
+
+    def count(self, batch: Batch) -> int:
+        return int((batch.targets != loss.IGNORE).sum())
+
+    def parts(self, batch: Batch, size: int) -> Iterator[tuple[Batch, slice]]:
+        for start in range(0, len(batch.tokens), size):
+            yield batch, slice(start, start + size)
+
+    def backward(self, part: tuple[Batch, slice], scale: Tensor, aux_scale: Tensor) -> Tensor:
+        x_BTD, aux, targets_BT = self.inputs(*part, self.inputs.compiled)
+        return loss.backward(x_BTD, aux, targets_BT, self.chunk_loss, scale, aux_scale)
+
+    @torch.no_grad()
+    def loss(self, part: tuple[Batch, slice]) -> Tensor:
+        x_BTD, _, targets_BT = self.inputs(*part, self.inputs.model.features)
+        return loss.loss_sum(x_BTD, targets_BT, self.plain_chunk_loss)
+
+
+class Preference:
+    """DPO (Rafailov et al. 2023): the chosen answer against the rejected one, relative to the frozen starting model."""
+
+    def __init__(
+        self, model: Transformer, reference: Transformer, config: PreferenceConfig, compute: Compute, world: World
+    ) -> None:
+        self.model, self.config, self.compute, self.world = model, config, compute, world
+        self.inputs = Inputs(model, config, compute)
+        self.reference_inputs = Inputs(reference.eval().requires_grad_(False), config, compute)
+
+    def loader(self, tokens: Path, split: str, epochs: int | None) -> PreferenceLoader:
+        return PreferenceLoader(
+            tokens,
+            split,
+            self.config.sequence_length,
+            self.config.batch_size,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            seed=self.config.seed,
+            epochs=epochs,
+        )
+
+    def count(self, batch: PreferenceBatch) -> int:
+        return int((batch.chosen.targets != loss.IGNORE).any(axis=1).sum())
+
+    def parts(self, batch: PreferenceBatch, size: int) -> Iterator[tuple[PreferenceBatch, slice]]:
+        for start in range(0, len(batch.chosen.tokens), size):
+            yield batch, slice(start, start + size)
+
+    def backward(self, part: tuple[PreferenceBatch, slice], scale: Tensor, aux_scale: Tensor) -> Tensor:
+        total, aux = self.pair_loss(part, self.inputs.compiled, self.reference_inputs.compiled)
+        (total * scale + aux * aux_scale).backward()
+        return total.detach()
+
+    @torch.no_grad()
+    def loss(self, part: tuple[PreferenceBatch, slice]) -> Tensor:
+        return self.pair_loss(part, self.inputs.model.features, self.reference_inputs.model.features)[0]
+
+    def pair_loss(
+        self, part: tuple[PreferenceBatch, slice], features: Features, reference_features: Features
+    ) -> tuple[Tensor, Tensor]:
+        """Sum of the pairs' losses and the auxiliary loss."""
+        batch, rows = part
+        chosen_B, chosen_aux = self.answer_logprobs(batch.chosen, rows, self.inputs, features)
+        rejected_B, rejected_aux = self.answer_logprobs(batch.rejected, rows, self.inputs, features)
+        with torch.no_grad():
+            reference_chosen_B, _ = self.answer_logprobs(batch.chosen, rows, self.reference_inputs, reference_features)
+            reference_rejected_B, _ = self.answer_logprobs(
+                batch.rejected, rows, self.reference_inputs, reference_features
+            )
+        loss_B, _ = loss.dpo_loss(chosen_B, rejected_B, reference_chosen_B, reference_rejected_B, self.config.beta)
+        return loss_B.sum(), (chosen_aux + rejected_aux) / 2
+
+    def answer_logprobs(self, batch: Batch, rows: slice, inputs: Inputs, features: Features) -> tuple[Tensor, Tensor]:
+        """log p of each row's answer, (B,), float32, and the auxiliary loss. Backward recomputes the logits."""
+        x_BTD, aux, targets_BT = inputs(batch, rows, features)
+
+        def head(x_BTD: Tensor) -> Tensor:
+            with self.compute.autocast():
+                logits_BTV = inputs.model.logits(x_BTD)
+            return loss.target_logprobs(logits_BTV, targets_BT)
+
+        return checkpoint(head, x_BTD, use_reentrant=False, preserve_rng_state=False), aux

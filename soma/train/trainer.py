@@ -1,0 +1,202 @@
+"""The training stages: `train` does pretraining, instruction tuning and preference tuning, by its config's type."""
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from soma.base import progress
+from soma.base.artefact import json_hash, write_json
+from soma.base.errors import UserError
+from soma.data.tokens import read_index
+from soma.model.config import ModelConfig
+from soma.model.formulas import flops_per_token
+from soma.model.hub import load_model, save_model
+from soma.model.tokenizer import Tokenizer
+from soma.model.transformer import Transformer
+from soma.train.compute import Compute, resolve, seed_everything
+from soma.train.config import PreferenceConfig, TrainConfig, check_schedule, dump
+from soma.train.journal import Journal
+from soma.train.loop import DivergenceError, Trainer, TrainResult
+from soma.train.objective import LanguageModeling, Objective, Preference
+from soma.train.tracking import NullTracker, Tracker
+from soma.train.world import World
+
+__all__ = ["DivergenceError", "TrainResult", "train"]
+
+# What may change between a killed run and its resumption: it does not reach the weights.
+HARMLESS = ("max_seconds", "log_every", "checkpoint_every", "keep_checkpoints", "sample_prompts", "sample_tokens",
+            "sample_temperature")  # fmt: skip
+
+
+def train(
+    config: TrainConfig,
+    out: Path,
+    work: Path,
+    *,
+    tokens: Path,
+    tokenizer: Path,
+    model: ModelConfig | Path,
+    tracker: Tracker | None = None,
+    world: World | None = None,
+) -> TrainResult:
+    """Train `model` (a shape: from scratch; a folder: from its weights) on the token shards in `tokens`.
+
+    Fills `out` with `model/` (a Hugging Face folder with the tokenizer, float32), `train.json` (what was done) and
+    `logs/` (`metrics.jsonl`, `summary.json`). `work` outlives a kill and holds `checkpoints/`; the same call with the
+    same `work` goes on from the newest whole one and makes the same bytes. A TrainConfig or TuneConfig trains on
+    wherever the tokens' mask says so, a PreferenceConfig does DPO against the starting weights.
+
+    Raises UserError where config, model and data do not fit, the disk is full, or (DivergenceError) the loss is not
+    finite or diverges.
+    """
+    world, tracker = world or World(), tracker or NullTracker()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    seed_everything(config.seed)
+    names, index = Tokenizer.load(tokenizer), read_index(tokens)
+    check_tokens(config, tokens, index, names)
+    network = make_model(config, model, names)
+    check_model(config, network.config, index, tokens)
+    check_ranks(config, world)
+    steps = total_steps(config, index)
+    flops = steps * config.tokens_per_step() * flops_per_token(network.config, config.sequence_length)
+    compute = resolve(config, flops)
+    network.to(compute.device)
+    network.activation_checkpointing = config.activation_checkpointing
+    objective = make_objective(config, network, compute, world)
+    work.mkdir(parents=True, exist_ok=True)
+    journal = Journal(work / "metrics.jsonl", tracker, world.is_main)
+    identity = json_hash(
+        [
+            {key: value for key, value in dump(config).items() if key not in HARMLESS},
+            network.config.model_dump(mode="json"),
+            index,
+        ]
+    )
+    tracker.params(dump(config))
+    trainer = Trainer(
+        config,
+        work,
+        model=network,
+        objective=objective,
+        tokens=tokens,
+        steps=steps,
+        compute=compute,
+        tokenizer=names,
+        identity=identity,
+        world=world,
+        journal=journal,
+    )
+    trainer.run()
+    result = trainer.result(out / "model")
+    if world.is_main:
+        write_artefact(result, compute, network, out, work, tokenizer)
+        tracker.artefact(out / "model")
+    world.barrier()
+    return result
+
+
+def make_model(config: TrainConfig, model: ModelConfig | Path, tokenizer: Tokenizer) -> Transformer:
+    """The network in float32, with fresh weights or those of a folder."""
+    if isinstance(model, Path):
+        return load_model(model, dtype=torch.float32)
+    ends: dict[str, Any] = {}
+    if model.eos_token_id is None and tokenizer.eos_ids:
+        ends["eos_token_id"] = tokenizer.eos_ids if len(tokenizer.eos_ids) > 1 else tokenizer.eos_ids[0]
+    for name, value in (("bos_token_id", tokenizer.bos_id), ("pad_token_id", tokenizer.pad_id)):
+        if getattr(model, name) is None and value is not None:
+            ends[name] = value
+    network = Transformer(model.model_copy(update=ends), device="cpu", dtype=torch.float32)
+    network.init_weights(config.seed)
+    return network
+
+
+def make_objective(config: TrainConfig, network: Transformer, compute: Compute, world: World) -> Objective:
+    """DPO for a PreferenceConfig, next-token prediction for the others."""
+    if not isinstance(config, PreferenceConfig):
+        return LanguageModeling(network, config, compute, world)
+    reference = Transformer(network.config, device=compute.device, dtype=torch.float32)
+    reference.load_state_dict(network.state_dict())
+    return Preference(network, reference, config, compute, world)
+
+
+def total_steps(config: TrainConfig, index: dict[str, Any]) -> int:
+    """Optimizer steps of the run; raises UserError where the schedule does not fit into them."""
+    split = "train.chosen" if isinstance(config, PreferenceConfig) else "train"
+    facts = index["splits"][split]
+    rows = facts["documents"] if isinstance(config, PreferenceConfig) else facts["tokens"] / config.sequence_length
+    steps = config.total_steps(rows / config.batch_size)
+    try:
+        check_schedule(config, steps)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return steps
+
+
+def check_tokens(config: TrainConfig, tokens: Path, index: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """Raise UserError where the shards are empty, of another kind, or made with another tokenizer."""
+    split = "train.chosen" if isinstance(config, PreferenceConfig) else "train"
+    if split not in index["splits"]:
+        wanted = "preference pairs" if isinstance(config, PreferenceConfig) else "text or conversations"
+        raise UserError(
+            f"{tokens}: no split {split!r} (there are {', '.join(index['splits'])}): this stage needs {wanted}"
+        )
+    if not index["splits"][split]["tokens"]:
+        raise UserError(f"{tokens}: the split {split!r} is empty, there is nothing to train on")
+    if index["tokenizer_hash"] != tokenizer.hash:
+        raise UserError(
+            f"{tokens}: made with another tokenizer ({index['tokenizer_hash'][:12]}) than the model's "
+            f"({tokenizer.hash[:12]}): tokenize the corpus again with the model's own"
+        )
+
+
+def check_model(config: TrainConfig, model: ModelConfig, index: dict[str, Any], tokens: Path) -> None:
+    """Raise UserError where ids or positions go beyond the model's tables."""
+    if index["vocab_size"] > model.vocab_size:
+        raise UserError(
+            f"{tokens}: its tokenizer has {index['vocab_size']} entries, the model's vocab_size is {model.vocab_size}: "
+            "raise model.vocab_size, or take the model's own tokenizer"
+        )
+    if config.sequence_length > model.max_position_embeddings:
+        raise UserError(
+            f"sequence_length {config.sequence_length} is more than the model's max_position_embeddings "
+            f"{model.max_position_embeddings}: shorten the one or (RoPE models) raise the other"
+        )
+
+
+def check_ranks(config: TrainConfig, world: World) -> None:
+    """Raise UserError with the arithmetic where the batch does not divide among the ranks."""
+    micro = config.microbatch_size or 1
+    if config.batch_size % (micro * world.size):
+        raise UserError(
+            f"batch_size {config.batch_size} is not a multiple of microbatch_size × ranks = {micro} × {world.size} = "
+            f"{micro * world.size}"
+        )
+
+
+def write_artefact(
+    result: TrainResult, compute: Compute, network: Transformer, out: Path, work: Path, tokenizer: Path
+) -> None:
+    """`model/`, `train.json` and `logs/`. What a clock has touched goes under `logs/`, which is no content."""
+    network.eval()
+    save_model(network, result.model, tokenizer_dir=tokenizer)
+    facts = {key: value for key, value in asdict(result).items() if key != "model"}
+    stable = ("steps", "planned_steps", "limited", "stopped_early", "tokens", "loss", "validation_loss", "parameters")
+    write_json(
+        out / "train.json",
+        {
+            **{key: facts[key] for key in stable},
+            "precision": compute.precision,
+            "compile": compute.compile,
+            "device": compute.device.type,
+        },
+    )
+    logs = out / "logs"
+    logs.mkdir(exist_ok=True)
+    write_json(logs / "summary.json", facts)
+    shutil.copyfile(work / "metrics.jsonl", logs / "metrics.jsonl")
+    if result.limited:
+        progress.current().note(f"limited by max_seconds: {result.steps} of {result.planned_steps} steps")
