@@ -1,0 +1,23 @@
+"""Why the engine did not take a request."""
+
+from soma.base.errors import UserError
+
+
+class RequestError(UserError):
+    """A request that asks for something impossible. `param` names the field, so that a front can pass it on."""
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param, self.code = param, code
+
+
+class QueueFullError(RuntimeError):
+    """The bounded queue has no place. `retry_after` is a guess in seconds from the load at this moment."""
+
+    def __init__(self, waiting: int, retry_after: int) -> None:
+        super().__init__(f"the queue is full ({waiting} requests wait); try again in {retry_after} s")
+        self.retry_after = retry_after
+
+
+class EngineClosedError(RuntimeError):
+    """The engine is shutting down and takes no more requests."""

@@ -1,0 +1,152 @@
+"""One request inside the engine: what it wants, how far it is, and the events that it sends out."""
+
+import math
+import queue
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from soma.engine.sampling import Sampler, SamplingParams, TokenLogprob
+from soma.engine.text import StopScanner
+
+FINISH_REASONS = ("stop", "length", "abort", "error")
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """What a request sends for every token, and once more if it ends without one (abort, error).
+
+    `text` is what became safe to show: whole characters, and nothing that may be the start of a stop string. It may be
+    empty and may hold text of earlier tokens. `finish_reason` is set on the last event and on no other.
+    """
+
+    id: int | None
+    text: str = ""
+    logprob: float = math.nan
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    finish_reason: str | None = None
+    error: str | None = None
+    is_end: bool = False  # the token is an end-of-text or stop id: it has no text of its own
+
+
+@dataclass
+class Completion:
+    """A whole answer. `ids` holds the end-of-text token if that ended it; `text` does not."""
+
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str = ""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    error: str | None = None
+
+
+class StreamDecoder(Protocol):
+    """Ids in, whole characters out."""
+
+    def push(self, token_id: int) -> str: ...
+
+    def flush(self) -> str: ...
+
+
+class Tokenizer(Protocol):
+    """The part of `soma.model.tokenizer.Tokenizer` that the engine needs."""
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]: ...
+
+    def stream_decoder(self) -> StreamDecoder: ...
+
+
+class Request:
+    """A handle for the one who asked: iterate over it for events, `cancel()` it, or `result()` for the whole.
+
+    Events go to `deliver` on the engine's thread where given (an asyncio front passes `call_soon_threadsafe`),
+    otherwise into a thread-safe queue that iteration reads.
+    """
+
+    def __init__(
+        self, prompt_ids: list[int], params: SamplingParams, tokenizer: Tokenizer, vocab_size: int, max_tokens: int,
+        device: torch.device, deliver: Callable[[TokenEvent], None] | None = None,
+    ) -> None:  # fmt: skip
+        self.prompt_ids, self.params, self.max_tokens = prompt_ids, params, max_tokens
+        self.end_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else {*tokenizer.eos_ids})
+        self.sampler = Sampler(params, prompt_ids, vocab_size, device)
+        self.decoder = tokenizer.stream_decoder()
+        self.scanner = StopScanner(params.stop)
+        self.events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
+        self.deliver = deliver or self.events.put
+        self.cancelled = False
+        self.finish_reason: str | None = None
+        self.computed = 0  # tokens whose keys and values are in the cache
+        self.generated = 0
+        self.last_id = -1
+        self.prompt_logprobs: list[TokenLogprob | None] | None = None if params.prompt_logprobs is None else [None]
+        self.cache: Any = None
+        self.arrived = time.monotonic()
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of cache that this request may come to need."""
+        return len(self.prompt_ids) + self.max_tokens
+
+    def cancel(self) -> None:
+        """Stop as soon as the step in flight is over; the last event says `abort`. Harmless after the end."""
+        self.cancelled = True
+
+    def __iter__(self) -> Iterator[TokenEvent]:
+        """Events up to the last, waiting for each."""
+        while True:
+            event = self.events.get()
+            yield event
+            if event.finish_reason is not None:
+                return
+
+    def result(self) -> Completion:
+        """Wait for the end and join the events."""
+        whole = Completion()
+        for event in self:
+            if event.id is not None:
+                whole.ids.append(event.id)
+                whole.logprobs.append(TokenLogprob(event.id, event.logprob, event.top_logprobs))
+            whole.text += event.text
+            whole.finish_reason, whole.error = event.finish_reason or "", event.error
+        whole.prompt_logprobs = self.prompt_logprobs
+        if self.params.logprobs is None:
+            whole.logprobs = []
+        return whole
+
+    # On the engine's thread:
+
+    def accept(self, chosen: TokenLogprob) -> TokenEvent:
+        """Take the next token; its event, with a finish reason if it is the last."""
+        self.generated += 1
+        self.last_id = chosen.id
+        is_end = chosen.id in self.end_ids
+        text, reason = "", None
+        if is_end:
+            reason = "stop"
+        else:
+            text = self.scanner.push(self.decoder.push(chosen.id))
+            if self.scanner.stopped:
+                reason = "stop"
+            elif self.generated >= self.max_tokens:
+                reason = "length"
+        if reason is not None:
+            text += self.rest()
+            reason = "stop" if self.scanner.stopped else reason
+        self.finish_reason = reason
+        return TokenEvent(chosen.id, text, chosen.logprob, chosen.top, reason, is_end=is_end)
+
+    def rest(self) -> str:
+        """The text held back until now, up to a stop string that its last bytes may complete."""
+        return self.scanner.push(self.decoder.flush()) + self.scanner.flush()
+
+    def end(self, reason: str, error: str | None = None) -> TokenEvent:
+        """Finish without a token: the last event."""
+        self.finish_reason = reason
+        text = self.rest() if reason == "abort" else ""
+        return TokenEvent(None, text, finish_reason=reason, error=error)

@@ -1,0 +1,228 @@
+"""The HTTP application: OpenAI's routes over one engine, health, metrics, and the page."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Coroutine
+from importlib.resources import files
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.types import Receive, Scope, Send
+
+from soma.engine.engine import Engine
+from soma.engine.request import TokenEvent
+from soma.engine.sampling import SamplingParams
+from soma.model.tokenizer import Tokenizer
+from soma.serve import errors
+from soma.serve.errors import ApiError
+from soma.serve.formats import ChatFormat, CompletionFormat
+from soma.serve.generation import Generation
+from soma.serve.metrics import Metrics
+from soma.serve.prompts import TokenNames, encode_prompt
+from soma.serve.protocol import ChatRequest, CompletionRequest, Sampling, read_body
+
+MAX_BODY_BYTES = 4 << 20
+CLIENT_CLOSED_REQUEST = 499  # nginx's name for a client that left; nobody reads it
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+class Service:
+    """What the routes share: the engine, the model's name, and whether new requests are taken."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, model_name: str, max_body_bytes: int) -> None:
+        self.engine, self.tokenizer, self.model_name, self.max_body_bytes = (
+            engine, tokenizer, model_name, max_body_bytes,
+        )  # fmt: skip
+        self.metrics = Metrics(engine, model_name)
+        self.names = TokenNames(tokenizer)
+        self.created = int(time.time())
+        self.draining = False
+        self.open = 0  # requests being answered
+
+    def check_open(self) -> None:
+        """Raises ApiError 503 while the service shuts down or after its engine died."""
+        if self.draining:
+            raise ApiError(503, "the service is shutting down; try again soon", code="shutting_down", retry_after=5)
+        if not self.engine.alive:
+            raise ApiError(503, "the engine has stopped; the service must be restarted", code="engine_stopped",
+                           retry_after=30)  # fmt: skip
+
+    def check_model(self, name: str) -> None:
+        """Raises ApiError 404 for a model that is not served here."""
+        if name != self.model_name:
+            raise ApiError(404, f"The model `{name}` does not exist; this server has `{self.model_name}`", "model",
+                           "model_not_found")  # fmt: skip
+
+    def model(self) -> dict[str, Any]:
+        """The model's entry in /v1/models; the last two fields are ours."""
+        return {
+            "id": self.model_name, "object": "model", "created": self.created, "owned_by": "soma",
+            "max_model_len": self.engine.max_length, "chat_template": self.tokenizer.has_chat_template,
+        }  # fmt: skip
+
+
+def create_app(
+    engine: Engine, tokenizer: Tokenizer, model_name: str, *, max_body_bytes: int = MAX_BODY_BYTES
+) -> FastAPI:
+    """The application. `app.state.service` is its `Service`; who runs it closes the engine afterwards."""
+    app = FastAPI(title="Soma", docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.service = service = Service(engine, tokenizer, model_name, max_body_bytes)
+    errors.install(app)
+    page = files("soma.serve").joinpath("page.html").read_text(encoding="utf-8")
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        service.check_open()
+        body = await read_body(request, ChatRequest, service.max_body_bytes)
+        service.check_model(body.model)
+        params = body.params()
+        if not tokenizer.has_chat_template:
+            raise ApiError(400, f"the model `{model_name}` has no chat template; use /v1/completions", "messages",
+                           "no_chat_template")  # fmt: skip
+        messages = [message.for_template(place) for place, message in enumerate(body.messages)]
+        prompt = await asyncio.to_thread(tokenizer.encode_chat, messages, True)
+        shape = ChatFormat(service.names, model_name, logprobs=params.logprobs is not None)
+        return await answer(service, request, body, [prompt], params, shape)
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        service.check_open()
+        body = await read_body(request, CompletionRequest, service.max_body_bytes)
+        service.check_model(body.model)
+        params = body.params()
+        prompts = await asyncio.to_thread(encode_all, tokenizer, body.prompts)
+        shape = CompletionFormat(service.names, model_name, logprobs=params.logprobs is not None)
+        if body.echo:
+            n = body.n or 1
+            for index in range(len(prompts) * n):
+                given = body.prompts[index // n]
+                text = given if isinstance(given, str) else tokenizer.decode(given)
+                shape.echo(index, text)
+        return await answer(service, request, body, prompts, params, shape)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [service.model()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        service.check_model(name)
+        return service.model()
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        service.check_open()
+        return {"status": "ok"}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/")
+    async def index() -> HTMLResponse:
+        return HTMLResponse(page, headers={"Content-Security-Policy": PAGE_POLICY, "Referrer-Policy": "no-referrer"})
+
+    return app
+
+
+def encode_all(tokenizer: Tokenizer, prompts: list[str] | list[list[int]]) -> list[list[int]]:
+    """Ids of every prompt; those given as ids stay as they are."""
+    return [encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+
+
+async def answer(
+    service: Service, request: Request, body: Sampling, prompts: list[list[int]], params: SamplingParams,
+    shape: ChatFormat,
+) -> Response:  # fmt: skip
+    """Run the generation and answer it whole or as a stream; a client that leaves stops it."""
+    service.check_open()
+    generation = Generation(service.engine, service.metrics, prompts, params, body.n or 1)
+    if body.stream:
+        return EventStream(service, generation, stream(generation, shape, include_usage=body.include_usage))
+    service.open += 1
+    try:
+        whole = await unless_disconnected(request, collect(generation, shape))
+    finally:
+        service.open -= 1
+        generation.cancel()
+    return Response(status_code=CLIENT_CLOSED_REQUEST) if whole is None else JSONResponse(whole)
+
+
+async def unless_disconnected(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
+    """The result of `work`, or None if the client left before (then `work` is cancelled)."""
+
+    async def left() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(left())
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        return await task if task.done() else None
+    finally:
+        task.cancel()
+        watch.cancel()
+
+
+async def collect(generation: Generation, shape: ChatFormat) -> dict[str, Any]:
+    """All choices in one answer."""
+    events: dict[int, list[TokenEvent]] = {index: [] for index in range(len(generation.requests))}
+    async for index, event in generation:
+        check(event)
+        events[index].append(event)
+    choices = [shape.choice(index, events[index], generation.requests[index]) for index in events]
+    return shape.envelope(shape.whole_object, choices, usage=generation.usage)
+
+
+def check(event: TokenEvent) -> None:
+    """Raises ApiError if the engine failed on the request."""
+    if event.finish_reason == "error":
+        raise ApiError(500, event.error or "the engine failed on this request", code="engine_error")
+
+
+async def stream(generation: Generation, shape: ChatFormat, *, include_usage: bool) -> AsyncIterator[bytes]:
+    """Server-sent events: chunks, the usage if asked for, [DONE]; an error ends the stream with an error event."""
+    more: dict[str, Any] = {"usage": None} if include_usage else {}
+    started: set[int] = set()
+    try:
+        async for index, event in generation:
+            check(event)
+            chunks = [] if index in started else [shape.start(index, generation.requests[index])]
+            started.add(index)
+            chunks.append(shape.chunk(index, event))
+            if event.finish_reason is not None:
+                chunks.append(shape.end(index, event.finish_reason))
+            yield b"".join(sse({**chunk, **more}) for chunk in chunks if chunk is not None)
+        if include_usage:
+            yield sse(shape.envelope(shape.chunk_object, [], usage=generation.usage))
+    except Exception as error:  # noqa: BLE001  (the status line is gone: an event is all that can still be said)
+        errors.log_unknown(error)
+        yield errors.sse_error(error)
+    yield b"data: [DONE]\n\n"
+
+
+def sse(value: dict[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+class EventStream(StreamingResponse):
+    """A stream that cancels its generation however it ends: read whole, broken off, or failed."""
+
+    def __init__(self, service: Service, generation: Generation, chunks: AsyncIterator[bytes]) -> None:
+        super().__init__(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self.service, self.generation = service, generation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.service.open += 1
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.service.open -= 1
+            self.generation.cancel()

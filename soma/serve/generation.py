@@ -1,0 +1,82 @@
+"""Several engine requests that answer one HTTP request together: their events in one stream, watched by the metrics."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
+
+from soma.engine.engine import Engine, threadsafe
+from soma.engine.request import Request, TokenEvent
+from soma.engine.sampling import MASK64, SamplingParams
+from soma.serve.metrics import Metrics
+
+
+class Generation:
+    """`n` answers to each of several prompts; choice `i` is answer `i % n` to prompt `i // n`.
+
+    With a seed answer k draws from seed + k, so that the n answers differ and all can be had again.
+    Raises what `Engine.submit` raises, before anything runs.
+    """
+
+    def __init__(
+        self, engine: Engine, metrics: Metrics, prompts: Sequence[list[int]], params: SamplingParams, n: int
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        self.metrics = metrics
+        self.started = time.monotonic()
+        self.events: asyncio.Queue[tuple[int, float, TokenEvent]] = asyncio.Queue()
+
+        def put(index: int) -> Callable[[TokenEvent], None]:
+            return threadsafe(loop, lambda event: self.events.put_nowait((index, time.monotonic(), event)))
+
+        total = len(prompts) * n
+        self.requests: list[Request] = engine.submit_all(
+            [prompts[i // n] for i in range(total)], [nth(params, i % n) for i in range(total)],
+            [put(i) for i in range(total)],
+        )  # fmt: skip
+        self.open = set(range(total))
+        self.last: dict[int, float] = {}
+        self.prompt_tokens = sum(len(prompt) for prompt in prompts)
+        self.generated = 0
+        metrics.prompt_tokens.inc(self.prompt_tokens)
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, TokenEvent]]:
+        """Events with the number of their choice, until all choices ended."""
+        while self.open:
+            index, when, event = await self.events.get()
+            self._observe(index, when, event)
+            yield index, event
+
+    def _observe(self, index: int, when: float, event: TokenEvent) -> None:
+        if event.id is not None:
+            self.generated += 1
+            self.metrics.generation_tokens.inc()
+            if index in self.last:
+                self.metrics.inter_token_latency.observe(when - self.last[index])
+            else:
+                self.metrics.time_to_first_token.observe(when - self.started)
+            self.last[index] = when
+        if event.finish_reason is not None:
+            self.open.discard(index)
+            self.metrics.finished[event.finish_reason].inc()
+            self.metrics.end_to_end_latency.observe(when - self.started)
+
+    def cancel(self) -> None:
+        """Stop what still runs. Counted here, since nobody reads its last events."""
+        for index in self.open:
+            self.requests[index].cancel()
+            self.metrics.finished["abort"].inc()
+        self.open.clear()
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """OpenAI's usage object."""
+        return {
+            "prompt_tokens": self.prompt_tokens, "completion_tokens": self.generated,
+            "total_tokens": self.prompt_tokens + self.generated,
+        }  # fmt: skip
+
+
+def nth(params: SamplingParams, k: int) -> SamplingParams:
+    """The parameters of answer `k` to one prompt."""
+    return params if params.seed is None or k == 0 else replace(params, seed=(params.seed + k) & MASK64)

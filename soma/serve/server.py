@@ -1,0 +1,198 @@
+"""Running the service: in this process until it is told to stop, or as a subprocess for the length of a `with`."""
+
+import errno
+import ipaddress
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from soma.base import progress
+from soma.base.errors import UserError
+
+GRACE = 30.0  # seconds that running answers get after SIGTERM
+
+
+class Server(uvicorn.Server):
+    """uvicorn, but SIGTERM first lets running answers end while new requests get 503; a second signal ends it all."""
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI, grace: float, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self.service, self.grace, self.ready = app.state.service, grace, ready
+        self.deadline: float | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.ready()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.service.draining:
+            self.should_exit = self.force_exit = True
+        self.service.draining = True
+        self.deadline = time.monotonic() + self.grace
+
+    async def on_tick(self, counter: int) -> bool:
+        if self.service.draining and (self.service.open == 0 or time.monotonic() > (self.deadline or 0)):
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def serve(
+    model_ref: str | Path, host: str = "127.0.0.1", port: int = 8000, *, name: str | None = None,
+    allow_public: bool = False, precision: str = "auto", device: str = "auto", max_length: int | None = None,
+    max_running: int = 8, max_waiting: int = 64, grace: float = GRACE, ready: Callable[[str], None] | None = None,
+) -> None:  # fmt: skip
+    """Serve a model until SIGTERM or SIGINT.
+
+    port 0 takes a free one. `allow_public` lets `host` be reachable from other machines: there are no keys, so whoever
+    reaches the port uses the model. `grace`: seconds that running answers get at the end. `ready` is called with the
+    base URL once requests are answered; without it a note says so.
+    Raises UserError: no such model, a public host without `allow_public`, a port in use.
+    """
+    check_host(host, allow_public=allow_public)
+    listener = listen(host, port)
+    try:
+        from soma.engine.load import load_engine
+        from soma.serve.app import create_app
+
+        engine, tokenizer, own_name = load_engine(
+            model_ref, precision=precision, device=device, max_length=max_length, max_running=max_running,
+            max_waiting=max_waiting,
+        )  # fmt: skip
+        try:
+            app = create_app(engine, tokenizer, name or own_name)
+            url = base_url(listener)
+            config = uvicorn.Config(
+                app, log_level="warning", access_log=False, timeout_graceful_shutdown=2, lifespan="off"
+            )
+            announce = ready or (lambda url: progress.current().note(f"{name or own_name} is served at {url}"))
+            Server(config, app, grace, lambda: announce(url)).run(sockets=[listener])
+        finally:
+            engine.close()
+    finally:
+        listener.close()
+
+
+def check_host(host: str, *, allow_public: bool) -> None:
+    """Refuse to listen beyond this machine unless told to. Raises UserError."""
+    if allow_public or host == "localhost":
+        return
+    try:
+        is_loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_loopback = False
+    if not is_loopback:
+        raise UserError(
+            f"host {host}: other machines could reach the service, and it asks nobody for a key. Use 127.0.0.1, or say "
+            "allow_public (--allow-public) if that is what you want"
+        )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; UserError that says what to do if it cannot be had."""
+    if not 0 <= port <= 65535:
+        raise UserError(f"port {port}: expected 0 to 65535 (0 takes a free one)")
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except socket.gaierror as error:
+        raise UserError(f"host {host}: {error.strerror}") from None
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(
+                f"port {port} on {host} is in use: stop what listens there, or take another one (--port)"
+            ) from None
+        if error.errno == errno.EACCES:
+            raise UserError(f"port {port} needs privileges: take one above 1023 (--port)") from None
+        raise UserError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+    return listener
+
+
+def base_url(listener: socket.socket) -> str:
+    """http://host:port of a socket, with an address that a client can use."""
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def main(options: str) -> None:
+    """What the subprocess of `running_service` runs: `serve` with options from JSON, the URL on standard output."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        serve(**json.loads(options), ready=lambda url: print(url, flush=True))
+    except UserError as error:
+        sys.exit(str(error))
+
+
+@contextmanager
+def running_service(
+    model_ref: str | Path, *, log: Path | None = None, timeout: float = 120.0, **options: Any
+) -> Iterator[str]:
+    """The service on `model_ref` in a subprocess, from healthy to the end of the `with`; yields its base URL.
+
+    log: where the service's own words go. options: those of `serve`; a free port unless given. Raises UserError with
+    the service's words if it does not come up within `timeout` seconds.
+    """
+    arguments = json.dumps({"model_ref": str(model_ref), "port": 0, **options})
+    code = "import sys; from soma.serve.server import main; main(sys.argv[1])"
+    with open(log, "w+b") if log else tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )  # fmt: skip
+        try:
+            yield _wait_healthy(process, said, timeout)
+        finally:
+            process.terminate()
+            try:
+                process.wait(timeout=options.get("grace", GRACE) + 10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
+
+
+def _wait_healthy(process: "subprocess.Popen[bytes]", said: IO[bytes], timeout: float) -> str:
+    """The URL that the service prints, once its health check answers."""
+    assert process.stdout is not None
+    deadline = time.monotonic() + timeout
+    os.set_blocking(process.stdout.fileno(), False)
+    url = ""
+    while time.monotonic() < deadline and process.poll() is None:
+        url = url or (process.stdout.readline() or b"").decode().strip()
+        if url and healthy(url):
+            return url
+        time.sleep(0.05)
+    said.seek(0)
+    words = said.read().decode(errors="replace").strip()[-2000:] or "it said nothing"
+    what = f"is not up after {timeout:g} s" if process.poll() is None else f"ended with status {process.returncode}"
+    raise UserError(f"the service {what}: {words}")
+
+
+def healthy(url: str) -> bool:
+    """Whether the service at `url` answers its health check."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(url + "/health", timeout=5) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
