@@ -1,6 +1,14 @@
 """Small random configs of every family, as keyword arguments of transformers' config classes."""
 
+import copy
+from pathlib import Path
 from typing import Any
+
+import torch
+import transformers
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
 
 BASE = {
     "vocab_size": 131, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -83,3 +91,30 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         **V3, "q_lora_rank": None, "rope_interleave": False, "tie_word_embeddings": True,
     }),
 }  # fmt: skip
+
+
+def reference(name: str, directory: Path) -> Any:
+    """transformers' model of a case with random float32 weights, saved in `directory`.
+
+    Weights are wide enough that attention is far from uniform, so that a wrong rotation or window shows.
+    """
+    model_type, arguments = CASES[name]
+    config = transformers.AutoConfig.for_model(model_type, **copy.deepcopy(arguments))
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    generator = torch.Generator().manual_seed(sum(map(ord, name)))
+    with torch.no_grad():
+        for tensor_name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if "inv_freq" in tensor_name:
+                continue
+            noise = torch.randn(tensor.shape, generator=generator)
+            is_norm = "norm" in tensor_name or ".ln_" in tensor_name
+            tensor.copy_(1 + 0.2 * noise if is_norm and tensor_name.endswith("weight") else 0.15 * noise)
+    model.tie_weights()
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    model.save_pretrained(directory)
+    return model
+
+
+def random_tokens(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 131, shape, generator=torch.Generator().manual_seed(seed))
