@@ -61,11 +61,13 @@ def fetch_file(url: str) -> Path:
 
 def fetch_model(url: str) -> Path:
     """A local folder with the files of a model that lies in a remote folder: config, tokenizer, safetensors."""
-    plain, wanted = split_url(url.rstrip("/"))
+    plain, wanted = split_url(url)
+    parts = urlsplit(plain)
+    plain = urlunsplit(parts._replace(path=parts.path.rstrip("/")))
     if wanted:
         raise UserError(f"{redact_url(url)}: #sha256= is for single files; a model's folder has none")
-    reference = _reference(plain + "/")
-    with _locked(plain + "/"):
+    reference = _reference(_inside(plain, ""))
+    with _locked(_inside(plain, "")):
         try:
             blobs = _model_blobs(plain)
         except Unreachable as error:
@@ -107,7 +109,7 @@ def _model_blobs(url: str) -> dict[str, Path]:
 
 def _inside(url: str, name: str) -> str:
     parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc, f"{parts.path}/{name}", parts.query, ""))
+    return urlunsplit(parts._replace(path=f"{parts.path}/{name}"))
 
 
 def _refresh(url: str, wanted: str | None) -> Path:
@@ -118,6 +120,8 @@ def _refresh(url: str, wanted: str | None) -> Path:
 
 def _try(url: str, wanted: str | None) -> Path:
     copy = _known_copy(url)
+    if copy and wanted and copy.parent.name != wanted:
+        copy = None
     known = _read(_reference(url)).get("validator") if copy else None
     error: Unreachable | None = None
     for attempt in range(ATTEMPTS):
