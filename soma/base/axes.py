@@ -19,7 +19,7 @@ def esc(text: object) -> str:
 
 
 def finite(value: float | None) -> float | None:
-    """The value as a float, or None where there is nothing to draw (None, NaN, infinity). Below 1e-300 counts as zero."""
+    """The value as a float, or None where there is nothing to draw (NaN, infinity). Below 1e-300 counts as zero."""
     if value is None or not math.isfinite(number := float(value)):
         return None
     return 0.0 if abs(number) < 1 / LARGEST else max(-LARGEST, min(LARGEST, number))

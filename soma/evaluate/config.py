@@ -46,7 +46,7 @@ class EvaluateConfig(Strict):
     record_logprobs: bool = Field(
         True, description="Keep every token id and logprob in tokens.parquet; otherwise each document's hash and total."
     )
-    samples: SampleConfig = Field(SampleConfig(), description="Continuations to show.")  # type: ignore[call-arg]
+    samples: SampleConfig = Field(SampleConfig(), description="Continuations to show.")
     seed: int = Field(0, ge=0, description="Seed of the bootstrap and of the samples.")
 
     @model_validator(mode="after")
