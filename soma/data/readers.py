@@ -60,7 +60,7 @@ def _decompress(raw: IO[bytes], compression: str | None) -> IO[bytes]:
     if compression == "zstd":
         import pyarrow
 
-        return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), 1 << 20)  # type: ignore[arg-type]
+        return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), 1 << 20)
     return raw
 
 
