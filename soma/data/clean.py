@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from soma.data.config import CleanConfig
 
-# C0 and C1 controls except tab and newline; bidirectional overrides; the byte order mark; non-characters; the replacement
-# character stays in the text, but counts as damage.
+# C0 and C1 controls except tab and newline; bidirectional overrides; the byte order mark; non-characters; the
+# replacement character stays in the text, but counts as damage.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufeff\ufffe\uffff]")
 LINE_ENDS = re.compile("\r\n?|\x0b|\x0c|\x85|\u2028|\u2029")
 TRAILING = re.compile(r"[ \t\u00a0]+$", re.MULTILINE)
@@ -17,8 +17,8 @@ BLANK_LINES = re.compile(r"\n{4,}")
 def clean_text(text: str, config: CleanConfig) -> tuple[str, str | None]:
     """The cleaned text and, when the document is to be dropped, the reason (`binary`, `empty`, `too_short`).
 
-    Line ends become `\\n`, the text is brought to the configured Unicode normal form, control characters and byte order marks
-    go, spaces at line ends go, more than three line ends in a row become three. Line ends at
+    Line ends become `\\n`, the text is brought to the configured Unicode normal form, control characters and byte
+    order marks go, spaces at line ends go, more than three line ends in a row become three. Line ends at
     both ends of the text go.
     """
     text = LINE_ENDS.sub("\n", text)
@@ -37,8 +37,8 @@ def clean_text(text: str, config: CleanConfig) -> tuple[str, str | None]:
 
 
 def cut_text(text: str, limit: int) -> Iterator[str]:
-    """Parts of at most `limit` characters, cut at a blank line if there is one in the last half, else at a line end, a space,
-    or anywhere. The parts joined give the text less the white space at the cuts."""
+    """Parts of at most `limit` characters, cut at a blank line if there is one in the last half, else at a line end, a
+    space, or anywhere. The parts joined give the text less the white space at the cuts."""
     start = 0
     while len(text) - start > limit:
         end = start + limit

@@ -6,7 +6,8 @@
 * `steps`: [{step, documents, bytes}] after `read`, `clean`, `exact`, `near`.
 * `splits`: {train, validation: {documents, bytes, chars, lines}}.
 * `document_chars`, `line_bytes`: {edges, counts, median, p90, max}; counts[i] values lie in [edges[i], edges[i+1]).
-* `characters`: {class: count}. `kinds`: {kind: {documents, bytes}}. `sources`: the 20 largest, [{source, documents, bytes}].
+* `characters`: {class: count}. `kinds`: {kind: {documents, bytes}}. `sources`: the 20 largest, [{source, documents,
+  bytes}].
 * `dropped`: [{reason, count, examples: [{source, detail, excerpt}]}]; all of them are in `dropped.parquet`.
 * `near_duplicates`: {threshold, straddle_threshold, bands, rows, candidates, sizes: {cluster size: clusters},
   group_sizes: {group size: groups}, examples: [{kept, dropped, jaccard, excerpt}]}.
@@ -63,9 +64,9 @@ def text_id(text: str) -> str:
 def build_corpus(config: DataConfig, out: Path) -> None:
     """Fill the directory `out` with `<split>-00000.parquet`…, `dropped.parquet` and `report.json`.
 
-    The bytes depend on the input files' names and contents and on `config` alone. The text of the corpus is held in memory
-    (about three times its size). Raises UserError for a source that does not exist and where nothing is left, saying what
-    was dropped and why.
+    The bytes depend on the input files' names and contents and on `config` alone. The text of the corpus is held in
+    memory (about three times its size). Raises UserError for a source that does not exist and where nothing is left,
+    saying what was dropped and why.
     """
     dropped: list[Dropped] = []
     steps: list[dict[str, Any]] = []
@@ -83,7 +84,7 @@ def build_corpus(config: DataConfig, out: Path) -> None:
     splits = _split(config, rows)
     for split, members in splits.items():
         _write_split(out, split, members)
-    _write_dropped(out, dropped)
+    write_dropped(out, dropped)
     write_json(out / "report.json", _report(steps, splits, dropped, near))
 
 
@@ -149,7 +150,9 @@ def _exact(rows: Sequence[Row], dropped: list[Dropped]) -> list[Row]:
 
 
 def _near(config: DataConfig, rows: Sequence[Row], dropped: list[Dropped]) -> tuple[list[Row], dict[str, Any]]:
-    """The survivors, each with the id of its split group as `cluster`, and the report's section. `rows` sorted by id."""
+    """The survivors, each with the id of its split group as `cluster`, and the report's section. `rows` sorted by
+    id.
+    """
     groups = UnionFind(len(rows))
     removed: set[int] = set()
     section: dict[str, Any] = {}
@@ -224,11 +227,8 @@ def _split(config: DataConfig, rows: Sequence[Row]) -> dict[str, list[Row]]:
 def _require_some(rows: Sequence[Row], dropped: Sequence[Dropped]) -> None:
     if rows:
         return
-    lines = []
-    for entry in profile.drop_reasons(dropped):
-        first = entry["examples"][0]
-        lines.append(f"  {entry['count']} {entry['reason']}, such as {first['source']}: {first['detail']}")
-    raise UserError("data.sources: no document is left" + (". Dropped:\n" + "\n".join(lines) if lines else "; the sources hold no files"))
+    nothing = "" if dropped else "; the sources hold no files"
+    raise UserError(f"data.sources: no document is left{nothing}{profile.drop_summary(dropped)}")
 
 
 def _report(
@@ -246,13 +246,9 @@ def _report(
         "document_chars": profile.histogram(np.array([len(text) for text in texts])),
         "line_bytes": profile.histogram(profile.line_lengths(texts)),
         "characters": profile.character_classes(texts), "kinds": profile.by_kind(documents),
-        "sources": profile.top_sources(documents), "dropped": profile.drop_reasons(_ordered(dropped)),
+        "sources": profile.top_sources(documents), "dropped": profile.drop_reasons(dropped),
         "near_duplicates": near,
     }  # fmt: skip
-
-
-def _ordered(dropped: list[Dropped]) -> list[Dropped]:
-    return sorted(dropped, key=lambda item: (item.reason, item.source, item.detail, item.excerpt))
 
 
 # --- Files ---
@@ -294,8 +290,9 @@ def write_parquet(path: Path, columns: dict[str, list[Any]]) -> None:
     pq.write_table(table, path, compression="zstd", row_group_size=ROW_GROUP, store_schema=False)
 
 
-def _write_dropped(out: Path, dropped: list[Dropped]) -> None:
-    items = _ordered(dropped)
+def write_dropped(out: Path, dropped: list[Dropped]) -> None:
+    """`dropped.parquet`, in an order that does not depend on the order of reading."""
+    items = profile.ordered(dropped)
     names = ("source", "reason", "detail", "excerpt")
     write_parquet(out / "dropped.parquet", {name: [getattr(item, name) for item in items] for name in names})
 

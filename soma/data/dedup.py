@@ -1,13 +1,13 @@
 """Exact and near-duplicates, and the groups that must not straddle train and validation.
 
-MinHash (Broder 1997): two signatures agree at a position with probability J, the Jaccard similarity of the shingle sets.
-Banding (Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, 3.4): with b bands of r rows a pair becomes a candidate with
-probability 1 − (1 − J^r)^b, which is one half near J = (1/b)^(1/r). `banding` takes the largest r (fewest false candidates)
-for which a pair at the threshold is still found with probability at least `RECALL`. Worked example: 128 hashes, threshold
-0.5 → r = 4, b = 32: found with probability 1 − (1 − 0.0625)^32 = 0.873 is too low, so r = 3, b = 42: 1 − 0.875^42 = 0.996.
+MinHash (Broder 1997): two signatures agree at a position with probability J, the Jaccard similarity of the shingle
+sets. Banding (Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, 3.4): with b bands of r rows a pair becomes a
+candidate with probability 1 − (1 − J^r)^b, which is one half near J = (1/b)^(1/r). `banding` takes the largest r (fewest false candidates)
+for which a pair at the threshold is still found with probability at least `RECALL`. Worked example: 128 hashes,
+threshold 0.5 → r = 4, b = 32: found with probability 1 − (1 − 0.0625)^32 = 0.873 is too low, so r = 3, b = 42: 1 − 0.875^42 = 0.996.
 
-Candidates are verified by their true Jaccard similarity, so there are no false merges; what banding misses is bounded by
-1 − RECALL at the threshold and falls fast above it.
+Candidates are verified by their true Jaccard similarity, so there are no false merges; what banding misses is bounded
+by 1 − RECALL at the threshold and falls fast above it.
 """
 
 from collections import defaultdict
@@ -22,8 +22,8 @@ from soma.data.config import DedupConfig
 
 RECALL = 0.99
 MINHASH_SEED = 1
-# In a bucket a document is compared with this many that follow it by id: boilerplate shared by thousands of documents would
-# otherwise cost the square of their number. True duplicates in a large bucket still join, neighbour by neighbour.
+# In a bucket a document is compared with this many that follow it by id: boilerplate shared by thousands of documents
+# would otherwise cost the square of their number. True duplicates in a large bucket still join, neighbour by neighbour.
 BUCKET_WINDOW = 100
 
 
@@ -78,7 +78,8 @@ class UnionFind:
 class NearDuplicates:
     """`duplicates` joins documents at or above the threshold, `groups` those at or above the straddle threshold.
 
-    `similar` holds the verified pairs (left, right, jaccard) that were looked at, `candidates` their number before verification.
+    `similar` holds the verified pairs (left, right, jaccard) that were looked at, `candidates` their number before
+    verification.
     """
 
     duplicates: UnionFind

@@ -1,8 +1,8 @@
 """Token shards to batches: deterministic, seekable, sharded by rank.
 
 There is one global order of sequences, given by the data, `seed`, `sequence_length` and `pack`. Step k takes the next
-world_size × batch_size of it and rank r the r-th `batch_size` of these: four ranks together see what one rank with four times
-the batch sees, and a state saved by one number of ranks is good for another.
+world_size × batch_size of it and rank r the r-th `batch_size` of these: four ranks together see what one rank with
+four times the batch sees, and a state saved by one number of ranks is good for another.
 """
 
 from collections.abc import Iterator
@@ -27,9 +27,9 @@ PLANS_KEPT = 2
 class Batch:
     """Four int64 arrays (batch_size, sequence_length).
 
-    `targets[b, t]` is the token after `tokens[b, t]`, or -100 where there is no loss. `document_ids` number the documents in
-    a row from 0 (-1: padding); attention must stay within one. `positions` count from 0 at the start of each document's part
-    in the row.
+    `targets[b, t]` is the token after `tokens[b, t]`, or -100 where there is no loss. `document_ids` number the
+    documents in a row from 0 (-1: padding); attention must stay within one. `positions` count from 0 at the start of
+    each document's part in the row.
     """
 
     tokens: np.ndarray
@@ -126,10 +126,10 @@ def _fill_rows(store: TokenStore, plan: Plan, slots_BT: np.ndarray, here: np.nda
 class TokenLoader:
     """Batches of packed sequences of one split.
 
-    `batch_size` is this rank's. `pack`: "concat" joins documents and cuts; "whole" never splits a document that fits (chat
-    documents that do not fit are left out and counted in `left_out`); None takes "whole" for masked data. `epochs=None` goes
-    on for ever; else iteration ends after that many, the last batch filled up with rows of padding, on all ranks at the same
-    step. `verify` checks the shards' sha256 on opening.
+    `batch_size` is this rank's. `pack`: "concat" joins documents and cuts; "whole" never splits a document that fits
+    (chat documents that do not fit are left out and counted in `left_out`); None takes "whole" for masked data. `epochs=None` goes
+    on for ever; else iteration ends after that many, the last batch filled up with rows of padding, on all ranks at
+    the same step. `verify` checks the shards' sha256 on opening.
 
     Raises UserError for a folder that is not whole or a split without anything to learn from.
     """
@@ -149,7 +149,8 @@ class TokenLoader:
         )
         _require_sequences(packer, self.store, sequence_length)
         identity = {
-            "tokens_hash": self.store.hash, "split": split, "sequence_length": sequence_length, "pack": self.pack, "seed": seed,
+            "tokens_hash": self.store.hash, "split": split, "sequence_length": sequence_length, "pack": self.pack,
+            "seed": seed,
         }  # fmt: skip
         self._order = _Order(packer, identity, batch_size, rank, world_size, epochs)
         self.sequences_per_epoch = packer.sequences
@@ -173,12 +174,16 @@ class TokenLoader:
         return self._order.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position. UserError if it was saved on other data or with another seed, length, packing or split."""
+        """Go to a saved position. UserError if it was saved on other data or with another seed, length, packing or
+        split.
+        """
         self._order.load_state_dict(state)
 
 
 class PreferenceLoader:
-    """Batches of preference pairs, with the protocol of `TokenLoader`. Pairs of which a side is too long are left out."""
+    """Batches of preference pairs, with the protocol of `TokenLoader`. Pairs of which a side is too long are left
+    out.
+    """
 
     def __init__(
         self, tokens_dir: Path, split: str, sequence_length: int, batch_size: int, rank: int = 0, world_size: int = 1,

@@ -1,9 +1,11 @@
-"""How documents become sequences: a plan of pieces on a line of slots, made anew for each epoch without a loop over tokens.
+"""How documents become sequences: a plan of pieces on a line of slots, made anew for each epoch without a loop over
+tokens.
 
-The unit is a (input, target) pair within one document. In unmasked data a document of n tokens (its end-of-text token is the
-last) has n pairs: the end-of-text token is the input before its first token, as it would be if the document before it were
-there. So an end-of-text token ends its document as a target and begins the next as an input, every stored token is a target
-once, and a model is asked at evaluation what it saw in training. In masked (chat) data a document has n − 1 pairs.
+The unit is a (input, target) pair within one document. In unmasked data a document of n tokens (its end-of-text token
+is the last) has n pairs: the end-of-text token is the input before its first token, as it would be if the document
+before it were there. So an end-of-text token ends its document as a target and begins the next as an input, every
+stored token is a target once, and a model is asked at evaluation what it saw in training. In masked (chat) data a
+document has n − 1 pairs.
 
 Sequence s of the epoch is the slots [s·T, (s+1)·T). A slot that no piece covers is padding.
 """
@@ -16,7 +18,9 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Plan:
-    """Pieces ascending by slot: piece i fills slots [slot[i], slot[i] + length[i]) with pairs skip[i].. of document[i]."""
+    """Pieces ascending by slot: piece i fills slots [slot[i], slot[i] + length[i]) with pairs skip[i].. of
+    document[i].
+    """
 
     slot: np.ndarray
     length: np.ndarray
@@ -55,7 +59,8 @@ class ConcatPacker:
 
 
 class WholePacker:
-    """Whole documents, best fit decreasing, padded. A longer document is left out (`longer="drop"`) or cut into pieces of T.
+    """Whole documents, best fit decreasing, padded. A longer document is left out (`longer="drop"`) or cut into pieces
+    of T.
 
     Which lengths share a sequence is worked out once; each epoch deals the documents of a length anew and permutes the
     sequences, so the number of sequences is the same in every epoch.

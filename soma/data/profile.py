@@ -15,8 +15,8 @@ BINS = 24  # lengths are counted in powers of two; the last bin holds what is lo
 # First code point of each block of characters beyond ASCII, and what it is called in the report.
 BLOCKS = [
     (0x80, "latin"), (0x250, "symbols"), (0x370, "greek"), (0x400, "cyrillic"), (0x530, "other"), (0x590, "hebrew"),
-    (0x600, "arabic"), (0x780, "other"), (0x900, "indic"), (0xE00, "southeast_asian"), (0x1100, "hangul"), (0x1200, "other"),
-    (0x1780, "southeast_asian"), (0x1800, "other"), (0x1E00, "latin"), (0x1F00, "greek"), (0x2000, "symbols"),
+    (0x600, "arabic"), (0x780, "other"), (0x900, "indic"), (0xE00, "southeast_asian"), (0x1100, "hangul"), (0x1200,
+    "other"), (0x1780, "southeast_asian"), (0x1800, "other"), (0x1E00, "latin"), (0x1F00, "greek"), (0x2000, "symbols"),
     (0x2C00, "other"), (0x2E80, "cjk"), (0x3040, "kana"), (0x3100, "cjk"), (0x3130, "hangul"), (0x3190, "cjk"),
     (0xA000, "other"), (0xAC00, "hangul"), (0xD7B0, "other"), (0xF900, "cjk"), (0xFB00, "other"), (0xFE30, "cjk"),
     (0xFE70, "arabic"), (0xFF00, "cjk"), (0x10000, "other"), (0x1F000, "emoji"), (0x20000, "cjk"), (0x30000, "other"),
@@ -57,7 +57,9 @@ def character_classes(texts: Iterable[str]) -> dict[str, int]:
 
 
 def histogram(lengths: np.ndarray) -> dict[str, Any]:
-    """`{"edges", "counts", "median", "p90", "max"}`: counts[i] lengths lie in [edges[i], edges[i+1]); empty ends are cut off."""
+    """`{"edges", "counts", "median", "p90", "max"}`: counts[i] lengths lie in [edges[i], edges[i+1]); empty ends are
+    cut off.
+    """
     if not len(lengths):
         return {"edges": [0, 1], "counts": [0], "median": 0, "p90": 0, "max": 0}
     edges = [0, *(1 << power for power in range(BINS))]
@@ -112,7 +114,7 @@ def top_sources(documents: Iterable[Document]) -> list[dict[str, Any]]:
 def drop_reasons(dropped: Sequence[Dropped]) -> list[dict[str, Any]]:
     """Count and first examples for each reason, most frequent first."""
     found: dict[str, list[Dropped]] = defaultdict(list)
-    for item in dropped:
+    for item in ordered(dropped):
         found[item.reason].append(item)
     ranked = sorted(found.items(), key=lambda pair: (-len(pair[1]), pair[0]))
     return [
@@ -122,6 +124,21 @@ def drop_reasons(dropped: Sequence[Dropped]) -> list[dict[str, Any]]:
         }
         for reason, items in ranked
     ]  # fmt: skip
+
+
+def ordered(dropped: Sequence[Dropped]) -> list[Dropped]:
+    """By reason and source, so that the order of reading does not show."""
+    return sorted(dropped, key=lambda item: (item.reason, item.source, item.detail, item.excerpt))
+
+
+def drop_summary(dropped: Sequence[Dropped]) -> str:
+    """One line for each reason with its first example, for an error message; empty if nothing was dropped."""
+    lines = []
+    for entry in drop_reasons(dropped):
+        first = entry["examples"][0]
+        detail = f": {first['detail']}" if first["detail"] else ""
+        lines.append(f"\n  {entry['count']} dropped as {entry['reason']}, such as {first['source']}{detail}")
+    return "".join(lines)
 
 
 def size_counts(groups: Mapping[Any, Sequence[Any]]) -> dict[str, int]:

@@ -47,14 +47,15 @@ def read_item(item: Item, text_field: str) -> Iterator[Document | Dropped]:
     """The documents of one file, in order; problems as `Dropped`."""
     try:
         with item.open() as raw:
-            for found in _read(item, _decompress(raw, item.compression), text_field):
+            for found in _read(item, decompress(raw, item.compression), text_field):
                 yield _checked(found) if isinstance(found, Document) else found
     except READ_ERRORS as error:
         reason = "truncated" if isinstance(error, EOFError) else "corrupt" if item.compression else "unreadable"
         yield Dropped(item.name, reason, f"{type(error).__name__}: {error}")
 
 
-def _decompress(raw: IO[bytes], compression: str | None) -> IO[bytes]:
+def decompress(raw: IO[bytes], compression: str | None) -> IO[bytes]:
+    """The file as it was before `gzip` or `zstd`."""
     if compression == "gzip":
         return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
     if compression == "zstd":

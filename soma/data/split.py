@@ -9,16 +9,18 @@ LARGE = 0.5  # a group of more than this share of the wanted validation bytes al
 
 
 def position(group: str, seed: int) -> float:
-    """Where in [0, 1) a group lies; held out when below the validation fraction. Does not move when the corpus grows."""
+    """Where in [0, 1) a group lies; held out when below the validation fraction. Does not move when the corpus
+    grows.
+    """
     return int.from_bytes(sha256(f"{seed}:{group}".encode()).digest()[:8], "big") / 2**64
 
 
 def held_out(group_bytes: Mapping[str, int], fraction: float, seed: int) -> set[str]:
     """The groups that are validation, given each group's bytes.
 
-    Groups whose `position` is below `fraction`, less those so large that one of them would make the held-out text lopsided.
-    Where that leaves none (few documents), the group with the lowest position among those of at most half of all bytes.
-    Raises UserError if there is only one group.
+    Groups whose `position` is below `fraction`, less those so large that one of them would make the held-out text
+    lopsided. Where that leaves none (few documents), the group with the lowest position among those of at most half of
+    all bytes. Raises UserError if there is only one group.
     """
     if fraction == 0:
         return set()

@@ -26,7 +26,8 @@ class Shard:
 class TokenStore:
     """A split of a tokens folder. `starts` (documents + 1,) int64 are token addresses in the whole split.
 
-    Every file's size is checked on opening, its sha256 too with `verify`. Raises UserError that names the folder or file.
+    Every file's size is checked on opening, its sha256 too with `verify`. Raises UserError that names the folder or
+    file.
     """
 
     def __init__(self, directory: Path, split: str, verify: bool = True) -> None:

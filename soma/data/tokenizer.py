@@ -1,9 +1,9 @@
 """Tokenizer training: byte-level BPE over the training split, written as Hugging Face reads it.
 
-Bytes per token on held-out files of the Python 3.11 standard library, vocabulary 4096, by the pattern that cuts text before
-merging: gpt2 3.39, gpt4 3.36, `code` with the line end apart from the punctuation before it 3.44, as it is 3.57. In `code` a
-line end and the indentation after it are one piece (joined to closing punctuation: `):\\n        `), and a word after
-indentation carries no space, so a prompt may end anywhere in the indentation of a line.
+Bytes per token on held-out files of the Python 3.11 standard library, vocabulary 4096, by the pattern that cuts text
+before merging: gpt2 3.39, gpt4 3.36, `code` with the line end apart from the punctuation before it 3.44, as it is
+3.57. In `code` a line end and the indentation after it are one piece (joined to closing punctuation: `):\\n        `),
+and a word after indentation carries no space, so a prompt may end anywhere in the indentation of a line.
 """
 
 from collections.abc import Iterator
@@ -44,8 +44,9 @@ CHAT_TEMPLATE = (
 def train_tokenizer(config: TokenizerConfig, corpus: Path, out: Path) -> None:
     """Fill the directory `out` with `tokenizer.json`, `tokenizer_config.json` and `special_tokens_map.json`.
 
-    The special tokens are ids 0 to 3: end of text (also beginning of text), the two ChatML marks, padding. The vocabulary is
-    smaller than asked for where the corpus has no more pairs to merge. Raises UserError for a corpus without training text.
+    The special tokens are ids 0 to 3: end of text (also beginning of text), the two ChatML marks, padding. The
+    vocabulary is smaller than asked for where the corpus has no more pairs to merge. Raises UserError for a corpus
+    without training text.
     """
     tokenizer = Tokenizer(models.BPE())
     pattern = Regex(PATTERNS[config.pattern].replace("NUMBERS", NUMBERS[config.digits]))
@@ -85,7 +86,8 @@ def _write_configs(out: Path) -> None:
     extra = {"additional_special_tokens": [IM_START, IM_END]}
     added = {
         str(index): {
-            "content": token, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True,
+            "content": token, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special":
+            True,
         }
         for index, token in enumerate(SPECIALS)
     }  # fmt: skip

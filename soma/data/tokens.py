@@ -1,9 +1,10 @@
 """Token shards: written by the tokenize stages, read memory-mapped by the loader.
 
-`<split>-00000.bin` holds ids (uint16 or uint32, little endian) of documents one after the other, `.offsets.bin` where each
-starts (uint64, one more than there are documents), `.mask.bin` one byte per token for chat data (1: loss on predicting it).
-A document never crosses shards. Preference data has the splits `train.chosen`, `train.rejected`, `validation.chosen`,
-`validation.rejected`; document i of the one belongs to document i of the other, both starting with the same prompt.
+`<split>-00000.bin` holds ids (uint16 or uint32, little endian) of documents one after the other, `.offsets.bin` where
+each starts (uint64, one more than there are documents), `.mask.bin` one byte per token for chat data (1: loss on
+predicting it). A document never crosses shards. Preference data has the splits `train.chosen`, `train.rejected`,
+`validation.chosen`, `validation.rejected`; document i of the one belongs to document i of the other, both starting
+with the same prompt.
 """
 
 import json
@@ -101,8 +102,8 @@ class SplitWriter:
         self.files["offsets"].write(np.asarray(self.ends, "<u8"))
         hashes = {role: file.close() for role, file in self.files.items()}
         shard = {
-            "file": shard_file(self.split, len(self.shards), "ids"), "tokens": self.ends[-1], "documents": len(self.ends) - 1,
-            "sha256": hashes["ids"], "offsets_sha256": hashes["offsets"],
+            "file": shard_file(self.split, len(self.shards), "ids"), "tokens": self.ends[-1], "documents":
+            len(self.ends) - 1, "sha256": hashes["ids"], "offsets_sha256": hashes["offsets"],
         }  # fmt: skip
         if self.masked:
             shard["mask_sha256"] = hashes["mask"]
@@ -145,11 +146,12 @@ def tokenize_corpus(corpus: Path, tokenizer: Path, out: Path) -> None:
 
 
 def tokenize_instruct(corpus: Path, tokenizer: Path, out: Path, max_tokens: int | None = None) -> None:
-    """Fill `out` with masked token shards of conversations (`messages`) or preference pairs, by the tokenizer's chat template.
+    """Fill `out` with masked token shards of conversations (`messages`) or preference pairs, by the tokenizer's chat
+    template.
 
-    Left out and counted in index.json as `left_out`: samples of more than `max_tokens` tokens (`too_long`; the loader leaves
-    out what is longer than its sequences besides), with a special token's name in a message (`special_token_in_text`: it could
-    not be told from the template's own), without any token to learn (`no_answer`).
+    Left out and counted in index.json as `left_out`: samples of more than `max_tokens` tokens (`too_long`; the loader
+    leaves out what is longer than its sequences besides), with a special token's name in a message
+    (`special_token_in_text`: it could not be told from the template's own), without any token to learn (`no_answer`).
     """
     runtime, eos_id = _load(tokenizer)
     if not runtime.has_chat_template:
