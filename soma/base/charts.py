@@ -41,6 +41,10 @@ STYLE = """
 .chart .dot { opacity: 0.45; }
 .chart .hit { fill: transparent; }
 .chart .gap { stroke: var(--c-paper); }
+.chart .edge { fill: none; stroke: var(--c-muted); stroke-width: 1.5; }
+.chart .node { fill: var(--c-paper); stroke: var(--c-0); stroke-width: 1.5; }
+.chart .kept { stroke: var(--c-muted); stroke-dasharray: 4 3; }
+.chart .mono { font-family: ui-monospace, monospace; }
 .chart .fm { fill: var(--c-muted); }
 """ + "".join(
     f".chart .f{index} {{ fill: var(--c-{index}); }}\n.chart .s{index} {{ stroke: var(--c-{index}); }}\n"

@@ -11,31 +11,25 @@ from typing import Any
 import numpy as np
 
 from soma.base import progress
-from soma.base.artefact import read_json
 from soma.base.errors import UserError
+from soma.data.store import TokenStore, read_index
 from soma.evaluate.perplexity import bootstrap, to_perplexity, token_logprobs
 from soma.model.transformer import Transformer
 
 
 def read_masked(tokens: Path, split: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Ids and masks of a split's conversations, in order, memory-mapped. UserError if the folder has no masks."""
-    index = read_json(tokens / "index.json")
-    if not index.get("masked"):
+    """Ids and masks of a split's conversations, in order; none where there is no such split.
+
+    Raises UserError for a folder without masks, or one that is broken.
+    """
+    index = read_index(tokens)
+    if not index["masked"]:
         raise UserError(f"{tokens}: holds plain text, not conversations with loss masks")
-    ids: list[np.ndarray] = []
-    masks: list[np.ndarray] = []
-    for shard in index["splits"].get(split, {"shards": []})["shards"]:
-        stem = shard["file"].removesuffix(".bin")
-        if not shard["tokens"]:
-            continue
-        stream = np.memmap(tokens / shard["file"], np.dtype(index["dtype"]).newbyteorder("<"), "r")
-        mask = np.memmap(tokens / f"{stem}.mask.bin", np.uint8, "r")
-        starts = np.fromfile(tokens / f"{stem}.offsets.bin", "<u8").astype(np.int64)
-        if len(stream) != shard["tokens"] or len(mask) != len(stream) or starts[-1] != len(stream):
-            raise UserError(f"{tokens / shard['file']}: its length differs from index.json; make the tokens again")
-        ids += [stream[start:stop] for start, stop in pairwise(starts)]
-        masks += [mask[start:stop] for start, stop in pairwise(starts)]
-    return ids, masks
+    if split not in index["splits"]:
+        return [], []
+    store = TokenStore(tokens, split)
+    found = [store.gather(np.arange(start, stop)) for start, stop in pairwise(store.starts.tolist())]
+    return [ids for ids, _ in found], [mask for _, mask in found]
 
 
 def score_answers(

@@ -14,6 +14,9 @@ from pydantic import ValidationError
 
 from soma.base.artefact import content_hash, read_json, write_json
 from soma.base.errors import UserError
+from soma.data.config import InstructConfig
+from soma.data.instruct import build_instruct
+from soma.data.tokens import tokenize_instruct
 from soma.evaluate.answers import answer_costs
 from soma.evaluate.baselines import baselines, compressed_size
 from soma.evaluate.config import EvaluateConfig, SampleConfig
@@ -27,25 +30,16 @@ CONFIG = EvaluateConfig(resamples=100, samples=SAMPLES)
 
 @pytest.fixture(scope="module")
 def instruct_dir(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two conversations as masked tokens, in the format on disk."""
-    folder = tmp_path_factory.mktemp("instruct")
-    tokenizer = Tokenizer.load(tokenizer_dir)
-    ids: list[int] = []
-    mask: list[int] = []
-    offsets = [0]
-    for answer in ("def add(a, b):\n    return a + b", "a mat"):
-        messages = [{"role": "user", "content": "the cat?"}, {"role": "assistant", "content": answer}]
-        one, ones = tokenizer.encode_chat_masked(messages)
-        ids, mask = ids + one, mask + ones
-        offsets.append(len(ids))
-    np.array(ids, "<u2").tofile(folder / "validation-00000.bin")
-    np.array(mask, np.uint8).tofile(folder / "validation-00000.mask.bin")
-    np.array(offsets, "<u8").tofile(folder / "validation-00000.offsets.bin")
-    shard = {"file": "validation-00000.bin", "tokens": len(ids), "documents": 2}
-    write_json(
-        folder / "index.json", {"dtype": "uint16", "masked": True, "splits": {"validation": {"shards": [shard]}}}
-    )
-    return folder
+    """Conversations of a user's own file, as masked tokens."""
+    source, corpus, out = (tmp_path_factory.mktemp(name) for name in ("own", "pairs", "instruct_tokens"))
+    rows = [
+        {"instruction": f"Write {name}.", "output": f"def {name}(a, b):\n    return a {sign} b  # {sign * (index + 1)}"}
+        for index, (name, sign) in enumerate(zip(["add", "sub", "mul", "div", "mod", "power"], "+-*/%^", strict=True))
+    ]
+    (source / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    build_instruct(InstructConfig(sources=[str(source / "pairs.jsonl")], validation_fraction=0.4), None, corpus)
+    tokenize_instruct(corpus, tokenizer_dir, out)
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +75,8 @@ def test_the_same_twice(made: Path, model_dir: Path, corpus_dir: Path, instruct_
 def test_answers_are_counted_by_their_mask(made: Path, instruct_dir: Path) -> None:
     answers = read_json(made / "scores.json")["answers"]
     mask = np.fromfile(instruct_dir / "validation-00000.mask.bin", np.uint8)
-    assert answers["conversations"] == 2
+    index = read_json(instruct_dir / "index.json")
+    assert answers["conversations"] == index["splits"]["validation"]["documents"] > 0
     assert answers["tokens"] == mask.sum() < len(mask)
     assert answers["perplexity"] == pytest.approx(np.exp(answers["nats_per_token"]))
     costs, sizes = answer_costs(
@@ -95,13 +90,14 @@ def test_answers_are_counted_by_their_mask(made: Path, instruct_dir: Path) -> No
 def test_no_held_out_pairs_is_no_score(model_dir: Path, corpus_dir: Path, tmp_path: Path) -> None:
     folder = tmp_path / "instruct"
     folder.mkdir()
-    write_json(folder / "index.json", {"dtype": "uint16", "masked": True, "splits": {}})
+    index = {"format": "soma-tokens", "version": 1, "masked": True, "splits": {}}
+    write_json(folder / "index.json", index)
     (tmp_path / "out").mkdir()
     config = EvaluateConfig(resamples=0, samples=SampleConfig(held_out=0))
     facts = evaluate(config, tmp_path / "out", model=model_dir, corpus=corpus_dir, instruct=folder)
     assert facts["answers"] is None
     assert facts["bits_per_byte"]["low"] is None
-    write_json(folder / "index.json", {"masked": False})
+    write_json(folder / "index.json", index | {"masked": False})
     with pytest.raises(UserError, match="plain text"):
         evaluate(config, tmp_path / "out", model=model_dir, corpus=corpus_dir, instruct=folder)
 
