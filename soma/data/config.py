@@ -25,11 +25,15 @@ class CleanConfig(Block):
     unicode: Literal["NFC", "NFKC", "none"] = Field("NFC", description="Unicode normal form of the text.")
     min_chars: int = Field(16, ge=1, description="Documents with fewer characters after cleaning are dropped.")
     max_chars: int = Field(
-        1_000_000, ge=1000, description="Longer documents are cut at line ends into parts of at most this many characters."
+        1_000_000,
+        ge=1000,
+        description="Longer documents are cut at line ends into parts of at most this many characters.",
     )
     max_control_fraction: float = Field(
-        0.01, ge=0, le=1,
-        description="Documents in which more than this share of characters are control or replacement characters are dropped as binary.",
+        0.01,
+        ge=0,
+        le=1,
+        description="Documents with a larger share of control and replacement characters are dropped as binary.",
     )
 
 
@@ -39,10 +43,15 @@ class DedupConfig(Block):
     exact: bool = Field(True, description="Drop documents that are equal up to white space.")
     near: bool = Field(True, description="Drop near-duplicates.")
     threshold: float = Field(
-        0.8, gt=0, le=1, description="Documents whose Jaccard similarity over word n-grams is at least this are near-duplicates."
+        0.8,
+        gt=0,
+        le=1,
+        description="Documents whose Jaccard similarity over word n-grams is at least this are near-duplicates.",
     )
     straddle_threshold: float = Field(
-        0.5, gt=0, le=1,
+        0.5,
+        gt=0,
+        le=1,
         description="Documents at least this similar are both kept but never split between train and validation.",
     )
     ngram: int = Field(5, ge=1, le=50, description="Words in a shingle.")
@@ -65,16 +74,21 @@ class DataConfig(Block):
 
     sources: Sources = Field(
         min_length=1,
-        description="Files, folders, globs, `stdlib:` (this Python's own library), or s3:// gs:// https:// hf:// addresses.",
+        description="Files, folders, globs, `stdlib:` (this Python's library), s3:// gs:// https:// hf:// addresses.",
     )
-    text_field: str = Field("text", min_length=1, description="Field of JSON rows, or column of Parquet files, that holds the text.")
+    text_field: str = Field(
+        "text", min_length=1, description="Field of JSON rows, or column of Parquet files, that holds the text."
+    )
     clean: CleanConfig = Field(default_factory=CleanConfig, description="Cleaning and length limits.")
     dedup: DedupConfig = Field(default_factory=DedupConfig, description="Duplicate removal.")
-    validation_fraction: float = Field(0.05, ge=0, lt=1, description="Share of the documents that is held out for validation.")
+    validation_fraction: float = Field(
+        0.05, ge=0, lt=1, description="Share of the documents that is held out for validation."
+    )
     min_documents: int = Field(
-        40, ge=1,
-        description="With fewer documents than this, long ones are cut at line ends until there are about this many, so that some "
-        "text can be held out.",
+        40,
+        ge=1,
+        description="With fewer documents than this, long ones are cut at line ends until there are about this many, "
+        "so that some text can be held out.",
     )
     seed: int = Field(0, ge=0, description="Shifts which documents are held out.")
 
@@ -83,7 +97,9 @@ class TokenizerConfig(Block):
     """The tokenizer to train."""
 
     type: Literal["bpe"] = Field("bpe", description="Byte-level BPE.")
-    vocab_size: int = Field(4096, ge=300, le=1_000_000, description="Entries of the vocabulary, special tokens among them.")
+    vocab_size: int = Field(
+        4096, ge=300, le=1_000_000, description="Entries of the vocabulary, special tokens among them."
+    )
     pattern: Literal["code", "gpt4", "gpt2"] = Field(
         "code", description="How text is cut before merging: `code` keeps a line end and its indentation together."
     )
@@ -92,7 +108,9 @@ class TokenizerConfig(Block):
     )
     min_frequency: int = Field(2, ge=1, description="A pair must be seen this often to be merged.")
     max_bytes: int = Field(
-        200_000_000, ge=1, description="Train on at most this many bytes of the corpus, documents taken in order of their id."
+        200_000_000,
+        ge=1,
+        description="Train on at most this many bytes of the corpus, documents taken in order of their id.",
     )
 
 
@@ -112,7 +130,9 @@ class InstructConfig(Block):
         True, description="A row that does not fit the shape is an error; false: it is counted and set aside."
     )
     min_chars: int = Field(40, ge=1, description="Answers shorter than this are left out of docstring pairs.")
-    max_chars: int = Field(4000, ge=1, description="Conversations with more characters than this are left out of docstring pairs.")
+    max_chars: int = Field(
+        4000, ge=1, description="Conversations with more characters than this are left out of docstring pairs."
+    )
     validation_fraction: float = Field(
         0.05, ge=0, lt=1, description="Share held out, for files of one's own (a corpus keeps its split)."
     )

@@ -130,7 +130,9 @@ def _clean(config: DataConfig, documents: Sequence[Document], dropped: list[Drop
         if len(document.text) <= limit:
             rows.append(Row(text_id(document.text), document, ""))
             continue
-        whole = "" if few else text_id(document.text)  # parts of one document stay on one side, unless there are few documents
+        whole = (
+            "" if few else text_id(document.text)
+        )  # parts of one document stay on one side, unless there are few documents
         for number, part in enumerate(cut_text(document.text, limit)):
             rows.append(Row(text_id(part), replace(document, text=part, meta={**document.meta, "part": number}), whole))
     return rows
@@ -198,7 +200,9 @@ def _near_section(config: DataConfig, rows: Sequence[Row], near: NearDuplicates,
     examples = []
     for members in sorted((m for m in clusters.values() if len(m) > 1), key=lambda m: (-len(m), m))[:EXAMPLE_CLUSTERS]:
         keep = next(index for index in members if index not in removed)
-        inside = [j for left, right, j in near.similar if left in members and right in members and j >= config.dedup.threshold]
+        inside = [
+            j for left, right, j in near.similar if left in members and right in members and j >= config.dedup.threshold
+        ]
         examples.append(
             {
                 "kept": rows[keep].document.source, "jaccard": round(min(inside), 4),
@@ -275,7 +279,9 @@ def write_shards(out: Path, split: str, columns: dict[str, list[Any]], row_bytes
     start, size, shard = 0, 0, 0
     for end, row_size in enumerate([*row_bytes, SHARD_BYTES], start=0):
         if end == len(row_bytes) or (end > start and size + row_size > SHARD_BYTES):
-            write_parquet(out / f"{split}-{shard:05d}.parquet", {name: values[start:end] for name, values in columns.items()})
+            write_parquet(
+                out / f"{split}-{shard:05d}.parquet", {name: values[start:end] for name, values in columns.items()}
+            )
             start, size, shard = end, 0, shard + 1
         size += row_size
 

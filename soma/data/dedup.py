@@ -2,9 +2,10 @@
 
 MinHash (Broder 1997): two signatures agree at a position with probability J, the Jaccard similarity of the shingle
 sets. Banding (Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, 3.4): with b bands of r rows a pair becomes a
-candidate with probability 1 − (1 − J^r)^b, which is one half near J = (1/b)^(1/r). `banding` takes the largest r (fewest false candidates)
-for which a pair at the threshold is still found with probability at least `RECALL`. Worked example: 128 hashes,
-threshold 0.5 → r = 4, b = 32: found with probability 1 − (1 − 0.0625)^32 = 0.873 is too low, so r = 3, b = 42: 1 − 0.875^42 = 0.996.
+candidate with probability 1 − (1 − J^r)^b, which is one half near J = (1/b)^(1/r). `banding` takes the largest r
+(fewest false candidates) for which a pair at the threshold is still found with probability at least `RECALL`. Worked
+example: 128 hashes, threshold 0.5 → r = 4, b = 32: found with probability 1 − (1 − 0.0625)^32 = 0.873 is too low, so r
+= 3, b = 42: 1 − 0.875^42 = 0.996.
 
 Candidates are verified by their true Jaccard similarity, so there are no false merges; what banding misses is bounded
 by 1 − RECALL at the threshold and falls fast above it.
@@ -40,7 +41,8 @@ def exact_key(text: str) -> bytes:
 def banding(num_hashes: int, threshold: float) -> tuple[int, int]:
     """(bands, rows): see the module's docstring. banding(128, 0.5) == (42, 3)."""
     rows = max(
-        (r for r in range(1, num_hashes + 1) if candidate_probability(threshold, num_hashes // r, r) >= RECALL), default=1
+        (r for r in range(1, num_hashes + 1) if candidate_probability(threshold, num_hashes // r, r) >= RECALL),
+        default=1,
     )
     return num_hashes // rows, rows
 

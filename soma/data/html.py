@@ -5,8 +5,31 @@ from html.parser import HTMLParser
 
 SKIP = {"script", "style", "noscript", "template", "svg", "head", "iframe", "object", "select", "button"}
 PARAGRAPH = {
-    "p", "div", "section", "article", "main", "header", "footer", "aside", "nav", "blockquote", "ul", "ol", "dl", "table",
-    "h1", "h2", "h3", "h4", "h5", "h6", "pre", "figure", "form", "body", "hr",
+    "p",
+    "div",
+    "section",
+    "article",
+    "main",
+    "header",
+    "footer",
+    "aside",
+    "nav",
+    "blockquote",
+    "ul",
+    "ol",
+    "dl",
+    "table",
+    "h1",
+    "h2",
+    "h3",
+    "h4",
+    "h5",
+    "h6",
+    "pre",
+    "figure",
+    "form",
+    "body",
+    "hr",
 }
 LINE = {"br", "li", "tr", "dt", "dd", "option", "caption"}
 VOID = {"br", "hr"}

@@ -81,7 +81,9 @@ def build_instruct(config: InstructConfig, corpus: Path | None, out: Path) -> No
         _split_files(config, rows)
     else:
         if corpus is None:
-            raise UserError("instruct: neither `sources` nor a corpus to make pairs from; add `data` or instruct.sources")
+            raise UserError(
+                "instruct: neither `sources` nor a corpus to make pairs from; add `data` or instruct.sources"
+            )
         shape, rows = "docstrings", _read_functions(config, corpus, dropped)
         rows = _unique(rows, dropped, lambda row: exact_key(row.answer))
         _require_some(rows, dropped, "instruct (docstring pairs)")
@@ -107,7 +109,9 @@ def _read_functions(config: InstructConfig, corpus: Path, dropped: list[Dropped]
     return rows
 
 
-def _functions_of(config: InstructConfig, document: dict[str, Any], split: str, dropped: list[Dropped]) -> Iterator[Row]:
+def _functions_of(
+    config: InstructConfig, document: dict[str, Any], split: str, dropped: list[Dropped]
+) -> Iterator[Row]:
     try:
         pairs = list(function_pairs(document["text"]))
     except (SyntaxError, ValueError) as error:
@@ -135,7 +139,9 @@ def _without_straddlers(rows: list[Row], dropped: list[Dropped]) -> list[Row]:
             rows[index].cluster = rows[root].id
             if in_train and rows[index].split == "validation":
                 detail = "like a function in train"
-                dropped.append(Dropped(rows[index].source, "straddles_split", detail, profile.excerpt(rows[index].answer)))
+                dropped.append(
+                    Dropped(rows[index].source, "straddles_split", detail, profile.excerpt(rows[index].answer))
+                )
             else:
                 kept.append(rows[index])
     return sorted(kept, key=lambda row: row.id)
@@ -177,7 +183,9 @@ def _rows(item: Item) -> Iterator[tuple[int, Any]]:
         yield 0, Dropped(item.name, "unreadable", f"{type(error).__name__}: {error}")
 
 
-def _set_aside(config: InstructConfig, dropped: list[Dropped], place: str, reason: str, detail: str, excerpt: str) -> None:
+def _set_aside(
+    config: InstructConfig, dropped: list[Dropped], place: str, reason: str, detail: str, excerpt: str
+) -> None:
     if config.strict:
         raise UserError(f"{place.replace('#', ', row ')}: {detail} (set strict: false to leave such rows out)")
     dropped.append(Dropped(place, reason, detail, excerpt))

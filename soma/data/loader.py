@@ -127,9 +127,9 @@ class TokenLoader:
     """Batches of packed sequences of one split.
 
     `batch_size` is this rank's. `pack`: "concat" joins documents and cuts; "whole" never splits a document that fits
-    (chat documents that do not fit are left out and counted in `left_out`); None takes "whole" for masked data. `epochs=None` goes
-    on for ever; else iteration ends after that many, the last batch filled up with rows of padding, on all ranks at
-    the same step. `verify` checks the shards' sha256 on opening.
+    (chat documents that do not fit are left out and counted in `left_out`); None takes "whole" for masked data.
+    `epochs=None` goes on for ever; else iteration ends after that many, the last batch filled up with rows of padding,
+    on all ranks at the same step. `verify` checks the shards' sha256 on opening.
 
     Raises UserError for a folder that is not whole or a split without anything to learn from.
     """
@@ -233,10 +233,13 @@ def _pairs(store: TokenStore) -> np.ndarray:
     return np.maximum(np.diff(store.starts) - (1 if store.masked else 0), 0)
 
 
-def _require_sequences(packer: ConcatPacker | WholePacker | SinglePacker, store: TokenStore, sequence_length: int) -> None:
+def _require_sequences(
+    packer: ConcatPacker | WholePacker | SinglePacker, store: TokenStore, sequence_length: int
+) -> None:
     if packer.left_out:
         progress.current().note(
-            f"{packer.left_out} of {store.documents} {store.split} documents are longer than {sequence_length} tokens and left out"
+            f"{packer.left_out} of {store.documents} {store.split} documents are longer than {sequence_length} tokens "
+            "and left out"
         )
     if packer.sequences == 0:
         why = f"all are longer than sequence_length {sequence_length}" if packer.left_out else "it has no documents"

@@ -140,7 +140,12 @@ def _excerpt(data: bytes) -> str:
 def _checked(document: Document) -> Document | Dropped:
     """The document, unless its text cannot be stored as UTF-8 or holds NUL characters (JSON escapes can)."""
     if "\0" in document.text:
-        return Dropped(document.source, "nul_bytes", "NUL character in the text", document.text[:EXCERPT_CHARS].replace("\0", "\\0"))
+        return Dropped(
+            document.source,
+            "nul_bytes",
+            "NUL character in the text",
+            document.text[:EXCERPT_CHARS].replace("\0", "\\0"),
+        )
     try:
         document.text.encode()
     except UnicodeEncodeError as error:
@@ -158,7 +163,12 @@ def _read_json(item: Item, file: IO[bytes], text_field: str) -> Iterator[Documen
         if isinstance(row, Dropped):
             yield row
         elif not isinstance(row, dict):
-            yield Dropped(source, "not_an_object", f"a row must be an object, this is {_json_kind(row)}", repr(row)[:EXCERPT_CHARS])
+            yield Dropped(
+                source,
+                "not_an_object",
+                f"a row must be an object, this is {_json_kind(row)}",
+                repr(row)[:EXCERPT_CHARS],
+            )
         elif not isinstance(row.get(text_field), str):
             yield _no_text(source, row, text_field)
         else:
@@ -197,12 +207,26 @@ def _array(item: Item, data: bytes) -> Iterator[tuple[int, Any]]:
 
 def _no_text(source: str, row: dict[str, Any], text_field: str) -> Dropped:
     if row.get(text_field) is None:
-        return Dropped(source, "no_text_field", f"no {text_field!r}; the row has {', '.join(map(repr, row)) or 'nothing'}")
-    return Dropped(source, "text_not_string", f"{text_field!r} is {_json_kind(row[text_field])}", repr(row[text_field])[:EXCERPT_CHARS])
+        return Dropped(
+            source, "no_text_field", f"no {text_field!r}; the row has {', '.join(map(repr, row)) or 'nothing'}"
+        )
+    return Dropped(
+        source,
+        "text_not_string",
+        f"{text_field!r} is {_json_kind(row[text_field])}",
+        repr(row[text_field])[:EXCERPT_CHARS],
+    )
 
 
 def _json_kind(value: Any) -> str:
-    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    names = {
+        dict: "an object",
+        list: "an array",
+        str: "a string",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+    }
     return names.get(type(value), "null" if value is None else type(value).__name__)
 
 

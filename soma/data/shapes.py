@@ -41,7 +41,8 @@ def shape_of(row: dict[str, Any]) -> Shape:
             return shape  # type: ignore[return-value]
     raise RowError(
         ", ".join(row) or "(empty row)",
-        "no known shape; expected `messages`, `conversations`, `instruction` and `output`, or `prompt`, `chosen` and `rejected`",
+        "no known shape; expected `messages`, `conversations`, `instruction` and `output`, or `prompt`, `chosen` and "
+        "`rejected`",
     )
 
 
@@ -61,7 +62,9 @@ def read_row(row: dict[str, Any], shape: Shape, system: str | None) -> Sample:
     else:
         messages = _messages(row, "conversations", "from", "value", SHAREGPT_ROLES)
     if not any(message["role"] == "assistant" for message in messages):
-        raise RowError("conversations" if shape == "sharegpt" else shape, "no message of the assistant, nothing to learn")
+        raise RowError(
+            "conversations" if shape == "sharegpt" else shape, "no message of the assistant, nothing to learn"
+        )
     own = _text(row, "system", optional=True) if shape in ("alpaca", "sharegpt") else ""
     return Sample(_with_system(messages, own or system))
 

@@ -9,6 +9,7 @@ import stat
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -18,11 +19,11 @@ from soma.base.fetch import fetch
 
 # The kinds that are read as something else than plain text are jsonl, parquet, html; `python` honours coding cookies.
 KINDS = {
-    ".txt": "text", ".text": "text", ".md": "markdown", ".markdown": "markdown", ".rst": "rst", ".html": "html", ".htm": "html",
-    ".xhtml": "html", ".py": "python", ".pyi": "python", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl",
-    ".parquet": "parquet", ".c": "c", ".h": "c", ".cc": "cpp", ".cpp": "cpp", ".hpp": "cpp", ".cu": "cuda", ".rs": "rust",
-    ".go": "go", ".java": "java", ".js": "javascript", ".ts": "typescript", ".rb": "ruby", ".sh": "shell", ".sql": "sql",
-    ".tex": "tex", ".org": "org", ".adoc": "asciidoc",
+    ".txt": "text", ".text": "text", ".md": "markdown", ".markdown": "markdown", ".rst": "rst", ".html": "html",
+    ".htm": "html", ".xhtml": "html", ".py": "python", ".pyi": "python", ".jsonl": "jsonl", ".ndjson": "jsonl",
+    ".json": "jsonl", ".parquet": "parquet", ".c": "c", ".h": "c", ".cc": "cpp", ".cpp": "cpp", ".hpp": "cpp",
+    ".cu": "cuda", ".rs": "rust", ".go": "go", ".java": "java", ".js": "javascript", ".ts": "typescript",
+    ".rb": "ruby", ".sh": "shell", ".sql": "sql", ".tex": "tex", ".org": "org", ".adoc": "asciidoc",
 }  # fmt: skip
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 SKIPPED_FOLDERS = {"__pycache__", "node_modules", "site-packages", "dist-packages"}
@@ -118,7 +119,7 @@ def _local(source: str) -> Iterator[Item | Skipped]:
 def _file_item(path: Path, name: str) -> Item:
     kind, compression = kind_of(name)
     # What is named one by one is read as text whatever its suffix; see `_folder` for what is found in folders.
-    return Item(name, kind or "text", compression, lambda: open(path, "rb"))
+    return Item(name, kind or "text", compression, partial(open, path, "rb"))
 
 
 def _folder(root: Path, skip: set[str] = SKIPPED_FOLDERS, only: str | None = None) -> Iterator[Item | Skipped]:
@@ -140,7 +141,7 @@ def _folder(root: Path, skip: set[str] = SKIPPED_FOLDERS, only: str | None = Non
             if problem := _unfit(path, kind):
                 yield Skipped(relative, *problem)
             else:
-                yield Item(relative, kind, compression, lambda path=path: open(path, "rb"))  # type: ignore[misc]
+                yield Item(relative, kind, compression, partial(open, path, "rb"))
 
 
 def _unfit(path: Path, kind: str | None) -> tuple[str, str] | None:
@@ -151,7 +152,10 @@ def _unfit(path: Path, kind: str | None) -> tuple[str, str] | None:
     if not stat.S_ISREG(mode):
         return "unreadable", "not a regular file"
     if kind is None:
-        return "unknown_kind", f"files ending in {path.suffix or 'nothing'} are not read from folders; name the file to read it as text"
+        return (
+            "unknown_kind",
+            f"files ending in {path.suffix or 'nothing'} are not read from folders; name the file to read it as text",
+        )
     return None
 
 
@@ -209,13 +213,16 @@ def _remote(source: str) -> Iterator[Item | Skipped]:
         relative = name[len(base) :].lstrip("/")
         kind, compression = kind_of(relative)
         if kind is None and len(names) > 1:
-            yield Skipped(relative, "unknown_kind", "files of this kind are not read from folders; name the file to read it as text")
+            yield Skipped(
+                relative,
+                "unknown_kind",
+                "files of this kind are not read from folders; name the file to read it as text",
+            )
         else:
-            yield Item(relative, kind or "text", compression, lambda name=name: system.open(name, "rb"))  # type: ignore[misc]
+            yield Item(relative, kind or "text", compression, partial(system.open, name, "rb"))
 
 
 def _filesystem(source: str) -> tuple[Any, str]:
     from fsspec.core import url_to_fs
 
     return url_to_fs(source)
-

@@ -80,7 +80,9 @@ class TokenStore:
     def _shard(self, facts: dict[str, Any], token: int, document: int, verify: bool) -> Shard:
         path = self.directory / facts["file"]
         stem = path.name.removesuffix(".bin")
-        ids = _map(path, np.dtype(self.index["dtype"]).newbyteorder("<"), facts["tokens"], facts["sha256"] if verify else None)
+        ids = _map(
+            path, np.dtype(self.index["dtype"]).newbyteorder("<"), facts["tokens"], facts["sha256"] if verify else None
+        )
         offsets = _map(
             path.with_name(f"{stem}.offsets.bin"), np.dtype("<u8"), facts["documents"] + 1,
             facts["offsets_sha256"] if verify else None,
@@ -90,7 +92,9 @@ class TokenStore:
             mask_path = path.with_name(f"{stem}.mask.bin")
             mask = _map(mask_path, np.dtype(np.uint8), facts["tokens"], facts["mask_sha256"] if verify else None)
         if offsets[-1] != facts["tokens"]:
-            raise UserError(f"{path.with_name(f'{stem}.offsets.bin')}: corrupt: ends at {offsets[-1]}, not {facts['tokens']}")
+            raise UserError(
+                f"{path.with_name(f'{stem}.offsets.bin')}: corrupt: ends at {offsets[-1]}, not {facts['tokens']}"
+            )
         return Shard(ids, mask, offsets, token, document)
 
 
@@ -99,7 +103,9 @@ def _map(path: Path, dtype: np.dtype[Any], count: int, sha: str | None) -> np.nd
         raise UserError(f"{path}: missing, though index.json names it; make the tokens again")
     size, wanted = path.stat().st_size, count * dtype.itemsize
     if size != wanted:
-        raise UserError(f"{path}: {'truncated' if size < wanted else 'too long'}: {size} bytes, index.json says {wanted}")
+        raise UserError(
+            f"{path}: {'truncated' if size < wanted else 'too long'}: {size} bytes, index.json says {wanted}"
+        )
     if sha is not None and file_hash(path) != sha:
         raise UserError(f"{path}: corrupt: its sha256 is not the one in index.json; make the tokens again")
     return np.memmap(path, dtype, mode="r") if count else np.zeros(0, dtype)

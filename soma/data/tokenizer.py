@@ -63,7 +63,9 @@ def train_tokenizer(config: TokenizerConfig, corpus: Path, out: Path) -> None:
         tokenizer.train_from_iterator(_texts(config, corpus, task), trainer)
     size = tokenizer.get_vocab_size()
     if size < config.vocab_size:
-        progress.current().note(f"the corpus gives a vocabulary of {size} tokens, fewer than the {config.vocab_size} asked for")
+        progress.current().note(
+            f"the corpus gives a vocabulary of {size} tokens, fewer than the {config.vocab_size} asked for"
+        )
     tokenizer.save(str(out / "tokenizer.json"))
     _write_configs(out)
 

@@ -70,7 +70,9 @@ class SplitWriter:
     def __enter__(self) -> "SplitWriter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._close()
 
     def add(self, ids: Sequence[int], mask: Sequence[int] | None = None, text_bytes: int = 0) -> None:
@@ -206,7 +208,9 @@ def _conversations(row: dict[str, Any], preference: bool) -> list[list[dict[str,
     """The sample's conversations: one, or prompt + chosen and prompt + rejected."""
     if not preference:
         if "messages" not in row:
-            raise UserError("this corpus has no column `messages`; make instruction pairs first (`instruct` in the recipe)")
+            raise UserError(
+                "this corpus has no column `messages`; make instruction pairs first (`instruct` in the recipe)"
+            )
         return [json.loads(row["messages"])]
     prompt = json.loads(row["prompt_messages"])
     return [[*prompt, {"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")]
