@@ -19,6 +19,7 @@ from soma.base.errors import UserError
 from soma.data.config import DataConfig, InstructConfig, TokenizerConfig
 from soma.evaluate.config import EvaluateConfig
 from soma.model.config import ModelConfig
+from soma.model.tokenizer import Tokenizer
 from soma.train.config import PreferenceConfig, TrainConfig, TuneConfig
 
 Key = tuple[str | int, ...]
@@ -37,15 +38,16 @@ class ModelShape(ModelConfig):
         None, description="Rows of the embedding. Left out, it is what the trained tokenizer has, rounded up to 64."
     )
 
-    def with_vocabulary(self, vocab_size: int) -> ModelConfig:
-        """The full config for a tokenizer of `vocab_size` entries, rounded up to a multiple of 64.
+    def with_tokenizer(self, tokenizer: Tokenizer) -> ModelConfig:
+        """The full config for a tokenizer: as many rows as it has entries, rounded up to a multiple of 64, and its ids.
 
-        Raises UserError if the recipe asks for fewer rows than the tokenizer has.
+        Raises UserError if the recipe asks for fewer rows than the tokenizer has entries.
         """
-        if self.vocab_size is not None and self.vocab_size < vocab_size:
-            raise UserError(f"model.vocab_size is {self.vocab_size}, but the tokenizer has {vocab_size} entries")
-        rows = self.vocab_size or -(-vocab_size // 64) * 64
-        return ModelConfig(**{**self.model_dump(exclude_unset=True), "vocab_size": rows})
+        entries = tokenizer.vocab_size
+        if self.vocab_size is not None and self.vocab_size < entries:
+            raise UserError(f"model.vocab_size is {self.vocab_size}, but the tokenizer has {entries} entries")
+        values = {"vocab_size": -(-entries // 64) * 64} | self.model_dump(exclude_unset=True, exclude_none=True)
+        return ModelConfig(**values)
 
 
 class ProbeConfig(Strict):

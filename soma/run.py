@@ -27,7 +27,7 @@ from soma.base.machine import PeakMemory
 from soma.base.runs import differences, enforce_quota, entry_name, hold
 from soma.recipe import Recipe, to_yaml
 from soma.stages import Build, Stage, stages_of
-from soma.tracking import Tracking, start_tracking
+from soma.tracking import Tracking
 
 KEY_LENGTH = 16
 VERSIONED = ("torch", "numpy", "tokenizers", "safetensors", "daft", "pyarrow")
@@ -59,11 +59,12 @@ class Planned:
 
 @dataclass
 class RunResult:
-    """What a run left: its folder, the artefact of each stage, the record as in `run.json`."""
+    """What a run left: its folder, the artefact of each stage, the record as in `run.json`, the last model's folder."""
 
     folder: Path
     artefacts: dict[str, Path]
     record: dict[str, Any]
+    model: Path | None
 
 
 def plan(recipe: Recipe, runs: Path) -> list[Planned]:
@@ -171,7 +172,7 @@ def run(
         raise
     finally:
         session.close()
-    return RunResult(folder, session.artefacts, record)
+    return RunResult(folder, session.artefacts, record, session.link_to_model())
 
 
 class _Session:
@@ -182,7 +183,7 @@ class _Session:
         self.folder = runs / recipe.name
         self.artefacts: dict[str, Path] = {}
         self.held = ExitStack()
-        self.tracking = start_tracking(recipe, runs)
+        self.tracking = Tracking(recipe, runs)
 
     def step(self, item: Planned, *, force: bool) -> None:
         """Make one stage, or use its artefact; either way it is held until the run ends, so that no prune takes it."""
@@ -206,7 +207,10 @@ class _Session:
         }
         self.artefacts[name] = item.path
         self.record["stages"].append(entry)
-        self.record["metrics"] |= item.stage.metrics(item.path)
+        figures = item.stage.metrics(item.path)
+        self.record["metrics"] |= figures
+        if not cached:
+            self.tracking.record(figures)
         self._link(name, item.path)
         write_json(self.folder / "run.json", self.record)
         progress.current().event("stage_end", **entry)
@@ -217,12 +221,24 @@ class _Session:
         temporary.symlink_to(os.path.relpath(artefact, self.folder), target_is_directory=True)
         os.replace(temporary, link)
 
+    def link_to_model(self) -> Path | None:
+        """The model's folder by the run's own link to it, the path that a person types."""
+        made = [self.folder / name / "model" for name, path in self.artefacts.items() if (path / "model").is_dir()]
+        return made[-1] if made else None
+
     def close(self) -> None:
-        """Write down how it ended; register a finished model."""
+        """Write down how it ended: the report, the model in the registry, the record."""
         self.record["finished"] = now()
+        report = None
         if self.record["status"] == "finished":
-            self.record |= self.tracking.register(self.artefacts, self.record)
-        self.tracking.finish(self.record["status"])
+            write_json(self.folder / "run.json", self.record)
+            from soma.evaluate.report import write_report
+
+            report = write_report(self.folder, self.artefacts)
+        lineage = {entry["stage"]: entry["key"] for entry in self.record["stages"]}
+        registered = self.tracking.finish(self.record["status"], self.link_to_model(), lineage, report)
+        if registered:
+            self.record["registered"] = registered
         self.held.close()
         write_json(self.folder / "run.json", self.record)
         with open(self.folder / "history.jsonl", "a", encoding="utf-8") as history:
@@ -245,7 +261,7 @@ def make(item: Planned, inputs: Mapping[str, Path], tracking: Tracking) -> None:
         "versions": versions(),
         "started": started,
         "seconds": round(time.monotonic() - clock, 3),
-        "peak_memory_bytes": memory.peak_bytes,
+        "peak_memory_bytes": memory.bytes,
         "bytes": directory_bytes(out),
         "reproducible": reproducible,
     }

@@ -212,8 +212,8 @@ def pretrain_stage(
         if base is not None:
             return _train(job, "train", config, base.path(), job.inputs["tokens"], base)
         assert shape is not None, "the recipe's validation asks for a model block"
-        vocabulary = Tokenizer.load(job.inputs["tokenizer"]).vocab_size
-        return _train(job, "train", config, shape.with_vocabulary(vocabulary), job.inputs["tokens"], base)
+        config_of_model = shape.with_tokenizer(Tokenizer.load(job.inputs["tokenizer"]))
+        return _train(job, "train", config, config_of_model, job.inputs["tokens"], base)
 
     settings = {"train": _json(config), "model": shape.model_dump(mode="json", exclude_unset=True) if shape else None}
     return Stage(

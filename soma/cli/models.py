@@ -4,4 +4,42 @@ from typing import Annotated
 
 import typer
 
+from soma.base import progress
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, hf:ID or registry:NAME@VERSION.")]
+
+
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="Name that clients ask for; left out, the folder's.")] = None,
+    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    max_length: Annotated[int | None, typer.Option(help="Longest prompt and answer together, in tokens.")] = None,
+    max_running: Annotated[int, typer.Option(help="Requests answered at once.")] = 8,
+    max_waiting: Annotated[int, typer.Option(help="Requests that may wait; more get 503 with Retry-After.")] = 64,
+    allow_public: Annotated[
+        bool, typer.Option("--allow-public", help="Let other machines reach the service. It asks nobody for a key.")
+    ] = False,
+) -> None:
+    """Serve a model: OpenAI API under /v1, a chat page at /, /health, /metrics."""
+    from soma.serve.server import serve as serve_model
+
+    with progress.use(progress.choose()):
+        serve_model(
+            model, host, port, name=name, allow_public=allow_public, precision=precision, device=device,
+            max_length=max_length, max_running=max_running, max_waiting=max_waiting,
+        )  # fmt: skip
+
+
+def chat(
+    model: Model,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
+) -> None:
+    """Talk to a model in the terminal."""
+    from soma.serve.terminal import chat as chat_with
+
+    chat_with(model, max_tokens=max_tokens, temperature=temperature, seed=seed)
