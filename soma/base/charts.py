@@ -185,7 +185,7 @@ def line_chart(
     right = min(max((text_width(name) for name, _ in ends), default=0) + 10, width * 0.3) if labelled else 14
     top, bottom = (TITLE_HEIGHT if title else 8) + (18 if y_label else 4), height - (40 if x_label else 24)
     to_y = fit_scale([y for _, y in points] + [y for _, y in levels], bottom, top, log=log_y, zero=zero, pad=0.04)
-    ticks = to_y.ticks(max(3, int((bottom - top) / 42)))
+    ticks = to_y.ticks(max(3, int((bottom - top) / 36)))
     labels = [format_y(tick) for tick in ticks] if format_y else tick_labels(ticks, log=log_y)
     left = max((text_width(label) for label in labels), default=0) + 8
     to_x = fit_scale([x for x, _ in points], left, width - right, log=log_x)
@@ -210,9 +210,13 @@ def _x_axis(scale: Scale, y: float, label: str, height: float) -> list[str]:
     """The line at the bottom with ticks and what they count."""
     ticks = scale.ticks(max(2, int((scale.end - scale.start) / 80)))
     body = [line("axis", scale.start, y, scale.end, y)]
+    written = -FONT
     for tick, words in zip(ticks, tick_labels(ticks, log=scale.log), strict=True):
-        body.append(line("axis", scale(tick), y, scale(tick), y + 4))
-        body.append(text(scale(tick), y + 17, words, "soft mid"))
+        x, half = scale(tick), text_width(words) / 2
+        body.append(line("axis", x, y, x, y + 4))
+        if x - half > written + FONT / 2:  # a label that would touch the one before is left out
+            body.append(text(x, y + 17, words, "soft mid"))
+            written = x + half
     if label:
         body.append(text((scale.start + scale.end) / 2, height - 4, label, "soft mid"))
     return body
@@ -237,7 +241,7 @@ def bar_chart(
         return nothing(width, title)
     values = [finite(value) for _, value in items]
     words = [format_value(value) for value in values]
-    left = min(max(text_width(name) for name, _ in items) + 10, width * 0.42)
+    left = min(max(text_width(name) for name, _ in items) + 16, width * 0.42)
     room = max(text_width(word) for word in words) + 8
     known = [value for value in values if value is not None]
     negative = room if min(known, default=0.0) < 0 else 0
@@ -285,7 +289,7 @@ def histogram(
         return nothing(width, title)
     top, bottom = (TITLE_HEIGHT if title else 8) + (18 if marks else 4), height - (40 if x_label else 24)
     to_y = fit_scale(heights, bottom, top, zero=True, pad=0.02)
-    ticks = to_y.ticks(3)
+    ticks = to_y.ticks(4)
     labels = tick_labels(ticks)
     left = max(text_width(label) for label in labels) + 8
     to_x = fit_scale(usable, left, width - 10, log=log_x)
@@ -387,5 +391,5 @@ def percentile_strip(
             body.append(dot("f0 dot", scale(value), y, 3.5, format_value(value)))
         body.append(line("median s1", scale(middle), y - 9, scale(middle), y + 9))
         words = f"p50 {format_value(middle)} · p90 {format_value(most)} · p99 {format_value(extreme)}"
-        body.append(text(left, y - 14, words, "soft"))
+        body.append(text(max(0.0, min(left, width - text_width(words))), y - 14, words, "soft"))
     return figure(width, height, title, body + _x_axis(scale, bottom, x_label, height))

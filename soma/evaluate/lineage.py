@@ -40,14 +40,14 @@ def lineage_chart(stages: Sequence[Stage], *, title: str = "", width: float = 92
     grid = places(stages)
     deep, broad = (1 + max(place[axis] for place in grid.values()) for axis in (0, 1))
     columns, rows = (broad, deep) if down else (deep, broad)
-    box = min(NODE_WIDTH, (width - GAP * (columns - 1)) / columns)
-    step = (width - box) / (columns - 1) if columns > 1 else 0.0
+    box = min(NODE_WIDTH, (width - 2 - GAP * (columns - 1)) / columns)
+    step = (width - 2 - box) / (columns - 1) if columns > 1 else 0.0
     top = 30.0 if title else 4.0
     row_step = NODE_HEIGHT + GAP
     corner: dict[str, tuple[float, float]] = {}
     for name, (level, position) in grid.items():
         column, row = (position, level) if down else (level, position)
-        corner[name] = (column * step, top + row * row_step)
+        corner[name] = (1 + column * step, top + row * row_step)
     body = [
         _edge(corner[name], corner[stage.stage], box, down)
         for stage in stages for name in dict.fromkeys(stage.inputs.values()) if name in corner

@@ -33,6 +33,8 @@ TITLES = {
     "evaluate_tuned": "Tuned model",
 }
 
+STEPS = {"clean": "cleaned", "exact": "no duplicates", "near": "no near-duplicates"}
+
 
 @dataclass(frozen=True)
 class Headline:
@@ -57,7 +59,13 @@ def render(facts: ReportFacts) -> str:
     environment = Environment(
         loader=loader, autoescape=True, undefined=ChainableUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    shown: dict[str, Callable[..., str]] = {"number": number, "bytes": size, "span": time_span, "percent": percent}
+    shown: dict[str, Callable[..., str]] = {
+        "number": number,
+        "bytes": size,
+        "span": time_span,
+        "percent": percent,
+        "flops": flops,
+    }
     environment.filters |= {name: known(show) for name, show in shown.items()}
     environment.filters |= {"stage_title": stage_title, "yaml": yaml}
     source, _, _ = loader.get_source(environment, "report.css")
@@ -87,6 +95,12 @@ def size(count: float | None) -> str:
     """Bytes, or a dash where they are not known."""
     value = finite(count)
     return "–" if value is None else human_bytes(value)
+
+
+def flops(rate: float | None) -> str:
+    """FLOP/s with the prefix at the unit: 8.8e11 → `880 GFLOP/s`."""
+    text = number(rate)
+    return f"{text[:-1]} {text[-1]}FLOP/s" if text[-1].isalpha() else f"{text} FLOP/s"
 
 
 def yaml(text: str) -> Markup:
@@ -187,7 +201,7 @@ def data_charts(corpus: Json | None) -> list[Markup]:
     """What came in, what was left after each step, and how it is distributed."""
     if not corpus:
         return []
-    steps = [(step["step"], step["bytes"]) for step in corpus.get("steps", [])]
+    steps = [(STEPS.get(step["step"], step["step"]), step["bytes"]) for step in corpus.get("steps", [])]
     kinds = [(kind, one["bytes"]) for kind, one in corpus.get("kinds", {}).items()]
     charts: list[Callable[[int], str]] = [
         lambda width: bar_chart(steps, title="Text left after each step", width=width, format_value=size),
@@ -304,10 +318,7 @@ def run_charts(facts: ReportFacts) -> dict[str, Markup]:
     """Wall time by stage, and the lineage."""
     if not facts.stages:
         return {}
-    times = [
-        (stage_title(stage.stage) if stage.stage not in TITLES else stage.stage.replace("_", " "), stage.seconds)
-        for stage in facts.stages
-    ]
+    times = [(stage.stage.replace("_", " "), stage.seconds) for stage in facts.stages]
     return {
         "time": responsive(
             lambda width: bar_chart(times, title="Wall time by stage", width=width, format_value=time_span)
