@@ -82,11 +82,8 @@ def compile_template(template: str) -> jinja2.Template:
 
 def has_generation_marks(template: str) -> bool:
     """Whether the template says with `{% generation %}` what the assistant wrote."""
-    compiled = compile_template(template)
-    return any(
-        isinstance(node.call, jinja2.nodes.ExtensionAttribute) or "_mark" in repr(node.call)
-        for node in compiled.environment.parse(template).find_all(jinja2.nodes.CallBlock)
-    )
+    blocks = compile_template(template).environment.parse(template).find_all(jinja2.nodes.CallBlock)
+    return any(isinstance(block.call.node, jinja2.nodes.ExtensionAttribute) for block in blocks)
 
 
 def render(template: str, messages: list[dict[str, Any]], **variables: Any) -> tuple[str, list[Span]]:
