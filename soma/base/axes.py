@@ -174,8 +174,10 @@ def tick_labels(ticks: Sequence[float], *, log: bool = False) -> list[str]:
 
 
 def text_width(text: str, size: float = 12.0) -> float:
-    """Width of text in SVG units, estimated: half an em a character, a whole one for wide (East Asian) ones."""
-    return sum(1.0 if unicodedata.east_asian_width(char) in "WF" else 0.56 for char in text) * size
+    """Width of text in SVG units, estimated: some half an em a character, about a whole one for broad ones."""
+    return size * sum(
+        1.0 if unicodedata.east_asian_width(char) in "WF" else 0.95 if char in "%mMwW@—…" else 0.56 for char in text
+    )
 
 
 def shorten(text: str, width: float, size: float = 12.0) -> str:

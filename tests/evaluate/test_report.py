@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from browser import open_browser
 from made_run import EVIL, INPUTS, SECONDS, key, make_run
-from soma.evaluate.report import flops, headlines, provenance, render, write_report, yaml
 
 from soma.base.artefact import read_json, write_json
 from soma.evaluate.facts import Evaluation, ReportFacts, Stage, Training, collect
 from soma.evaluate.lineage import depths, lineage_chart, places
+from soma.evaluate.report import flops, headlines, provenance, render, write_report, yaml
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 
