@@ -20,6 +20,9 @@ from soma.model.tokenizer import Tokenizer
 from soma.serve.prompts import encode_prompt
 
 HELP = "/reset forgets the conversation, /exit (or Ctrl-D) ends it, Ctrl-C stops an answer"
+# A model's text must not move the cursor or rename the window: control characters are shown as their pictures (␛).
+CONTROL: dict[int, int | None] = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+CONTROL |= {0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0))}
 
 
 class Conversation:
@@ -124,7 +127,7 @@ def _answer(
         for event in request:
             first = first or time.perf_counter()
             tokens += event.id is not None
-            write.write(event.text)
+            write.write(event.text.translate(CONTROL) if write.isatty() else event.text)
             write.flush()
             answer += event.text
             reason = event.finish_reason or ""
