@@ -80,28 +80,13 @@ class Trainer:
     """One run of the loop. `run()` trains from the newest whole checkpoint to the end."""
 
     def __init__(
-        self,
-        config: TrainConfig,
-        work: Path,
-        *,
-        model: Transformer,
-        objective: Objective,
-        tokens: Path,
-        steps: int,
-        compute: Compute,
-        tokenizer: Tokenizer,
-        identity: str,
-        world: World,
+        self, config: TrainConfig, work: Path, *, model: Transformer, objective: Objective, loader: Any,
+        validation: Any, steps: int, compute: Compute, tokenizer: Tokenizer, identity: str, world: World,
         journal: Journal,
-    ) -> None:
-        self.config, self.work, self.model, self.objective, self.tokens = config, work, model, objective, tokens
-        self.compute, self.tokenizer, self.identity, self.world, self.journal = (
-            compute,
-            tokenizer,
-            identity,
-            world,
-            journal,
-        )
+    ) -> None:  # fmt: skip
+        self.config, self.work, self.model, self.objective = config, work, model, objective
+        self.loader, self.validation, self.compute, self.tokenizer = loader, validation, compute, tokenizer
+        self.identity, self.world, self.journal = identity, world, journal
         self.planned = self.steps = steps
         self.at = Progress()
         self.optimizers = build_optimizers(model, config, compute.muon_dtype)
@@ -111,7 +96,7 @@ class Trainer:
         self.clock = TimeGuard(config.max_seconds or float("inf"))
         self.checkpoints = Checkpoints(work / "checkpoints", config.keep_checkpoints, world)
         self.microbatch = config.microbatch_size or config.batch_size // world.size
-        self.loader = objective.loader(tokens, "train", None)
+        self.validation_start = validation.state_dict() if validation is not None else None
         self.flops = flops_per_token(model.config, config.sequence_length)
         self.peak = matmul_peak(compute.device, compute.dtype)
         self.stopped_early = False
@@ -223,7 +208,7 @@ class Trainer:
     def evaluate(self) -> bool:
         """Held-out loss and samples, into the log. Whether the loss is the best so far."""
         at, config = self.at, self.config
-        loss = self.validation_loss() if config.evaluate_batches else None
+        loss = self.validation_loss() if self.validation is not None else None
         at.validated_at = at.done
         self.model.eval()
         if self.world.is_main:
@@ -250,11 +235,11 @@ class Trainer:
         return False
 
     def validation_loss(self) -> float | None:
-        """Mean loss over the first `evaluate_batches` batches of the validation split; None if it has none."""
-        loader = self.objective.loader(self.tokens, "validation", 1)
+        """Mean loss over the first `evaluate_batches` batches of the validation split, the same ones every time."""
+        self.validation.load_state_dict(self.validation_start)
         sums = torch.zeros(2, dtype=torch.float64, device=self.compute.device)
         self.model.eval()
-        for _, batch in zip(range(self.config.evaluate_batches), loader, strict=False):
+        for _, batch in zip(range(self.config.evaluate_batches), self.validation, strict=False):
             sums[1] += self.objective.count(batch)
             for part in self.objective.parts(batch, self.microbatch):
                 sums[0] += self.objective.loss(part)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100
-CHUNK = 1024  # positions whose logits exist at a time
+CHUNK = 512  # positions whose logits exist at a time
 
 ChunkLoss = Callable[[Tensor, Tensor], Tensor]
 
@@ -42,16 +42,17 @@ def chunks(x_BTD: Tensor, targets_BT: Tensor, size: int = CHUNK) -> tuple[list[T
 
 
 def backward(
-    x_BTD: Tensor, aux: Tensor, targets_BT: Tensor, chunk_loss: ChunkLoss, scale: Tensor, aux_scale: Tensor
-) -> Tensor:
+    x_BTD: Tensor, aux: Tensor, targets_BT: Tensor, chunk_loss: ChunkLoss, scale: Tensor, aux_scale: Tensor,
+    size: int = CHUNK,
+) -> Tensor:  # fmt: skip
     """Backward pass of scale · (sum of cross-entropies) + aux_scale · aux; returns the sum, detached, float32.
 
     `chunk_loss(x_ND, targets_N)` is the head and its loss. Head and loss run piece by piece, forward and at once
-    backward, so that no (N, V) tensor is ever whole: at 8,192 positions and a vocabulary of 8,192 that is 32 MiB of
+    backward, so that no (N, V) tensor is ever whole: at 8,192 positions and a vocabulary of 8,192 that is 16 MiB of
     logits in place of 256 (and again as much for their gradient), and the pieces stay in the cache (docs/lab.md). The
     gradients add up over the pieces, so the result is that of the whole.
     """
-    pieces, targets, rows = chunks(x_BTD.detach(), targets_BT)
+    pieces, targets, rows = chunks(x_BTD.detach(), targets_BT, size)
     total = torch.zeros((), device=x_BTD.device)
     gradients = []
     for piece, target in zip(pieces, targets, strict=True):

@@ -25,9 +25,6 @@ Features = Callable[..., tuple[Tensor, Tensor]]
 class Objective(Protocol):
     """How a batch becomes a loss. Sums are over the part, in nats, float32; the trainer divides by the global count."""
 
-    def loader(self, tokens: Path, split: str, epochs: int | None) -> Any:
-        """The loader of a split for this rank."""
-
     def count(self, batch: Any) -> int:
         """What the sum is divided by: targets of this rank's batch, or pairs."""
 
@@ -39,6 +36,17 @@ class Objective(Protocol):
 
     def loss(self, part: Any) -> Tensor:
         """The sum without gradients, in eval mode, never compiled."""
+
+
+def make_loader(
+    config: TrainConfig, world: World, tokens: Path, split: str, epochs: int | None = None
+) -> TokenLoader | PreferenceLoader:
+    """The loader of a split for this rank: of pairs for a PreferenceConfig, of packed sequences else."""
+    rows, rank, size = config.batch_size // world.size, world.rank, world.size
+    if isinstance(config, PreferenceConfig):
+        return PreferenceLoader(tokens, split, config.sequence_length, rows, rank, size, config.seed, epochs)
+    pack = None if config.pack == "auto" else config.pack
+    return TokenLoader(tokens, split, config.sequence_length, rows, rank, size, config.seed, pack, epochs)
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
@@ -68,8 +76,7 @@ class Inputs:
 class LanguageModeling:
     """Cross-entropy of the next token, wherever the batch has a target. Pretraining and instruction tuning."""
 
-    def __init__(self, model: Transformer, config: TrainConfig, compute: Compute, world: World) -> None:
-        self.config, self.compute, self.world = config, compute, world
+    def __init__(self, model: Transformer, config: TrainConfig, compute: Compute) -> None:
         self.inputs = Inputs(model, config, compute)
 
         def chunk_loss(x_ND: Tensor, targets_N: Tensor) -> Tensor:
@@ -79,19 +86,6 @@ class LanguageModeling:
 
         self.plain_chunk_loss = chunk_loss
         self.chunk_loss = torch.compile(chunk_loss, dynamic=False) if compute.compile else chunk_loss
-
-    def loader(self, tokens: Path, split: str, epochs: int | None) -> TokenLoader:
-        return TokenLoader(
-            tokens,
-            split,
-            self.config.sequence_length,
-            self.config.batch_size,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            seed=self.config.seed,
-            pack=None if self.config.pack == "auto" else self.config.pack,
-            epochs=epochs,
-        )
 
     def count(self, batch: Batch) -> int:
         return int((batch.targets != loss.IGNORE).sum())
@@ -113,24 +107,10 @@ class LanguageModeling:
 class Preference:
     """DPO (Rafailov et al. 2023): the chosen answer against the rejected one, relative to the frozen starting model."""
 
-    def __init__(
-        self, model: Transformer, reference: Transformer, config: PreferenceConfig, compute: Compute, world: World
-    ) -> None:
-        self.model, self.config, self.compute, self.world = model, config, compute, world
+    def __init__(self, model: Transformer, reference: Transformer, config: PreferenceConfig, compute: Compute) -> None:
+        self.config, self.compute = config, compute
         self.inputs = Inputs(model, config, compute)
         self.reference_inputs = Inputs(reference.eval().requires_grad_(False), config, compute)
-
-    def loader(self, tokens: Path, split: str, epochs: int | None) -> PreferenceLoader:
-        return PreferenceLoader(
-            tokens,
-            split,
-            self.config.sequence_length,
-            self.config.batch_size,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            seed=self.config.seed,
-            epochs=epochs,
-        )
 
     def count(self, batch: PreferenceBatch) -> int:
         return int((batch.chosen.targets != loss.IGNORE).any(axis=1).sum())
@@ -161,7 +141,8 @@ class Preference:
                 batch.rejected, rows, self.reference_inputs, reference_features
             )
         loss_B, _ = loss.dpo_loss(chosen_B, rejected_B, reference_chosen_B, reference_rejected_B, self.config.beta)
-        return loss_B.sum(), (chosen_aux + rejected_aux) / 2
+        has_pair_B = to_device((batch.chosen.targets[rows] != loss.IGNORE).any(axis=1), loss_B.device)
+        return (loss_B * has_pair_B).sum(), (chosen_aux + rejected_aux) / 2
 
     def answer_logprobs(self, batch: Batch, rows: slice, inputs: Inputs, features: Features) -> tuple[Tensor, Tensor]:
         """log p of each row's answer, (B,), float32, and the auxiliary loss. Backward recomputes the logits."""

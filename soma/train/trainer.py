@@ -10,8 +10,10 @@ import torch
 from soma.base import progress
 from soma.base.artefact import json_hash, write_json
 from soma.base.errors import UserError
-from soma.data.tokens import read_index
+from soma.data.loader import PreferenceLoader, TokenLoader
+from soma.data.store import read_index
 from soma.model.config import ModelConfig
+from soma.model.families import config_to_hf
 from soma.model.formulas import flops_per_token
 from soma.model.hub import load_model, save_model
 from soma.model.tokenizer import Tokenizer
@@ -20,7 +22,7 @@ from soma.train.compute import Compute, resolve, seed_everything
 from soma.train.config import PreferenceConfig, TrainConfig, check_schedule, dump
 from soma.train.journal import Journal
 from soma.train.loop import DivergenceError, Trainer, TrainResult
-from soma.train.objective import LanguageModeling, Objective, Preference
+from soma.train.objective import LanguageModeling, Objective, Preference, make_loader
 from soma.train.tracking import NullTracker, Tracker
 from soma.train.world import World
 
@@ -32,16 +34,9 @@ HARMLESS = ("max_seconds", "log_every", "checkpoint_every", "keep_checkpoints", 
 
 
 def train(
-    config: TrainConfig,
-    out: Path,
-    work: Path,
-    *,
-    tokens: Path,
-    tokenizer: Path,
-    model: ModelConfig | Path,
-    tracker: Tracker | None = None,
-    world: World | None = None,
-) -> TrainResult:
+    config: TrainConfig, out: Path, work: Path, *, tokens: Path, tokenizer: Path, model: ModelConfig | Path,
+    tracker: Tracker | None = None, world: World | None = None,
+) -> TrainResult:  # fmt: skip
     """Train `model` (a shape: from scratch; a folder: from its weights) on the token shards in `tokens`.
 
     Fills `out` with `model/` (a Hugging Face folder with the tokenizer, float32), `train.json` (what was done) and
@@ -61,35 +56,21 @@ def train(
     network = make_model(config, model, names)
     check_model(config, network.config, index, tokens)
     check_ranks(config, world)
-    steps = total_steps(config, index)
-    flops = steps * config.tokens_per_step() * flops_per_token(network.config, config.sequence_length)
-    compute = resolve(config, flops)
+    loader = make_loader(config, world, tokens, "train")
+    steps = total_steps(config, loader.sequences_per_epoch)
+    compute = resolve(
+        config, steps * config.tokens_per_step() * flops_per_token(network.config, config.sequence_length)
+    )
     network.to(compute.device)
     network.activation_checkpointing = config.activation_checkpointing
-    objective = make_objective(config, network, compute, world)
     work.mkdir(parents=True, exist_ok=True)
-    journal = Journal(work / "metrics.jsonl", tracker, world.is_main)
-    identity = json_hash(
-        [
-            {key: value for key, value in dump(config).items() if key not in HARMLESS},
-            network.config.model_dump(mode="json"),
-            index,
-        ]
-    )
     tracker.params(dump(config))
     trainer = Trainer(
-        config,
-        work,
-        model=network,
-        objective=objective,
-        tokens=tokens,
-        steps=steps,
-        compute=compute,
-        tokenizer=names,
-        identity=identity,
-        world=world,
-        journal=journal,
-    )
+        config, work, model=network, objective=make_objective(config, network, compute), loader=loader,
+        validation=validation_loader(config, world, tokens), steps=steps, compute=compute, tokenizer=names,
+        identity=identity(config, network.config, index), world=world,
+        journal=Journal(work / "metrics.jsonl", tracker, world.is_main),
+    )  # fmt: skip
     trainer.run()
     result = trainer.result(out / "model")
     if world.is_main:
@@ -114,21 +95,37 @@ def make_model(config: TrainConfig, model: ModelConfig | Path, tokenizer: Tokeni
     return network
 
 
-def make_objective(config: TrainConfig, network: Transformer, compute: Compute, world: World) -> Objective:
+def make_objective(config: TrainConfig, network: Transformer, compute: Compute) -> Objective:
     """DPO for a PreferenceConfig, next-token prediction for the others."""
     if not isinstance(config, PreferenceConfig):
-        return LanguageModeling(network, config, compute, world)
+        return LanguageModeling(network, config, compute)
     reference = Transformer(network.config, device=compute.device, dtype=torch.float32)
     reference.load_state_dict(network.state_dict())
-    return Preference(network, reference, config, compute, world)
+    return Preference(network, reference, config, compute)
 
 
-def total_steps(config: TrainConfig, index: dict[str, Any]) -> int:
+def identity(config: TrainConfig, model: ModelConfig, index: dict[str, Any]) -> str:
+    """Hash of all that a run's weights follow from: checkpoints of another run are not taken up."""
+    settings = {key: value for key, value in dump(config).items() if key not in HARMLESS}
+    return json_hash([settings, model.model_dump(mode="json"), index])
+
+
+def validation_loader(config: TrainConfig, world: World, tokens: Path) -> TokenLoader | PreferenceLoader | None:
+    """One pass over the held-out split; None, with a note, where there is nothing in it to learn from."""
+    if not config.evaluate_batches:
+        return None
+    try:
+        return make_loader(config, world, tokens, "validation", epochs=1)
+    except UserError as error:
+        if config.early_stop:
+            raise
+        progress.current().note(f"no held-out loss is taken: {error}")
+        return None
+
+
+def total_steps(config: TrainConfig, sequences_per_epoch: int) -> int:
     """Optimizer steps of the run; raises UserError where the schedule does not fit into them."""
-    split = "train.chosen" if isinstance(config, PreferenceConfig) else "train"
-    facts = index["splits"][split]
-    rows = facts["documents"] if isinstance(config, PreferenceConfig) else facts["tokens"] / config.sequence_length
-    steps = config.total_steps(rows / config.batch_size)
+    steps = config.total_steps(sequences_per_epoch / config.batch_size)
     try:
         check_schedule(config, steps)
     except ValueError as error:
@@ -154,7 +151,8 @@ def check_tokens(config: TrainConfig, tokens: Path, index: dict[str, Any], token
 
 
 def check_model(config: TrainConfig, model: ModelConfig, index: dict[str, Any], tokens: Path) -> None:
-    """Raise UserError where ids or positions go beyond the model's tables."""
+    """Raise UserError where ids or positions go beyond the model's tables, or the model could not be saved."""
+    config_to_hf(model, "float32")
     if index["vocab_size"] > model.vocab_size:
         raise UserError(
             f"{tokens}: its tokenizer has {index['vocab_size']} entries, the model's vocab_size is {model.vocab_size}: "
