@@ -119,7 +119,11 @@ def _local(source: str) -> Iterator[Item | Skipped]:
 def _file_item(path: Path, name: str) -> Item:
     kind, compression = kind_of(name)
     # What is named one by one is read as text whatever its suffix; see `_folder` for what is found in folders.
-    return Item(name, kind or "text", compression, partial(open, path, "rb"))
+    return Item(name, kind or "text", compression, _opener(path))
+
+
+def _opener(path: Path) -> Callable[[], IO[bytes]]:
+    return lambda: open(path, "rb")
 
 
 def _folder(root: Path, skip: set[str] = SKIPPED_FOLDERS, only: str | None = None) -> Iterator[Item | Skipped]:
@@ -141,7 +145,7 @@ def _folder(root: Path, skip: set[str] = SKIPPED_FOLDERS, only: str | None = Non
             if problem := _unfit(path, kind):
                 yield Skipped(relative, *problem)
             else:
-                yield Item(relative, kind, compression, partial(open, path, "rb"))
+                yield Item(relative, kind, compression, _opener(path))
 
 
 def _unfit(path: Path, kind: str | None) -> tuple[str, str] | None:
