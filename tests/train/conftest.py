@@ -25,8 +25,8 @@ TEMPLATE = (
 
 
 @pytest.fixture(autouse=True)
-def _two_threads() -> None:
-    torch.set_num_threads(2)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # these models are too small for more, and threads that spin disturb each other
 
 
 @pytest.fixture(scope="session")
