@@ -1,7 +1,9 @@
 """Loss on the answers of held-out instruction pairs: what instruction tuning is for, measured.
 
 Each conversation stands alone, from its first token; only tokens with mask 1 (the assistant's, its end of turn
-included) are counted, each predicted from everything before it in the window.
+included) are counted, each predicted from everything before it in the window. Conversations longer than the window
+count too (`longer_than_window`). A training stage's own held-out loss is taken on fewer: its first batches, without
+the conversations that do not fit its sequence length. Where both score the same conversations they agree.
 """
 
 from itertools import pairwise
@@ -36,7 +38,8 @@ def score_answers(
     model: Transformer, tokens: Path, *, split: str, length: int, stride: int, batch_size: int,
     resamples: int, seed: int,
 ) -> dict[str, Any] | None:  # fmt: skip
-    """Conversations, answer tokens, nats per token with its 95 % interval, perplexity; None where the split is empty.
+    """Conversations, how many are longer than the window, answer tokens, nats per token with its 95 % interval,
+    perplexity; None where the split is empty.
 
     Worked number: answers of 3 and 1 tokens that cost 2 and 4 nats are 1.5 nats per token.
     """
@@ -51,7 +54,8 @@ def score_answers(
     nats, count = float(costs.sum()), int(sizes.sum())
     inside = bootstrap(costs, sizes, resamples, seed)
     return {
-        "conversations": len(costs), "tokens": count, "nats_per_token": nats / count,
+        "conversations": len(costs), "longer_than_window": sum(len(one) > length + 1 for one in ids),
+        "tokens": count, "nats_per_token": nats / count,
         "interval": list(inside) if inside else None, "perplexity": to_perplexity(nats, count),
     }  # fmt: skip
 

@@ -32,7 +32,7 @@ class EvaluateConfig(Strict):
     stride: int | None = Field(
         None, ge=1, description="Tokens scored per window; the others are context. Left out: half of sequence_length."
     )
-    batch_size: int = Field(8, ge=1, description="Windows in one forward pass.")
+    batch_size: int = Field(32, ge=1, description="Windows in one forward pass.")
     precision: Literal["fp32", "bf16", "auto"] = Field(
         "fp32", description="Arithmetic of the forward pass; auto is bf16 where native. Log-softmax is always fp32."
     )

@@ -4,7 +4,8 @@
 
 * `bits_per_byte`: {value, low, high, level, resamples}; `perplexity` per token; `documents`, `bytes`, `tokens`, `nats`.
 * `baselines`: {gzip, xz: {bytes, bits_per_byte}} on the same bytes. `kinds`: {kind: {documents, bytes, …}}.
-* `answers`: {conversations, tokens, nats_per_token, interval, perplexity} on held-out instruction pairs, or null.
+* `answers`: {conversations, longer_than_window, tokens, nats_per_token, interval, perplexity} on held-out instruction
+  pairs, or null.
 * `corpus_hash`, `python` (both from the corpus report), `model_hash`, `token_ids_hash`, `tokenizer_hash`, `parameters`.
 * `window`: {sequence_length, stride, separator_id}, `precision`, `split`, `measured`: the share of the split's bytes,
   `decoded_exactly`: documents whose ids decode to the very text (the others' figures miss what the ids lost).

@@ -10,18 +10,21 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from pydantic import ValidationError
 
 from soma.base.artefact import content_hash, read_json, write_json
 from soma.base.errors import UserError
 from soma.data.config import InstructConfig
 from soma.data.instruct import build_instruct
+from soma.data.loader import TokenLoader
 from soma.data.tokens import tokenize_instruct
-from soma.evaluate.answers import answer_costs
+from soma.evaluate.answers import answer_costs, score_answers
 from soma.evaluate.baselines import baselines, compressed_size
 from soma.evaluate.config import EvaluateConfig, SampleConfig
 from soma.evaluate.evaluate import audit, evaluate, held_out
 from soma.evaluate.samples import read_samples
+from soma.model.hub import load_model
 from soma.model.tokenizer import Tokenizer
 
 SAMPLES = SampleConfig(prompts=["the cat"], chat_prompts=["Write add."], held_out=2, prompt_tokens=8, max_tokens=12)
@@ -85,6 +88,36 @@ def test_answers_are_counted_by_their_mask(made: Path, instruct_dir: Path) -> No
     )
     assert (costs.tolist(), sizes.tolist()) == ([2.0, 4.0], [3.0, 1.0])
     assert costs.sum() / sizes.sum() == 1.5
+
+
+def test_answers_agree_with_the_loader_that_training_reads(model_dir: Path, instruct_dir: Path) -> None:
+    """Packed with others under document masks or alone in a window: the same tokens, the same loss."""
+    model = load_model(model_dir, dtype=torch.float32)
+    settings: dict[str, Any] = {
+        "split": "validation",
+        "length": 128,
+        "stride": 64,
+        "batch_size": 2,
+        "resamples": 0,
+        "seed": 0,
+    }
+    ours = score_answers(model, instruct_dir, **settings)
+    assert ours is not None
+    assert ours["longer_than_window"] == 0
+    nats, count = 0.0, 0
+    for batch in TokenLoader(instruct_dir, "validation", sequence_length=128, batch_size=2, epochs=1):
+        with torch.inference_mode():
+            logits = model(*(torch.from_numpy(part) for part in (batch.tokens, batch.positions, batch.document_ids)))
+        targets = torch.from_numpy(batch.targets)
+        chosen = targets >= 0
+        nats += float(torch.nn.functional.cross_entropy(logits[chosen], targets[chosen], reduction="sum"))
+        count += int(chosen.sum())
+    assert ours["tokens"] == count
+    assert ours["nats_per_token"] == pytest.approx(nats / count, abs=1e-4)
+    short = score_answers(model, instruct_dir, **settings | {"length": 16, "stride": 8})
+    assert short is not None
+    assert short["longer_than_window"] == short["conversations"]
+    assert short["tokens"] == count, "what is longer than the window is scored too"
 
 
 def test_no_held_out_pairs_is_no_score(model_dir: Path, corpus_dir: Path, tmp_path: Path) -> None:
