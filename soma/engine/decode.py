@@ -30,4 +30,4 @@ class Runner:
 
     def decode(self, token: int, cache: KVCache) -> Tensor:
         """Append one token to the cache; the scores (V) of the one that follows it."""
-        return self.logits(self.prefill([token], cache))[0]
+        return self.model(torch.tensor([[token]], device=self.device), cache=cache)[0, 0]

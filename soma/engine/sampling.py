@@ -148,7 +148,7 @@ class Sampler:
             self.seen_V[torch.tensor(prompt_ids, dtype=torch.long, device=device)] = True
         if params.logit_bias:
             self.bias_ids = torch.tensor(list(params.logit_bias), dtype=torch.long, device=device)
-            self.bias = torch.tensor(list(params.logit_bias.values()), device=device)
+            self.bias = torch.tensor([float(bias) for bias in params.logit_bias.values()], device=device)
 
     def __call__(self, logits_V: torch.Tensor) -> TokenLogprob:
         """Choose a token from the model's logits (V, any float type); counts as made from then on.
@@ -156,13 +156,13 @@ class Sampler:
         The log-probability is NaN where the request asked for none. Raises FloatingPointError on NaN logits.
         """
         raw_V = logits_V.float()
+        if math.isnan(float(raw_V.max())):  # max carries a NaN on
+            raise FloatingPointError("the model gave NaN logits")
         adjusted_V = raw_V if self.params.plain else self._adjust(raw_V)
         if self.params.temperature == 0:
             token = int(adjusted_V.argmax())
         else:
             token = choose(adjusted_V, self.params, uniform(self.seed, self.position))
-        if math.isnan(float(raw_V[token])):  # argmax and max carry a NaN on
-            raise FloatingPointError("the model gave NaN logits")
         self.position += 1
         if self.params.uses_penalties:
             self.count_V[token] += 1

@@ -14,6 +14,7 @@ from soma.serve.errors import ApiError
 
 MAX_CHOICES = 128
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
+NESTED = ("messages", "role", "content", "stream_options", "include_usage")  # fields with a path of more than one name
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 # Fields that change nothing about the answer here: taken and left alone.
@@ -220,7 +221,7 @@ def _explain(error: ValidationError) -> ApiError:
         name = ".".join(str(part) for part in first["loc"])
         return ApiError(400, f"you must provide {name}", name, "missing_required_parameter")
     # A union's branches are in the location too; a client knows only the names and places.
-    path = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or str(part).isidentifier())
+    path = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part in NESTED)
     path = path if top in ("messages", "stream_options") else top
     given = reprlib.repr(first.get("input"))
     return ApiError(400, f"{path}: {first['msg'].lower()}, got {given}", path, "invalid_value")

@@ -1,0 +1,163 @@
+"""The page at / in a real browser."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from browser import open_browser
+from http_tools import call, metric, wait_for
+
+pytestmark = pytest.mark.page
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Any]:
+    with open_browser() as driver:
+        yield driver
+
+
+def visit(driver: Any, url: str) -> None:
+    driver.get(url)
+    assert wait_for(lambda: driver.find_element("id", "input").is_enabled())
+
+
+def say(driver: Any, text: str, key: str = "\ue007") -> None:
+    driver.find_element("id", "input").send_keys(text + key)
+
+
+def set_number(driver: Any, field: str, value: object) -> None:
+    driver.execute_script("document.getElementById(arguments[0]).value = arguments[1]", field, str(value))
+
+
+def finished(driver: Any, turns: int) -> bool:
+    """Whether `turns` answers are there and none is being written."""
+    answers = driver.find_elements("css selector", ".assistant")
+    return len(answers) == turns and not driver.find_elements("css selector", ".running")
+
+
+def texts(driver: Any, selector: str) -> list[str]:
+    return [item.get_property("textContent") for item in driver.find_elements("css selector", selector)]
+
+
+def problems(driver: Any) -> list[str]:
+    """Errors of scripts and of the content policy; refused requests are no errors of the page."""
+    return [row["message"] for row in driver.get_log("browser") if row["level"] == "SEVERE" and row["source"] != "network"]
+
+
+def test_chat_streams_and_measures(page: Any, service_url: str) -> None:
+    visit(page, service_url)
+    assert page.title == "tiny"
+    assert page.find_element("id", "mode").text == "chat"
+    set_number(page, "max_tokens", 40)
+    set_number(page, "temperature", 0)
+    say(page, "hello")
+    assert wait_for(lambda: finished(page, 1))
+    answer = texts(page, ".assistant .answer")[0]
+    assert answer
+    assert re.search(r"[\d.]+ tokens/s · 40 tokens · first after \d+ ms · token limit reached", texts(page, ".stats")[0])
+    say(page, "hello")
+    assert wait_for(lambda: finished(page, 2))
+    assert texts(page, ".assistant .answer")[1] != answer  # the first turns went along
+    page.find_element("id", "clear").click()
+    assert texts(page, ".turn") == []
+    say(page, "hello")
+    assert wait_for(lambda: finished(page, 1))
+    assert texts(page, ".assistant .answer")[0] == answer
+    assert problems(page) == []
+
+
+def test_text_is_never_html(page: Any, service_url: str) -> None:
+    visit(page, service_url)
+    set_number(page, "max_tokens", 5)
+    attack = "<img src=x onerror=\"document.title='broken'\"><script>document.title='broken'</script>"
+    say(page, attack)
+    assert wait_for(lambda: finished(page, 1))
+    assert texts(page, ".user .text") == [attack]
+    assert page.find_elements("css selector", "main img, main script") == []
+    # and the same of what the model says
+    page.execute_script("element(log, 'div', 'x', arguments[0]); log.lastChild.append(arguments[0])", attack)
+    assert page.find_elements("css selector", "main img, main script") == []
+    assert page.title == "tiny"
+
+
+def test_enter_shift_enter_and_escape(page: Any, service_url: str) -> None:
+    visit(page, service_url)
+    set_number(page, "max_tokens", 3500)
+    page.execute_script("""
+        const real = window.fetch;
+        window.fetch = (path, given) => given
+            ? real(path, {...given, body: JSON.stringify({...JSON.parse(given.body), ignore_eos: true})}) : real(path);
+    """)
+    box = page.find_element("id", "input")
+    box.send_keys("one\ue008\ue007\ue000two")  # Shift held while Enter is pressed
+    assert box.get_property("value") == "one\ntwo"
+    assert texts(page, ".turn") == []
+    box.send_keys("\ue007")
+    assert texts(page, ".user .text") == ["one\ntwo"]
+    assert wait_for(lambda: texts(page, ".assistant .answer") not in ([], [""]))
+    assert page.find_element("id", "stop").is_displayed()
+    box.send_keys("\ue00c")
+    assert wait_for(lambda: finished(page, 1), 3)
+    assert texts(page, ".stats")[0].endswith("stopped")
+    assert wait_for(lambda: metric(service_url, "vllm:num_requests_running") == 0, 3)
+    say(page, "again")
+    assert wait_for(lambda: len(texts(page, ".assistant .answer")) == 2)
+    page.find_element("id", "stop").click()
+    assert wait_for(lambda: finished(page, 2), 3)
+    assert not page.find_element("id", "stop").is_displayed()
+
+
+def test_errors_are_shown(page: Any, service_url: str) -> None:
+    visit(page, service_url)
+    set_number(page, "temperature", -5)
+    say(page, "hello")
+    assert wait_for(lambda: texts(page, ".error") != [])
+    assert "temperature" in texts(page, ".error")[0]
+    set_number(page, "temperature", 1)
+    set_number(page, "max_tokens", 4)
+    say(page, "hello")
+    assert wait_for(lambda: finished(page, 2))
+    assert texts(page, ".assistant .answer")[1]
+
+
+def test_a_full_context_forgets_the_oldest_turns(page: Any, service_url: str) -> None:
+    visit(page, service_url)
+    set_number(page, "max_tokens", 100)
+    page.execute_script("turns = [{role: 'user', content: 'x'.repeat(3900)}, {role: 'assistant', content: 'x'.repeat(200)}]")
+    say(page, "hello")
+    assert wait_for(lambda: finished(page, 1))
+    assert texts(page, ".note") == ["The context is full: the oldest turns were forgotten."]
+    assert texts(page, ".assistant .answer")[0]
+
+
+def test_completion_mode(page: Any, base_url: str) -> None:
+    visit(page, base_url)
+    assert page.find_element("id", "mode").text == "completion"
+    set_number(page, "max_tokens", 10)
+    say(page, "the quick")
+    assert wait_for(lambda: finished(page, 1))
+    assert texts(page, ".given") == ["the quick"]
+    assert texts(page, ".assistant .text")[0].startswith("the quick")
+    assert len(texts(page, ".assistant .text")[0]) > len("the quick")
+
+
+@pytest.mark.parametrize(("width", "dark"), [(320, False), (390, True), (1280, True)])
+def test_widths_and_schemes(service_url: str, width: int, dark: bool) -> None:
+    with open_browser(width, 700, dark=dark) as driver:
+        visit(driver, service_url)
+        set_number(driver, "max_tokens", 60)
+        say(driver, "a " * 100 + "x" * 200)
+        assert wait_for(lambda: finished(driver, 1))
+        assert driver.execute_script("return document.documentElement.scrollWidth") <= width
+        assert driver.execute_script("return document.documentElement.scrollHeight") <= 700
+        back = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
+        assert (int(re.findall(r"\d+", back)[0]) < 100) == dark
+        assert problems(driver) == []
+
+
+def test_the_page_stands_alone(service_url: str) -> None:
+    _, headers, data = call(service_url, "GET", "/")
+    text = data.decode()
+    assert re.findall(r"(?:src|href)=[\"']?(?!data:)[^\"'>]*//[^\"'>]*", text) == []
+    assert "default-src 'none'" in headers["content-security-policy"]
