@@ -42,7 +42,8 @@ def texts(driver: Any, selector: str) -> list[str]:
 
 def problems(driver: Any) -> list[str]:
     """Errors of scripts and of the content policy; refused requests are no errors of the page."""
-    return [row["message"] for row in driver.get_log("browser") if row["level"] == "SEVERE" and row["source"] != "network"]
+    rows = [row for row in driver.get_log("browser") if row["level"] == "SEVERE"]
+    return [row["message"] for row in rows if row["source"] != "network"]
 
 
 def test_chat_streams_and_measures(page: Any, service_url: str) -> None:
@@ -55,7 +56,8 @@ def test_chat_streams_and_measures(page: Any, service_url: str) -> None:
     assert wait_for(lambda: finished(page, 1))
     answer = texts(page, ".assistant .answer")[0]
     assert answer
-    assert re.search(r"[\d.]+ tokens/s · 40 tokens · first after \d+ ms · token limit reached", texts(page, ".stats")[0])
+    measured = texts(page, ".stats")[0]
+    assert re.search(r"[\d.]+ tokens/s · 40 tokens · first after \d+ ms · token limit reached", measured)
     say(page, "hello")
     assert wait_for(lambda: finished(page, 2))
     assert texts(page, ".assistant .answer")[1] != answer  # the first turns went along
@@ -110,12 +112,17 @@ def test_enter_shift_enter_and_escape(page: Any, service_url: str) -> None:
 
 def test_errors_are_shown(page: Any, service_url: str) -> None:
     visit(page, service_url)
-    set_number(page, "temperature", -5)
-    say(page, "hello")
-    assert wait_for(lambda: texts(page, ".error") != [])
-    assert "temperature" in texts(page, ".error")[0]
-    set_number(page, "temperature", 1)
     set_number(page, "max_tokens", 4)
+    page.execute_script("input.value = 'x'.repeat(6000)")
+    say(page, "")
+    assert wait_for(lambda: texts(page, ".error") != [])
+    assert "the prompt has" in texts(page, ".error")[0]
+    set_number(page, "temperature", -5)  # the browser itself says what is wrong with a number
+    say(page, "hello")
+    assert not page.execute_script("return document.getElementById('form').checkValidity()")
+    assert len(texts(page, ".turn")) == 2
+    set_number(page, "temperature", 1)
+    page.find_element("id", "input").clear()
     say(page, "hello")
     assert wait_for(lambda: finished(page, 2))
     assert texts(page, ".assistant .answer")[1]
@@ -124,7 +131,7 @@ def test_errors_are_shown(page: Any, service_url: str) -> None:
 def test_a_full_context_forgets_the_oldest_turns(page: Any, service_url: str) -> None:
     visit(page, service_url)
     set_number(page, "max_tokens", 100)
-    page.execute_script("turns = [{role: 'user', content: 'x'.repeat(3900)}, {role: 'assistant', content: 'x'.repeat(200)}]")
+    page.execute_script("turns = [{role: 'user', content: 'x'.repeat(4100)}, {role: 'assistant', content: 'x'}]")
     say(page, "hello")
     assert wait_for(lambda: finished(page, 1))
     assert texts(page, ".note") == ["The context is full: the oldest turns were forgotten."]
