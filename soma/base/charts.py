@@ -7,6 +7,7 @@ are Okabe and Ito's ("Color Universal Design", 2008), darkened or lightened for 
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from soma.base.axes import Scale, esc, finite, fit_scale, number, percent, shorten, spread, text_width, tick_labels, xy
 
@@ -275,30 +276,31 @@ def histogram(
 ) -> str:
     """Bars over bins: `edges` has one value more than `counts`. `marks` are (name, x) lines such as a median.
 
-    A log axis begins at the first edge above zero; a first bin from zero is drawn one bin wide.
+    Edges that fall or are not finite give a chart without data. On a log axis a first bin from zero is drawn as wide as
+    the next one.
     """
     if len(edges) != len(counts) + 1:
         raise ValueError(f"a histogram of {len(counts)} bins needs {len(counts) + 1} edges, got {len(edges)}")
     heights = [finite(count) or 0.0 for count in counts]
-    places = [finite(edge) for edge in edges]
-    if log_x and len(places) > 2 and places[0] is not None and places[0] <= 0 and (places[1] or 0) > 0:
-        assert places[1] is not None
-        places[0] = places[1] ** 2 / places[2] if places[2] else places[1] / 2
-    usable = [x for x in places if x is not None and not (log_x and x <= 0)]
-    if not any(heights) or len(usable) < 2 or len(usable) < len(places) or usable[0] >= usable[-1]:
+    places = [place for edge in edges if (place := finite(edge)) is not None]
+    if not any(heights) or len(places) < len(edges) or any(a > b for a, b in pairwise(places)):
+        return nothing(width, title)
+    if log_x and places[0] <= 0 and len(places) > 2 and places[1] > 0:
+        places[0] = places[1] * (places[1] / places[2])
+    if places[0] >= places[-1] or (log_x and places[0] <= 0):
         return nothing(width, title)
     top, bottom = (TITLE_HEIGHT if title else 8) + (18 if marks else 4), height - (40 if x_label else 24)
     to_y = fit_scale(heights, bottom, top, zero=True, pad=0.02)
     ticks = to_y.ticks(4)
     labels = tick_labels(ticks)
     left = max(text_width(label) for label in labels) + 8
-    to_x = fit_scale(usable, left, width - 10, log=log_x)
+    to_x = fit_scale(places, left, width - 10, log=log_x)
     body = []
     for tick, label in zip(ticks, labels, strict=True):
         body.append(line("grid", left, to_y(tick), width - 10, to_y(tick)))
         body.append(text(left - 6, to_y(tick) + 4, label, "soft end"))
     for index, count in enumerate(heights):
-        start, end = to_x(usable[index]), to_x(usable[index + 1])
+        start, end = to_x(places[index]), to_x(places[index + 1])
         words = f"{number(finite(edges[index]))} to {number(finite(edges[index + 1]))}: {number(count, 4)}"
         body.append(rect("bar f0", start, to_y(count), max(end - start - 1, 0.5), bottom - to_y(count), words))
     body += _x_axis(to_x, bottom, x_label, height)

@@ -209,6 +209,12 @@ def test_log_histogram_has_bins_of_equal_width() -> None:
     assert widths == pytest.approx([widths[0]] * 3, abs=0.02)
 
 
+def test_huge_edges_do_not_overflow_and_falling_edges_are_no_data() -> None:
+    assert len(rects(parse(histogram([0, 1e200, 1e250], [1, 2], log_x=True)))) == 2
+    assert "no data" in histogram([0, 2, 1], [1, 2])
+    assert "no data" in histogram([0, float("nan"), 1], [1, 2])
+
+
 def test_shares_fill_the_bar_and_the_smallest_are_joined() -> None:
     root = parse(share_bar([(f"kind {index}", 100 / (index + 1)) for index in range(12)], width=480))
     bars = rects(root)
