@@ -73,6 +73,9 @@ class TrainConfig(BaseModel):
         description="Of the matrix products; parameters stay fp32. auto: bf16 where it is native, else fp32. "
         "fp16 scales the loss.",
     )
+    save_precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="Of the weights on disk. auto: as in the model that it starts from; fp32 from scratch."
+    )
     compile: bool | Literal["auto"] = Field(
         "auto",
         description="torch.compile. auto: when there is a C++ compiler and the run is long enough to pay for it.",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from soma.base import progress
-from soma.base.artefact import json_hash, write_json
+from soma.base.artefact import content_hash, json_hash, write_json
 from soma.base.errors import UserError
 from soma.data.loader import PreferenceLoader, TokenLoader
 from soma.data.store import read_index
@@ -18,7 +18,7 @@ from soma.model.formulas import flops_per_token
 from soma.model.hub import load_model, save_model
 from soma.model.tokenizer import Tokenizer
 from soma.model.transformer import Transformer
-from soma.train.compute import Compute, resolve, seed_everything
+from soma.train.compute import DTYPES, Compute, resolve, seed_everything
 from soma.train.config import PreferenceConfig, TrainConfig, check_schedule, dump
 from soma.train.journal import Journal
 from soma.train.loop import DivergenceError, Trainer, TrainResult
@@ -39,7 +39,7 @@ def train(
 ) -> TrainResult:  # fmt: skip
     """Train `model` (a shape: from scratch; a folder: from its weights) on the token shards in `tokens`.
 
-    Fills `out` with `model/` (a Hugging Face folder with the tokenizer, float32), `train.json` (what was done) and
+    Fills `out` with `model/` (a Hugging Face folder with the tokenizer), `train.json` (what was done) and
     `logs/` (`metrics.jsonl`, `summary.json`). `work` outlives a kill and holds `checkpoints/`; the same call with the
     same `work` goes on from the newest whole one and makes the same bytes. A TrainConfig or TuneConfig trains on
     wherever the tokens' mask says so, a PreferenceConfig does DPO against the starting weights.
@@ -53,7 +53,7 @@ def train(
     seed_everything(config.seed)
     names, index = Tokenizer.load(tokenizer), read_index(tokens)
     check_tokens(config, tokens, index, names)
-    network = make_model(config, model, names)
+    network, kept_dtype = make_model(config, model, names)
     check_model(config, network.config, index, tokens)
     check_ranks(config, world)
     loader = make_loader(config, world, tokens, "train")
@@ -68,22 +68,25 @@ def train(
     trainer = Trainer(
         config, work, model=network, objective=make_objective(config, network, compute), loader=loader,
         validation=validation_loader(config, world, tokens), steps=steps, compute=compute, tokenizer=names,
-        identity=identity(config, network.config, index), world=world,
+        identity=identity(config, network.config, model, index), world=world,
         journal=Journal(work / "metrics.jsonl", tracker, world.is_main),
     )  # fmt: skip
     trainer.run()
     result = trainer.result(out / "model")
     if world.is_main:
+        network.to(DTYPES.get(config.save_precision, kept_dtype))
         write_artefact(result, compute, network, out, work, tokenizer)
         tracker.artefact(out / "model")
     world.barrier()
     return result
 
 
-def make_model(config: TrainConfig, model: ModelConfig | Path, tokenizer: Tokenizer) -> Transformer:
-    """The network in float32, with fresh weights or those of a folder."""
+def make_model(config: TrainConfig, model: ModelConfig | Path, tokenizer: Tokenizer) -> tuple[Transformer, torch.dtype]:
+    """The network in float32, with fresh weights or those of a folder, and the dtype that these had on disk."""
     if isinstance(model, Path):
-        return load_model(model, dtype=torch.float32)
+        network = load_model(model)
+        dtype = network.dtype
+        return network.float(), dtype
     ends: dict[str, Any] = {}
     if model.eos_token_id is None and tokenizer.eos_ids:
         ends["eos_token_id"] = tokenizer.eos_ids if len(tokenizer.eos_ids) > 1 else tokenizer.eos_ids[0]
@@ -92,7 +95,7 @@ def make_model(config: TrainConfig, model: ModelConfig | Path, tokenizer: Tokeni
             ends[name] = value
     network = Transformer(model.model_copy(update=ends), device="cpu", dtype=torch.float32)
     network.init_weights(config.seed)
-    return network
+    return network, torch.float32
 
 
 def make_objective(config: TrainConfig, network: Transformer, compute: Compute) -> Objective:
@@ -104,10 +107,11 @@ def make_objective(config: TrainConfig, network: Transformer, compute: Compute) 
     return Preference(network, reference, config, compute)
 
 
-def identity(config: TrainConfig, model: ModelConfig, index: dict[str, Any]) -> str:
+def identity(config: TrainConfig, shape: ModelConfig, model: ModelConfig | Path, index: dict[str, Any]) -> str:
     """Hash of all that a run's weights follow from: checkpoints of another run are not taken up."""
+    start = content_hash(model) if isinstance(model, Path) else None
     settings = {key: value for key, value in dump(config).items() if key not in HARMLESS}
-    return json_hash([settings, model.model_dump(mode="json"), index])
+    return json_hash([settings, shape.model_dump(mode="json"), start, index])
 
 
 def validation_loader(config: TrainConfig, world: World, tokens: Path) -> TokenLoader | PreferenceLoader | None:

@@ -39,7 +39,7 @@ class Notes(progress.Reporter):
         self.notes.append(text)
 
 
-class Killed(Exception):
+class Killed(Exception):  # noqa: N818
     """Stands for a kill in the same process."""
 
 
