@@ -25,6 +25,9 @@ from soma.base.artefact import content_hash, directory_bytes, json_hash, publish
 from soma.base.errors import UserError
 from soma.base.machine import PeakMemory
 from soma.base.runs import differences, enforce_quota, entry_name, hold
+from soma.base.secrets import redact
+from soma.base.units import human_bytes
+from soma.evaluate.report import write_report
 from soma.recipe import Recipe, to_yaml
 from soma.stages import Build, Stage, stages_of
 from soma.tracking import Tracking
@@ -65,6 +68,27 @@ class RunResult:
     artefacts: dict[str, Path]
     record: dict[str, Any]
     model: Path | None
+    report: Path | None
+
+    def headline(self) -> list[str]:
+        """The run's figures in a few lines, each with what it depends on."""
+        lines = []
+        for name in ("evaluate", "evaluate_tuned"):
+            if name not in self.artefacts:
+                continue
+            scores = read_json(self.artefacts[name] / "scores.json")
+            others = ", ".join(f"{key} -9 {peer['bits_per_byte']:.3f}" for key, peer in scores["baselines"].items())
+            lines.append(
+                f"{name}: {scores['bits_per_byte']['value']:.3f} bits per byte on {scores['bytes']:,} held-out bytes"
+                + (f" ({others})" if others else "")
+                + f"; {scores['parameters']:,} parameters, Python {scores['python']}, corpus {scores['corpus_hash'][:12]}"
+            )
+        stages = self.record["stages"]
+        made = [entry for entry in stages if not entry["cached"]]
+        seconds = sum(entry["seconds"] for entry in made)
+        peak = max((entry["peak_memory_bytes"] for entry in stages), default=0)
+        lines.append(f"{len(made)} of {len(stages)} stages made in {progress.duration(seconds)}; peak memory {human_bytes(peak)}")
+        return lines
 
 
 def plan(recipe: Recipe, runs: Path) -> list[Planned]:
@@ -108,7 +132,7 @@ def _why(before: dict[str, Any] | None, item: Planned) -> list[str]:
         return ["it was never made"]
     reasons = [
         f"{item.stage.name}.{change.key}: {change.a!r} → {change.b!r}"
-        for change in differences(before.get("config", {}), identity["config"])
+        for change in differences(before.get("config", {}), redact(identity["config"]))
     ]
     if before.get("outside") != identity["outside"]:
         reasons.append("the files that it reads changed")
@@ -153,7 +177,7 @@ def run(
     write_text(folder / "recipe.yaml", to_yaml(recipe))
     record: dict[str, Any] = {
         "name": recipe.name,
-        "recipe": recipe.model_dump(mode="json", exclude_unset=True),
+        "recipe": redact(recipe.model_dump(mode="json", exclude_unset=True)),
         "status": "running",
         "started": now(),
         "pid": os.getpid(),
@@ -172,7 +196,7 @@ def run(
         raise
     finally:
         session.close()
-    return RunResult(folder, session.artefacts, record, session.link_to_model())
+    return RunResult(folder, session.artefacts, record, session.link_to_model(), session.report)
 
 
 class _Session:
@@ -182,7 +206,9 @@ class _Session:
         self.recipe, self.runs, self.record = recipe, runs, record
         self.folder = runs / recipe.name
         self.artefacts: dict[str, Path] = {}
+        self.report: Path | None = None
         self.held = ExitStack()
+        self.held.enter_context(hold(runs, recipe.name))
         self.tracking = Tracking(recipe, runs)
 
     def step(self, item: Planned, *, force: bool) -> None:
@@ -229,14 +255,11 @@ class _Session:
     def close(self) -> None:
         """Write down how it ended: the report, the model in the registry, the record."""
         self.record["finished"] = now()
-        report = None
         if self.record["status"] == "finished":
             write_json(self.folder / "run.json", self.record)
-            from soma.evaluate.report import write_report
-
-            report = write_report(self.folder, self.artefacts)
+            self.report = write_report(self.folder, self.artefacts)
         lineage = {entry["stage"]: entry["key"] for entry in self.record["stages"]}
-        registered = self.tracking.finish(self.record["status"], self.link_to_model(), lineage, report)
+        registered = self.tracking.finish(self.record["status"], self.link_to_model(), lineage, self.report)
         if registered:
             self.record["registered"] = registered
         self.held.close()
@@ -255,7 +278,7 @@ def make(item: Planned, inputs: Mapping[str, Path], tracking: Tracking) -> None:
     with PeakMemory() as memory:
         reproducible = stage.build(Build(out, item.work / "state", inputs, tracking)) or True
     record = {
-        **item.identity,
+        **redact(item.identity),
         "key": item.key,
         "content_hash": content_hash(out),
         "versions": versions(),

@@ -18,7 +18,7 @@ tokenizer: {vocab_size: 320}
 model: {hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2}
 train: {steps: 60, sequence_length: 64, batch_size: 8, checkpoint_every: 4, precision: fp32, compile: false}
 instruct: {}
-tune: {steps: 12, sequence_length: 64, batch_size: 4, checkpoint_every: 4, precision: fp32, compile: false}
+tune: {steps: 12, sequence_length: 256, batch_size: 4, checkpoint_every: 4, precision: fp32, compile: false}
 evaluate: {sequence_length: 64}
 tracking: {enabled: false}
 """

@@ -73,15 +73,13 @@ def _execute(recipe: Any, runs: Path, as_json: bool, **selection: Any) -> None:
 
 def summary(result: Any) -> list[str]:
     """What a person wants to know at the end of a run: figures, where the report is, what to do next."""
-    lines = [*result.headline]
+    lines = result.headline()
     if result.report is not None:
         lines.append(f"Report: {result.report}")
     if result.model is not None:
-        soma = f"{Path(sys.argv[0]).parent}/soma" if Path(sys.argv[0]).name == "soma" and "/" in sys.argv[0] else "soma"
-        try:
-            soma = str(Path(soma).absolute().relative_to(Path.cwd()))
-        except ValueError:
-            soma = "soma"
+        typed = Path(sys.argv[0])  # .venv/bin/soma, as it was called
+        here = typed.is_absolute() and typed.is_relative_to(Path.cwd())
+        soma = typed.relative_to(Path.cwd()) if here else typed if typed.name == "soma" else "soma"
         lines += ["Next:", f"  {soma} chat {result.model}", f"  {soma} serve {result.model}"]
     return lines
 
@@ -119,21 +117,17 @@ def check(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 def adapt(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Folder, hf:ID or registry:NAME@VERSION to start from.")
-    ],
-    data: Annotated[
-        str, typer.Argument(metavar="DATA", help="Text to learn (files, folder) or instruction pairs (JSONL).")
-    ],
-    recipe: Annotated[Path, typer.Option("--recipe", help="Recipe with the training settings.")] = Path(
-        "recipes/adapt.yaml"
-    ),
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hf:ID or registry:NAME@VERSION to start from.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Text (files, a folder), or pairs (JSON, JSONL).")],
     overrides: Overrides = None,
     runs: RunsFolder = Path("runs"),
-    name: Annotated[str | None, typer.Option("--name", help="Name of the run.")] = None,
+    name: Annotated[str, typer.Option("--name", help="Name of the run.")] = "adapt",
     as_json: Annotated[bool, typer.Option("--json", help="Events as JSON lines on standard output.")] = False,
 ) -> None:
-    """Adapt a model to your own text or instruction pairs."""
+    """Adapt a model: text is learned by further pretraining, instruction pairs by tuning, preferences by DPO.
+
+    What DATA is, its rows tell. --set changes any value of the recipe, e.g. --set train.epochs=2 or tune.steps=100.
+    """
     from soma.adapt import adapt_recipe
 
-    _execute(adapt_recipe(model, data, recipe, overrides or [], name), runs, as_json)
+    _execute(adapt_recipe(name, model, data, overrides or []), runs, as_json)

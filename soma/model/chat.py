@@ -80,6 +80,7 @@ def compile_template(template: str) -> jinja2.Template:
         raise UserError(f"chat template, line {error.lineno}: {error.message}") from None
 
 
+@functools.lru_cache(maxsize=16)
 def has_generation_marks(template: str) -> bool:
     """Whether the template says with `{% generation %}` what the assistant wrote."""
     blocks = compile_template(template).environment.parse(template).find_all(jinja2.nodes.CallBlock)
