@@ -78,19 +78,21 @@ class Engine:
         max_waiting: requests that wait at most; more raise `QueueFullError`.
         prefill_chunk: prompt tokens computed in one go.
         cache_tokens: tokens of all caches in use together; None: what a quarter of the free memory holds.
+        use_native: decode in C where that is possible (see `Runner`).
     """
 
     def __init__(
         self, model: Transformer, tokenizer: Tokenizer, *, max_length: int | None = None, max_running: int = 8,
-        max_waiting: int = 64, prefill_chunk: int = 256, cache_tokens: int | None = None,
+        max_waiting: int = 64, prefill_chunk: int = 256, cache_tokens: int | None = None, use_native: bool = True,
     ) -> None:  # fmt: skip
-        self.runner = Runner(model)
         self.config, self.tokenizer = model.config, tokenizer
-        self.device = self.runner.device
+        self.device = model.device
         if cache_tokens is None:
-            cache_tokens = max(CAPACITY_STEP, int(_free_bytes(self.device) * CACHE_SHARE) // self._token_bytes())
+            token_bytes = kv_cache_bytes(self.config, 1, model.dtype.itemsize)
+            cache_tokens = max(CAPACITY_STEP, int(_free_bytes(self.device) * CACHE_SHARE) // token_bytes)
         context = self.config.max_position_embeddings
         self.max_length = min(max_length or context, context, cache_tokens)
+        self.runner = Runner(model, self.max_length, use_native=use_native)
         self.pool = CachePool(self._make_cache, cache_tokens, self.max_length)
         self.max_running, self.max_waiting, self.prefill_chunk = max_running, max_waiting, prefill_chunk
         self.waiting: deque[Request] = deque()
@@ -99,9 +101,6 @@ class Engine:
         self.changed = threading.Condition()
         self.thread = threading.Thread(target=self._work, name="soma-engine", daemon=True)
         self.thread.start()
-
-    def _token_bytes(self) -> int:
-        return int(kv_cache_bytes(self.config, 1, self.runner.dtype.itemsize))
 
     def _make_cache(self, capacity: int) -> KVCache:
         return KVCache(self.config, 1, capacity, dtype=self.runner.dtype, device=self.device)
