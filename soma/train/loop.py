@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from soma.base import progress
 from soma.base.artefact import read_json, write_json
@@ -130,15 +131,13 @@ class Trainer:
         started = time.perf_counter()
         batch = next(self.loader)
         count = self.global_count(batch)
-        total, aux_scale, rate = torch.zeros((), device=self.compute.device), None, 0.0
+        total = torch.zeros((), device=self.compute.device)
         one = self.scaler.scale(torch.ones((), device=self.compute.device))
         for part in self.objective.parts(batch, self.microbatch):
-            aux_scale = one * (self.microbatch / self.config.batch_size)
-            total += self.objective.backward(part, one / max(1, count), aux_scale)
-        loss = float(self.world.sum(total)) / max(1, count)
-        self.stop_if_diverged(self.divergence.check(loss), batch)
+            total += self.objective.backward(part, one / count, one * (self.microbatch / self.config.batch_size))
         reduce_gradients(self.model, self.world)
-        norm = self.clip()
+        loss, norm = torch.stack([self.world.sum(total) / count, self.clip()]).tolist()  # a GPU is waited for once
+        self.stop_if_diverged(self.divergence.check(loss), batch)
         if not self.scaler.is_enabled() and not np.isfinite(norm):
             self.stop_if_diverged(f"the gradient norm is {norm}", batch)
         rate = learning_rate(self.config, self.at.done, self.steps)
@@ -151,14 +150,14 @@ class Trainer:
 
     def global_count(self, batch: Any) -> int:
         """What the loss of this step is divided by, over all ranks: so unequal masks weigh as in one large batch."""
-        return int(self.world.sum(torch.tensor(self.objective.count(batch), device=self.compute.device)))
+        return max(1, self.world.sum_int(self.objective.count(batch), self.compute.device))
 
-    def clip(self) -> float:
+    def clip(self) -> Tensor:
         """Clip the global gradient norm; returns it as it was before."""
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         limit = self.config.grad_clip or float("inf")
-        return float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+        return torch.nn.utils.clip_grad_norm_(self.parameters, limit)
 
     def count_step(self, loss: float, norm: float, rate: float, seconds: float) -> None:
         """Keep the step's figures and write the log line of an interval."""

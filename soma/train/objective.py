@@ -96,12 +96,18 @@ class LanguageModeling:
 
     def backward(self, part: tuple[Batch, slice], scale: Tensor, aux_scale: Tensor) -> Tensor:
         x_BTD, aux, targets_BT = self.inputs(*part, self.inputs.compiled)
-        return loss.backward(x_BTD, aux, targets_BT, self.chunk_loss, scale, aux_scale)
+        return loss.backward(x_BTD, aux, targets_BT, self.rows(part), self.chunk_loss, scale, aux_scale)
 
     @torch.no_grad()
     def loss(self, part: tuple[Batch, slice]) -> Tensor:
         x_BTD, _, targets_BT = self.inputs(*part, self.inputs.model.features)
-        return loss.loss_sum(x_BTD, targets_BT, self.plain_chunk_loss)
+        return loss.loss_sum(x_BTD, targets_BT, self.rows(part), self.plain_chunk_loss)
+
+    def rows(self, part: tuple[Batch, slice]) -> Tensor | None:
+        """The positions of a part that have a target; None if all have."""
+        batch, rows = part
+        kept = loss.kept_rows(batch.targets[rows])
+        return None if kept is None else to_device(kept, self.inputs.compute.device)
 
 
 class Preference:

@@ -28,6 +28,10 @@ class World:
             dist.all_reduce(value)
         return value
 
+    def sum_int(self, value: int, device: torch.device) -> int:
+        """Sum of a number over all ranks; `device` is where the process group works."""
+        return value if self.size == 1 else int(self.sum(torch.tensor(value, device=device)))
+
     def agree(self, value: Value) -> Value:
         """Rank 0's `value` on every rank: decisions that rest on a clock are made once."""
         if self.size == 1:

@@ -61,8 +61,11 @@ def test_without_a_compiler_it_is_off_with_a_notice(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
-def test_compiled_is_near_eager_and_repeatable(run: Run, small: dict) -> None:
+def test_compiled_is_near_eager_and_repeatable(run: Run, small: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    small["evaluate_every"] = 4
     eager = run("a", TrainConfig(**small))
+    # Switching to evaluation and back compiles nothing anew.
+    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
     compiled, again = (run(name, TrainConfig(**small | {"compile": True})) for name in ("b", "c"))
     assert compiled.loss == pytest.approx(eager.loss, abs=1e-3)
     assert compiled.loss == again.loss
