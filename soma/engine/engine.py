@@ -71,7 +71,7 @@ class Engine:
     """Runs requests on a model until `close()`.
 
     Args:
-        model: what `soma.model.hub.load_model` gives. The engine puts it into eval mode.
+        model: what `soma.model.hub.load_model` gives. The engine fuses its layers, which ends its training.
         tokenizer: for end-of-text ids and text.
         max_length: most tokens of a prompt and its answer together; None: the model's context, or what memory holds.
         max_running: requests that run at once.

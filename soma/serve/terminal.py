@@ -83,6 +83,9 @@ def chat(
                 _note(notes, HELP)
             elif line.strip():
                 _answer(engine, conversation, line, params, write, notes)
+    except KeyboardInterrupt:  # neither while an answer is made nor while a line is typed
+        if not read.isatty():
+            raise
     finally:
         engine.close()
 

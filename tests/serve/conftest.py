@@ -22,7 +22,8 @@ def _environment() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("chat"))
+    """Deep enough that a full context takes seconds: time to leave, stop and queue in."""
+    return make_model(tmp_path_factory.mktemp("chat"), num_hidden_layers=16)
 
 
 @pytest.fixture(scope="session")

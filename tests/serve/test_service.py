@@ -114,7 +114,7 @@ def own_process(folder: Path, **options: object) -> Iterator[tuple[str, "subproc
 
 def test_sigterm_finishes_streams_and_refuses_new_requests(tiny_folder: Path) -> None:
     with own_process(tiny_folder) as (url, process):
-        link, answer = open_stream(url, max_tokens=1500)
+        link, answer = open_stream(url, max_tokens=600)
         process.send_signal(signal.SIGTERM)
         assert wait_for(lambda: call(url, "GET", "/health")[0] == 503, 2)
         status, headers, data = call(url, "POST", "/v1/completions", json.dumps({**LONG, "max_tokens": 2}), JSON)

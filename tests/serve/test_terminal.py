@@ -119,12 +119,14 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(tiny_folder: Path) -> None:
         os.write(parent, b"hello\n")
         time.sleep(0.7)
         os.write(parent, b"\x03")
-        until(b"stopped]", 5)
+        until(b"stopped]")
         seen = b""
         os.write(parent, b"/reset\n")
-        until(b"forgotten", 5)
+        until(b"forgotten.")
+        seen = seen.split(b"forgotten.")[-1]
+        until(b"> ")
         os.write(parent, b"\x03")
-        until(b"ends the conversation)", 5)
+        until(b"ends the conversation)")
         os.write(parent, b"\x04")
         assert process.wait(timeout=10) == 0
     finally:
