@@ -18,17 +18,17 @@ SIGNS = {"ok": "ok ", "off": "off", "problem": "!! "}
 
 def doctor(runs: RunsFolder = Path("runs"), as_json: AsJson = False) -> None:
     """Say what this machine has, what is off, and why. Exit status 1 if something needed is broken."""
-    from soma.base.doctor import diagnose
+    from soma.base.doctor import diagnose, is_healthy, report
 
     checks = diagnose(runs)
     if as_json:
-        typer.echo(json.dumps([asdict(check) for check in checks], indent=1))
+        typer.echo(json.dumps(report(checks), indent=1))
     else:
         for check in checks:
-            typer.echo(f"{SIGNS[check.state]} {check.name:<12} {check.what}")
+            typer.echo(f"{SIGNS[check.state]} {check.name:<20} {check.what}")
             for line in filter(None, (check.why, check.do)):
-                typer.echo(f"{'':<16} {line}")
-    if any(check.state == "problem" for check in checks):
+                typer.echo(f"{'':<24} {line}")
+    if not is_healthy(checks):
         raise typer.Exit(1)
 
 
