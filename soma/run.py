@@ -62,7 +62,7 @@ class Planned:
 
 @dataclass
 class RunResult:
-    """What a run left: its folder, the artefact of each stage, the record as in `run.json`, the last model's folder."""
+    """What a run left: folder, artefact of each stage, record as in `run.json`, the last model's folder, the report."""
 
     folder: Path
     artefacts: dict[str, Path]
@@ -78,16 +78,18 @@ class RunResult:
                 continue
             scores = read_json(self.artefacts[name] / "scores.json")
             others = ", ".join(f"{key} -9 {peer['bits_per_byte']:.3f}" for key, peer in scores["baselines"].items())
+            basis = f"Python {scores['python']}, corpus {scores['corpus_hash'][:12]}"
             lines.append(
                 f"{name}: {scores['bits_per_byte']['value']:.3f} bits per byte on {scores['bytes']:,} held-out bytes"
                 + (f" ({others})" if others else "")
-                + f"; {scores['parameters']:,} parameters, Python {scores['python']}, corpus {scores['corpus_hash'][:12]}"
+                + f"; {scores['parameters']:,} parameters, {basis}"
             )
         stages = self.record["stages"]
         made = [entry for entry in stages if not entry["cached"]]
         seconds = sum(entry["seconds"] for entry in made)
         peak = max((entry["peak_memory_bytes"] for entry in stages), default=0)
-        lines.append(f"{len(made)} of {len(stages)} stages made in {progress.duration(seconds)}; peak memory {human_bytes(peak)}")
+        made_in = f"{len(made)} of {len(stages)} stages made in {progress.duration(seconds)}"
+        lines.append(f"{made_in}; peak memory {human_bytes(peak)}")
         return lines
 
 

@@ -42,8 +42,8 @@ class Stage:
     """One step of a run. Raise `format_version` when the same inputs and config give other bytes than before.
 
     `config` is JSON and part of the key; `inputs` maps a role to the stage that fills it; `fingerprint` hashes what
-    lies outside of the store; `build` returns None, or the reason why a second run would not give the same bytes; `metrics`
-    reads the figures of a finished artefact for `soma runs`.
+    lies outside of the store; `build` returns None, or the reason why a second run would not give the same bytes;
+    `metrics` reads the figures of a finished artefact for `soma runs`.
     """
 
     name: str

@@ -117,7 +117,7 @@ def check(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 def adapt(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hf:ID or registry:NAME@VERSION to start from.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Start from this: folder, hf:ID, registry:NAME.")],
     data: Annotated[str, typer.Argument(metavar="DATA", help="Text (files, a folder), or pairs (JSON, JSONL).")],
     overrides: Overrides = None,
     runs: RunsFolder = Path("runs"),

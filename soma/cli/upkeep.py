@@ -80,7 +80,8 @@ def prune(
     """Remove artefacts that no run refers to, and stale unfinished work."""
     result = base_runs.prune(runs, keep, dry_run)
     for removal in result.removed:
-        typer.echo(f"{'would remove' if dry_run else 'removed'} {removal.path.name} ({human_bytes(removal.bytes)}): {removal.why}")
+        verb = "would remove" if dry_run else "removed"
+        typer.echo(f"{verb} {removal.path.name} ({human_bytes(removal.bytes)}): {removal.why}")
     for path, why in result.kept:
         typer.echo(f"kept {path.name}: {why}")
     typer.echo(f"{human_bytes(result.bytes)} {'would be ' if dry_run else ''}freed")
