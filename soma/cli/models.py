@@ -18,7 +18,7 @@ def serve(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     max_length: Annotated[int | None, typer.Option(help="Longest prompt and answer together, in tokens.")] = None,
     max_running: Annotated[int, typer.Option(help="Requests answered at once.")] = 8,
-    max_waiting: Annotated[int, typer.Option(help="Requests that may wait; more get 503 with Retry-After.")] = 64,
+    max_waiting: Annotated[int, typer.Option(help="Requests that may wait; more get 429 with Retry-After.")] = 64,
     allow_public: Annotated[
         bool, typer.Option("--allow-public", help="Let other machines reach the service. It asks nobody for a key.")
     ] = False,
