@@ -367,4 +367,15 @@ def json_schema() -> dict[str, Any]:
 def to_yaml(recipe: Recipe, *, only_set: bool = True) -> str:
     """The recipe as YAML: what was written down, or with `only_set=False` every default too."""
     values = recipe.model_dump(mode="json", exclude_unset=only_set)
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Text of several lines is written in double quotes, with its line ends as escapes."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _text)

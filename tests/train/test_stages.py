@@ -1,4 +1,4 @@
-"""Instruction tuning, preference tuning, adapting a model to data of one's own."""
+"""Instruction tuning and preference tuning."""
 
 import json
 from collections.abc import Callable
@@ -15,7 +15,6 @@ from soma.model.hub import load_model, save_model
 from soma.model.tokenizer import Tokenizer
 from soma.model.transformer import Transformer
 from soma.train import loss
-from soma.train.adapt import adapt, data_kind
 from soma.train.compute import Compute
 from soma.train.config import PreferenceConfig, TrainConfig, TuneConfig
 from soma.train.loss import dpo_loss, target_logprobs
@@ -143,50 +142,3 @@ def test_samples(run: Run, small: dict, tokenizer: Path) -> None:
         for _ in range(6):
             ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
     assert greedy[0] == runtime.decode(ids[4:])
-
-
-@pytest.fixture
-def base(run: Run, small: dict) -> Path:
-    return run("base", TrainConfig(**small)).model
-
-
-def test_adapt_to_text(base: Path, small: dict, tmp_path: Path) -> None:
-    folder = tmp_path / "notes"
-    folder.mkdir()
-    for number in range(60):
-        text = f"Note {number}: the red fish number {number * 37} swims {'very ' * (number % 5)}slowly today."
-        (folder / f"{number}.txt").write_text(text)
-    (tmp_path / "out").mkdir()
-    config = TrainConfig(**small | {"steps": 6})
-    result = adapt(base, str(folder), config, tmp_path / "out", tmp_path / "work")
-    assert result.steps == 6
-    load_model(result.model)
-    (tmp_path / "again").mkdir()
-    again = adapt(base, str(folder), config, tmp_path / "again", tmp_path / "work")
-    assert content_hash(again.model) == content_hash(result.model)
-
-
-@pytest.mark.parametrize(
-    ("rows", "config", "kind"),
-    [
-        ([{"instruction": f"say {n}", "output": "yes"} for n in range(60)], TuneConfig, "instruct"),
-        ([{"prompt": f"say {n}", "chosen": "a", "rejected": "b"} for n in range(60)], PreferenceConfig, "preference"),
-        ([{"text": f"some text number {n} that is long enough"} for n in range(60)], TrainConfig, "text"),
-    ],
-)
-def test_adapt_looks_at_the_rows(
-    base: Path, small: dict, tmp_path: Path, rows: list[dict], config: type[TrainConfig], kind: str
-) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert data_kind(str(path)) == kind
-    (tmp_path / "out").mkdir()
-    settings = config(**small | {"steps": 2, "sequence_length": 64, "warmup": 0})
-    assert adapt(base, str(path), settings, tmp_path / "out", tmp_path / "work").steps == 2
-
-
-def test_adapt_with_the_wrong_config(base: Path, tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({"instruction": "say", "output": "yes"}) + "\n")
-    with pytest.raises(UserError, match="is instruct, which takes a TuneConfig, not a TrainConfig"):
-        adapt(base, str(path), TrainConfig(), tmp_path / "out", tmp_path / "work")
