@@ -20,7 +20,8 @@ test-full: $(DEV_STAMP) check
 	$(BIN)/python -m pytest
 
 check: $(DEV_STAMP)
-	$(BIN)/ruff check soma tests benchmarks
+	$(BIN)/ruff check soma tests benchmarks tools
+	$(BIN)/ruff format --check soma tests benchmarks tools
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

@@ -1,10 +1,10 @@
 """The cache of remote files: content-addressed, verified, shared by processes.
 
-    SOMA_CACHE (~/.cache/soma)/
-      blobs/<sha256>/<name>   file contents; a file's folder is its hash, its name keeps the suffix
-      trees/<hash>/           models: hard links to the blobs of their files
-      refs/<hash of URL>.json what a URL was when last seen: {"url" (without secrets), "validator", "size", "sha256", …}
-      partial/<hash of URL>   unfinished downloads, resumed if the server still has the same content
+SOMA_CACHE (~/.cache/soma)/
+  blobs/<sha256>/<name>   file contents; a file's folder is its hash, its name keeps the suffix
+  trees/<hash>/           models: hard links to the blobs of their files
+  refs/<hash of URL>.json what a URL was when last seen: {"url" (without secrets), "validator", "size", "sha256", …}
+  partial/<hash of URL>   unfinished downloads, resumed if the server still has the same content
 """
 
 import fnmatch
@@ -29,9 +29,20 @@ CACHE_VARIABLE = "SOMA_CACHE"
 ATTEMPTS = 4  # a download that breaks off is resumed this often before the person is told
 SHOW_FROM = 4 << 20  # bytes from which a download gets a progress bar
 MODEL_FILES = (
-    "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json",
-    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json",
-    "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json",
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "chat_template.jinja",
+    "chat_template.json",
 )
 
 

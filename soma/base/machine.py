@@ -83,8 +83,14 @@ class Machine:
 def facts() -> Machine:
     """Facts that hold as long as the process runs."""
     return Machine(
-        f"{platform.system()} {platform.release()}", cpu_model(), cores(), memory_limit(), native_bf16(),
-        platform.python_version(), torch_build(), tuple(gpus()),
+        f"{platform.system()} {platform.release()}",
+        cpu_model(),
+        cores(),
+        memory_limit(),
+        native_bf16(),
+        platform.python_version(),
+        torch_build(),
+        tuple(gpus()),
     )
 
 

@@ -133,8 +133,14 @@ class JsonReporter(Reporter):
 
     def _position(self, task: Task, kind: str) -> None:
         self.event(
-            kind, task=task.name, done=task.done, total=task.total, unit=task.unit, rate=round(task.rate, 3),
-            remaining_seconds=task.remaining, **task.fields,
+            kind,
+            task=task.name,
+            done=task.done,
+            total=task.total,
+            unit=task.unit,
+            rate=round(task.rate, 3),
+            remaining_seconds=task.remaining,
+            **task.fields,
         )
 
 
@@ -156,8 +162,12 @@ class TerminalReporter(Reporter):
 
         if self.live is None:
             self.live = Progress(
-                SpinnerColumn(), BarColumn(bar_width=24), TextColumn("{task.description}", markup=False),
-                console=self.console, transient=True, refresh_per_second=5,
+                SpinnerColumn(),
+                BarColumn(bar_width=24),
+                TextColumn("{task.description}", markup=False),
+                console=self.console,
+                transient=True,
+                refresh_per_second=5,
             )
             self.live.start()
         self.bars[id(task)] = self.live.add_task(task.name, total=task.total)

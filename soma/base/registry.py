@@ -21,7 +21,9 @@ from soma.base.secrets import redact_url, scrub
 HASH_TAG = "soma.content_hash"
 LINEAGE_TAG = "soma.lineage."
 QUIET = {  # no telemetry, and no minutes of retries where the server is away
-    "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
 NAME = re.compile(r"(?P<name>[\w. -]+)(?:@(?P<version>\d+|latest))?")
 
@@ -73,9 +75,7 @@ def _parse(ref: str) -> tuple[str, str]:
     return match["name"], match["version"] or "latest"
 
 
-def register_model(
-    uri: str, name: str, model_dir: Path, lineage: Mapping[str, str], run_id: str | None = None
-) -> int:
+def register_model(uri: str, name: str, model_dir: Path, lineage: Mapping[str, str], run_id: str | None = None) -> int:
     """Register a model's folder under `name`; the version that it got.
 
     lineage: stage → artefact key, kept as tags. A folder whose content is that of the newest version is not registered

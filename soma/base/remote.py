@@ -65,7 +65,13 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     """Follow redirects, but do not carry a password to another host or out of TLS."""
 
     def redirect_request(
-        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str,
+        self,
+        req: urllib.request.Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: HTTPMessage,
+        newurl: str,
     ) -> urllib.request.Request | None:
         request = super().redirect_request(req, fp, code, msg, headers, newurl)
         old, new = urlsplit(req.full_url), urlsplit(newurl)

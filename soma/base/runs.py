@@ -157,9 +157,15 @@ def _load(runs: Path, path: Path, sizes: dict[Path, int]) -> Run:
         for folder in folders - sizes.keys():
             sizes[folder] = directory_bytes(folder) if folder.is_dir() else 0
         return Run(
-            name=path.name, path=path, status=str(record["status"]), started=str(record["started"]),
-            finished=record.get("finished"), stages=stages, metrics=record.get("metrics") or {},
-            recipe=record.get("recipe") or {}, bytes=sum(sizes[folder] for folder in folders),
+            name=path.name,
+            path=path,
+            status=str(record["status"]),
+            started=str(record["started"]),
+            finished=record.get("finished"),
+            stages=stages,
+            metrics=record.get("metrics") or {},
+            recipe=record.get("recipe") or {},
+            bytes=sum(sizes[folder] for folder in folders),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path / 'run.json'}: not the record of a run ({type(error).__name__}: {error})") from None
@@ -203,10 +209,13 @@ def _compare_stage(runs: Path, stage: str, a: dict[str, Any] | None, b: dict[str
     record_a, record_b = (_artefact_record(runs, side) for side in (a, b))
     hash_a, hash_b = record_a.get("content_hash"), record_b.get("content_hash")
     return StageDifference(
-        stage, a["key"] if a else None, b["key"] if b else None,
+        stage,
+        a["key"] if a else None,
+        b["key"] if b else None,
         None if hash_a is None or hash_b is None else hash_a == hash_b,
         differences(record_a.get("config") or {}, record_b.get("config") or {}),
-        record_a.get("seconds"), record_b.get("seconds"),
+        record_a.get("seconds"),
+        record_b.get("seconds"),
     )
 
 
@@ -285,7 +294,12 @@ def _alive(pid: int) -> bool:
 
 
 def _remove(
-    runs: Path, path: Path, why: str, dry_run: bool, result: Pruned, spare: Callable[[str], bool] = lambda name: False,
+    runs: Path,
+    path: Path,
+    why: str,
+    dry_run: bool,
+    result: Pruned,
+    spare: Callable[[str], bool] = lambda name: False,
 ) -> None:
     """Rename into the trash, then delete, under the lock; what is in use is kept and said so.
 

@@ -320,9 +320,7 @@ class Engine:
             request.cancel()
 
 
-def threadsafe(
-    loop: asyncio.AbstractEventLoop, put: Callable[[TokenEvent], None]
-) -> Callable[[TokenEvent], None]:
+def threadsafe(loop: asyncio.AbstractEventLoop, put: Callable[[TokenEvent], None]) -> Callable[[TokenEvent], None]:
     """Deliver on `loop`'s thread; events for a loop that has closed are dropped."""
 
     def deliver(event: TokenEvent) -> None:

@@ -145,9 +145,7 @@ class LatentAttention(nn.Module):
         q_nope, q_rope = q_BHTE.split([self.nope, self.rotary], dim=-1)
         return q_nope, rotate(q_rope, *rope, interleaved=self.interleaved)
 
-    def forward(
-        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
         q_nope, q_rope = self.queries(x_BTD, rope)
         latent_BTC, shared_BTR = self.kv_a_proj_with_mqa(x_BTD).split([self.latent, self.rotary], dim=-1)
         latent_BTC = self.kv_a_layernorm(latent_BTC).type_as(latent_BTC)

@@ -4,9 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Family = Literal[
-    "llama", "gpt2", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3"
-]
+Family = Literal["llama", "gpt2", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3"]
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 
 # What a family has that a Llama has not, where the user does not say otherwise.

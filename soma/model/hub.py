@@ -36,9 +36,7 @@ def load_config(directory: str | Path) -> ModelConfig:
     return config_from_hf(raw, path)
 
 
-def load_model(
-    ref: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> Transformer:
+def load_model(ref: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Transformer:
     """The model in a Hugging Face folder, in eval mode.
 
     ref: local folder, `hf:org/name[@revision]`, `registry:NAME@VERSION`. dtype None: that of the token embedding on

@@ -33,9 +33,9 @@ class Metrics:
         self.prompt_tokens = Counter(
             names.PROMPT_TOKENS, "Prompt tokens of accepted requests.", label, registry=self.registry
         ).labels(model_name)
-        self.generation_tokens = Counter(
-            names.GENERATION_TOKENS, "Tokens made.", label, registry=self.registry
-        ).labels(model_name)
+        self.generation_tokens = Counter(names.GENERATION_TOKENS, "Tokens made.", label, registry=self.registry).labels(
+            model_name
+        )
         finished = Counter(
             names.REQUEST_SUCCESS, "Requests that ended, by reason.", [names.MODEL_NAME, names.FINISHED_REASON],
             registry=self.registry,

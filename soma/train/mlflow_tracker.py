@@ -32,7 +32,13 @@ class MlflowTracker:
     """
 
     def __init__(
-        self, uri: str, experiment: str, run_name: str, *, key: str | None = None, run_id: str | None = None,
+        self,
+        uri: str,
+        experiment: str,
+        run_name: str,
+        *,
+        key: str | None = None,
+        run_id: str | None = None,
         flush_seconds: float = FLUSH_SECONDS,
     ) -> None:
         self.uri, self.experiment, self.run_name, self.key = uri, experiment, run_name, key

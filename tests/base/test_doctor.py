@@ -44,7 +44,9 @@ def test_python(version: tuple[int, ...], state: str) -> None:
 @pytest.mark.parametrize(
     ("build", "state", "says"),
     [
-        (None, "problem", "not installed"), (CPU, "ok", "CPU only"), (CUDA, "ok", "CUDA 12.8"),
+        (None, "problem", "not installed"),
+        (CPU, "ok", "CPU only"),
+        (CUDA, "ok", "CUDA 12.8"),
         (TorchBuild("2.10.0", None, None), "problem", "2.10.0"),
         (TorchBuild("2.14.0a0+git1", None, None), "problem", "2.14"),
         (TorchBuild("2.11.0", None, "6.3"), "ok", "ROCm"),

@@ -215,8 +215,11 @@ def test_secrets_stay_out_of_errors_and_records(server: FileServer, cache: Path,
     fetch(url, "file")
     errors = []
     for bad in (
-        url.replace("/a?", "/nothing?"), url.replace("hunter22", "hunter22x"), f"{url}#sha256={'0' * 64}",
-        f"http://bob-user:hunter22@127.0.0.1:1/?{query}", f"zz://bob-user:hunter22@x/?{query}",
+        url.replace("/a?", "/nothing?"),
+        url.replace("hunter22", "hunter22x"),
+        f"{url}#sha256={'0' * 64}",
+        f"http://bob-user:hunter22@127.0.0.1:1/?{query}",
+        f"zz://bob-user:hunter22@x/?{query}",
     ):
         with pytest.raises(UserError) as raised:
             fetch(bad, "file")

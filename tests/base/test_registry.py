@@ -139,5 +139,3 @@ def test_mlflow_is_quiet(tmp_path: Path) -> None:
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert (result.stdout, result.stderr) == ("1\n", "")
-
-

@@ -325,7 +325,12 @@ def test_quota_from_the_environment(runs: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_sizes() -> None:
     assert [human_bytes(count) for count in (0, 999, 1000, 999_999, 12_345_678, 2.5e12)] == [
-        "0 B", "999 B", "1 kB", "1 MB", "12.3 MB", "2.5 TB",
+        "0 B",
+        "999 B",
+        "1 kB",
+        "1 MB",
+        "12.3 MB",
+        "2.5 TB",
     ]
     assert [parse_bytes(text, "x") for text in ("5", "1.5 GiB", "20GB", "3k")] == [5, 3 << 29, 20 * 10**9, 3000]
     for bad in ("", "GB", "-1GB", "1 parsec", "1e9"):

@@ -141,9 +141,7 @@ def test_stop_strings_and_penalties(client: openai.OpenAI) -> None:
     assert "".join(chunk.choices[0].text for chunk in streamed) == whole[: whole.index(stop)]
     assert text(frequency_penalty=2.0, presence_penalty=2.0)[0] != whole
     assert text(extra_body={"top_k": 1, "min_p": 0.1, "repetition_penalty": 1.0})[0] == whole
-    forced = client.completions.create(
-        model=MODEL, prompt="hello", max_tokens=3, logit_bias={"70": 100}, logprobs=0
-    )
+    forced = client.completions.create(model=MODEL, prompt="hello", max_tokens=3, logit_bias={"70": 100}, logprobs=0)
     assert forced.choices[0].logprobs is not None
     assert len(set(forced.choices[0].logprobs.tokens or [])) == 1
 
