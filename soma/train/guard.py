@@ -53,44 +53,64 @@ class DivergenceGuard:
 
 
 UNMEASURED_STEPS = 2  # a process's first steps compile and warm caches
-MEASURED_STEPS = 5  # steps that a decision rests on
-MARGIN = 0.97  # a new total aims at this share of the budget, so that noise does not decide anew
+MEASURED_STEPS = 5  # steps that an early decision rests on
+MARGIN = 0.97  # a new total aims at this share of the budget …
+UNUSED = 0.94  # … and one that was cut grows again when it would use less than this
+MEANINGFUL = 0.25  # share of the budget before the first decision
+GROSS = 2.0  # a projected use of so many budgets, or of one so-many-th after a cut, is decided on at once
+SPACING = 0.15  # share of what is left between two decisions: 0.25, 0.36, 0.46, 0.54, … of the budget
 
 
 @dataclass
 class TimeGuard:
-    """Shrinks the number of steps when the run would take more than `max_seconds`.
+    """Fits the number of steps to `max_seconds` when the run would take longer.
 
-    `spent` is what earlier processes took up to the checkpoint that this one started from. The cost of a step is the
-    mean over this process (evaluations and checkpoints included), but at least the median of its recent steps.
+    `spent` is what earlier processes took up to the checkpoint that this one started from. A step costs the median of
+    the last 20, plus the mean of what happened beside the steps (evaluations, checkpoints). It decides at marks that
+    lie closer together as the budget runs out, the first after a quarter of it, or at once when the projection is grossly
+    off. A total that was cut may grow again, up to what was planned.
     """
 
     max_seconds: float
     spent: float = 0.0
     taken: int = 0
-    measured: float = 0.0
+    beside: float = 0.0
+    mark: float | None = None  # seconds spent at which the next decision is due
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=20))
 
-    def record(self, seconds: float) -> None:
-        """A step, with all that happened beside it, took so long."""
+    def record(self, step: float, beside: float = 0.0) -> None:
+        """A step took `step` seconds, and what was done after it `beside` seconds."""
         self.taken += 1
-        self.spent += seconds
+        self.spent += step + beside
         if self.taken > UNMEASURED_STEPS:
-            self.measured += seconds
-            self.recent.append(seconds)
+            self.beside += beside
+            self.recent.append(step)
 
-    def decide(self, done: int, steps: int, closing_steps: float) -> int | None:
-        """A smaller total for a run that has `done` of `steps` steps, or None to leave it.
+    def decide(self, done: int, steps: int, planned: int, closing_steps: float) -> int | None:
+        """Another total for a run that has `done` of `steps` steps (`planned` at first), or None to leave it.
 
         `closing_steps`: what comes after the last step (evaluation), as a number of steps.
-        10 of 1000 steps done in 10 s at 1 s each, 100 s allowed, nothing after: 10 + 0.97·100 - 10 = 97 steps.
+        10 of 1000 steps done in 10 s at 1 s each, 100 s allowed, nothing after: 1000 s are ten budgets, so
+        10 + 0.97·100 - 10 = 97 steps.
         """
         if self.spent >= self.max_seconds:
             return done if done < steps else None
-        if len(self.recent) < MEASURED_STEPS:
+        if not self.recent:
             return None
-        cost = max(self.measured / (self.taken - UNMEASURED_STEPS), statistics.median(self.recent))
-        if self.spent + (steps - done + closing_steps) * cost <= self.max_seconds:
+        cost = statistics.median(self.recent) + self.beside / (self.taken - UNMEASURED_STEPS)
+        projected = self.spent + (steps - done + closing_steps) * cost
+        if self.mark is None:
+            self.mark = max(MEANINGFUL * self.max_seconds, self.spent)
+        measured = len(self.recent) >= MEASURED_STEPS
+        due = self.spent >= self.mark and (measured or self.spent > self.max_seconds / 2)
+        cut = steps < planned
+        gross = projected > GROSS * self.max_seconds or (cut and projected < self.max_seconds / GROSS)
+        if not due and not (measured and gross) and not (cut and done == steps):
+            return None
+        self.mark = max(self.mark, self.spent + SPACING * (self.max_seconds - self.spent))
+        least = UNUSED * self.max_seconds if cut else 0.0
+        if least <= projected <= self.max_seconds:
             return None
         left = (MARGIN * self.max_seconds - self.spent) / cost - closing_steps
-        return min(steps - 1, done + max(0, math.floor(left)))
+        total = min(planned, done + max(0, math.floor(left)))
+        return total if total != steps else None

@@ -113,9 +113,10 @@ class Trainer:
             while self.at.done < self.steps and not self.stopped_early:
                 started = time.perf_counter()
                 self.train_step()
+                trained = time.perf_counter()
                 self.at.done += 1
                 self.after_step()
-                self.clock.record(time.perf_counter() - started)
+                self.clock.record(trained - started, time.perf_counter() - trained)
                 self.limit_time()
                 task.total = self.steps
                 task.advance(1, loss=round(self.at.last_loss, 4))
@@ -263,15 +264,15 @@ class Trainer:
         )
 
     def limit_time(self) -> None:
-        """Take steps away when max_seconds says so, or when a killed run had done so at this step."""
+        """Another number of steps when max_seconds says so, or when a killed run had decided so at this step."""
         decisions = self.decisions()
         taken = dict(decisions["steps"])
         if taken and self.at.done <= max(taken):  # a killed run has been here
             self.steps = taken.get(self.at.done, self.steps)
             return
         closing = self.config.evaluate_batches / 3  # a forward pass is a third of a step
-        steps = self.world.agree(self.clock.decide(self.at.done, self.steps, closing))
-        if steps is None or steps >= self.steps:
+        steps = self.world.agree(self.clock.decide(self.at.done, self.steps, self.planned, closing))
+        if steps is None:
             return
         decisions["steps"].append([self.at.done, steps])
         if self.world.is_main:

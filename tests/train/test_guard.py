@@ -1,6 +1,8 @@
 """The guards: divergence, and the time that a run may take."""
 
 import math
+import random
+from collections.abc import Callable
 
 import pytest
 
@@ -59,15 +61,37 @@ def clock(max_seconds: float, seconds: float, steps: int) -> TimeGuard:
 
 
 def test_worked_number() -> None:
-    assert clock(100, 1.0, 10).decide(10, 1000, 0) == 97
+    assert clock(100, 1.0, 10).decide(10, 1000, 1000, 0) == 97
 
 
 def test_fast_enough_is_left_alone() -> None:
-    assert clock(100, 1.0, 10).decide(10, 100, 0) is None
+    assert clock(100, 1.0, 10).decide(10, 100, 100, 0) is None
+    assert clock(100, 1.0, 30).decide(30, 60, 60, 0) is None  # ends early, and nothing was cut
 
 
 def test_closing_work_counts() -> None:
-    assert clock(100, 1.0, 10).decide(10, 100, 5) == 92
+    assert clock(100, 1.0, 30).decide(30, 100, 100, 5) == 92
+
+
+def test_a_small_overrun_waits_for_a_quarter_of_the_budget() -> None:
+    assert clock(100, 1.0, 24).decide(24, 150, 150, 0) is None
+    assert clock(100, 1.0, 25).decide(25, 150, 150, 0) == 97
+
+
+def test_the_next_decision_waits_for_its_mark() -> None:
+    guard = clock(100, 1.0, 25)
+    assert guard.decide(25, 150, 150, 0) == 97  # the next mark: 25 + 0.15 · 75 = 36.25 s
+    for done in range(26, 37):
+        guard.record(1.0)
+        assert guard.decide(done, 120, 150, 0) is None
+    guard.record(1.0)
+    assert guard.decide(37, 120, 150, 0) == 97
+
+
+def test_what_was_cut_grows_again_but_not_beyond_the_plan() -> None:
+    assert clock(100, 0.5, 80).decide(80, 97, 1000, 0) == 194  # 80 + (97 - 40) / 0.5
+    assert clock(100, 0.5, 80).decide(80, 97, 150, 0) == 150
+    assert clock(100, 0.5, 80).decide(80, 190, 1000, 0) is None  # 95 s: near enough
 
 
 def test_compiling_does_not_count_as_speed() -> None:
@@ -76,26 +100,73 @@ def test_compiling_does_not_count_as_speed() -> None:
     for _ in range(9):
         guard.record(0.5)
     # 34.5 s are gone, 0.97 · 100 - 34.5 = 62.5 s are left at 0.5 s a step: 125 steps more
-    assert guard.decide(10, 1000, 0) == 135
+    assert guard.decide(10, 1000, 1000, 0) == 135
+
+
+def test_evaluations_between_the_steps_count() -> None:
+    guard = TimeGuard(100)
+    for step in range(42):
+        guard.record(0.5, 5.0 if step in (11, 31) else 0.0)
+    # 31 s are gone; a step costs 0.5 + 10 / 40 = 0.75: (97 - 31) / 0.75 = 88 steps more
+    assert guard.decide(42, 200, 200, 0) == 130
 
 
 def test_it_waits_for_a_measurement() -> None:
-    assert clock(100, 1.0, 6).decide(6, 1000, 0) is None
-    assert clock(100, 1.0, 7).decide(7, 1000, 0) is not None
+    assert clock(100, 1.0, 6).decide(6, 1000, 1000, 0) is None
+    assert clock(100, 1.0, 7).decide(7, 1000, 1000, 0) is not None
+    assert clock(10, 2.0, 3).decide(3, 1000, 1000, 0) == 4  # six of ten seconds are gone: one step must do
 
 
 def test_time_is_up() -> None:
-    assert clock(5, 1.0, 6).decide(6, 1000, 0) == 6
+    assert clock(5, 1.0, 6).decide(6, 1000, 1000, 0) == 6
 
 
-def test_totals_only_fall() -> None:
-    guard, total = TimeGuard(100), 1000
-    for step in range(1, 1000):
-        guard.record(1.0 + 0.3 * math.sin(step))
-        shorter = guard.decide(step, total, 0)
-        assert shorter is None or shorter < total
-        total = shorter if shorter is not None else total
-        if step >= total:
-            break
-    assert 85 <= total <= 100
-    assert guard.spent <= 100
+def test_one_slow_start_does_not_decide() -> None:
+    """The case of the quickstart: 640 steps at 0.3 s under 220 s, whose first steps take 1.5 times as long."""
+    _, done, totals = simulate(220, 640, lambda spent: 0.45 if spent < 15 else 0.3)
+    assert done == 640
+    assert totals == []
+
+
+def simulate(
+    budget: float, planned: int, seconds: Callable[[float], float], evaluation: float = 0.0
+) -> tuple[float, int, list[int]]:
+    """A run under the guard: time it took, steps it did, and the totals it decided on."""
+    guard, total, done = TimeGuard(budget), planned, 0
+    totals: list[int] = []
+    while done < total:
+        guard.record(seconds(guard.spent), evaluation if done % 50 == 49 else 0.0)
+        done += 1
+        decided = guard.decide(done, total, planned, 0)
+        if decided is not None:
+            total = decided
+            totals.append(total)
+    return guard.spent, done, totals
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_noise_that_settles(seed: int) -> None:
+    """Times drawn from a noisy start, up to four times too long or too short in stretches, that settles by half."""
+    draw = random.Random(seed)
+    steps, budget = draw.randint(80, 2000), draw.uniform(5, 500)
+    base = budget / steps
+    settles = draw.uniform(0, 0.5) * budget
+    stretches = [draw.choice((0.4, 1.0, 2.0, 4.0)) for _ in range(8)]
+    longest = 0.0
+
+    def seconds(spent: float) -> float:
+        nonlocal longest
+        factor = draw.uniform(0.9, 1.1)
+        if spent < settles:
+            factor *= stretches[int(8 * spent / settles)] * draw.choice((0.7, 1.0, 3.0))
+        elif draw.random() < 0.02:
+            factor *= 5  # a stall now and then
+        longest = max(longest, factor * base)
+        return factor * base
+
+    planned = draw.randint(steps, 5 * steps)
+    spent, done, totals = simulate(budget, planned, seconds, evaluation=draw.choice((0.0, 2 * base)))
+    assert spent <= budget + longest + 2 * base
+    assert all(total <= planned for total in totals)
+    assert done == planned or spent >= 0.9 * budget
+    assert len(totals) < 40

@@ -231,7 +231,7 @@ def test_disk_full(run: Run, small: dict, monkeypatch: pytest.MonkeyPatch, tmp_p
 
 def test_time_guard_shrinks_and_repeats_itself(run: Run, small: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     true_record = loop.TimeGuard.record
-    monkeypatch.setattr(loop.TimeGuard, "record", lambda guard, _: true_record(guard, 0.05))  # a step "takes" 50 ms
+    monkeypatch.setattr(loop.TimeGuard, "record", lambda guard, *_: true_record(guard, 0.05))  # a step "takes" 50 ms
     settings = small | {"steps": 5000, "max_seconds": 2.0, "checkpoint_every": 5, "warmup": 2, "schedule": "wsd"}
     result = run("a", TrainConfig(**settings))
     assert result.limited
