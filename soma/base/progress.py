@@ -4,6 +4,7 @@ One reporter is current at a time (`use`); code that does work asks for `current
 """
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -199,7 +200,9 @@ def describe(task: Task, *, final: bool = False) -> str:
 
 
 def compact(value: float) -> str:
-    """A number in at most four significant figures with k, M, G: 12345 → 12.3k."""
+    """A number in at most four significant figures with k, M, G: 12345 → 12.3k. Not finite: inf, nan."""
+    if not math.isfinite(value):
+        return str(value)
     for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= limit:
             return f"{value / (limit if suffix != 'k' else 1e3):.3g}{suffix}"

@@ -114,6 +114,8 @@ def test_compact(value: float, text: str) -> None:
 
 def test_compact_takes_what_a_diverged_loss_is() -> None:
     assert compact(math.nan) == "nan"
+    assert compact(math.inf) == "inf"
+    assert compact(-math.inf) == "-inf"
 
 
 @pytest.mark.parametrize(
