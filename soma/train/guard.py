@@ -67,8 +67,8 @@ class TimeGuard:
 
     `spent` is what earlier processes took up to the checkpoint that this one started from. A step costs the median of
     the last 20, plus the mean of what happened beside the steps (evaluations, checkpoints). It decides at marks that
-    lie closer together as the budget runs out, the first after a quarter of it, or at once when the projection is grossly
-    off. A total that was cut may grow again, up to what was planned.
+    lie closer together as the budget runs out, the first after a quarter of it, or at once when the projection is
+    grossly off. A total that was cut may grow again, up to what was planned.
     """
 
     max_seconds: float
