@@ -21,3 +21,11 @@ class QueueFullError(RuntimeError):
 
 class EngineClosedError(RuntimeError):
     """The engine is shutting down and takes no more requests."""
+
+
+class EngineRestartingError(EngineClosedError):
+    """The engine's process ended and comes up again by itself. `retry_after`: seconds until it should be there."""
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__(f"the engine is being restarted; try again in {retry_after} s")
+        self.retry_after = retry_after

@@ -13,6 +13,7 @@ from soma.engine.engine import Engine
 from soma.model.folder import local_folder
 from soma.model.hub import load_model
 from soma.model.tokenizer import Tokenizer
+from soma.model.transformer import Transformer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -26,12 +27,16 @@ def load_engine(
     native bf16. device: cpu, cuda, cuda:1 …, or auto: a GPU where there is one. options: those of `Engine`.
     Raises UserError for what is not there or does not fit together.
     """
-    if precision != "auto" and precision not in DTYPES:
-        raise UserError(f"precision {precision!r}: expected auto or one of {', '.join(DTYPES)}")
     directory = local_folder(model_ref)
+    model, tokenizer = load_weights(directory, precision=precision, device=device)
+    return Engine(model, tokenizer, **options), tokenizer, model_name(model_ref, directory)
+
+
+def load_weights(directory: Path, *, precision: str = "auto", device: str = "auto") -> tuple[Transformer, Tokenizer]:
+    """Model and tokenizer of a folder; arguments and errors as for `load_engine`."""
+    place, dtype = choose_device(device), choose_dtype(precision)
     tokenizer = Tokenizer.load(directory)
-    place = choose_device(device)
-    model = load_model(directory, DTYPES.get(precision), place)
+    model = load_model(directory, dtype, place)
     is_slow = place.type == "cpu" and model.dtype != torch.float32 and not native_bf16()
     if precision == "auto" and is_slow:
         progress.current().note(f"{directory.name}: this CPU has no native bf16; the weights are computed in fp32")
@@ -41,7 +46,14 @@ def load_engine(
             f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}; "
             "they do not belong together"
         )
-    return Engine(model, tokenizer, **options), tokenizer, model_name(model_ref, directory)
+    return model, tokenizer
+
+
+def choose_dtype(precision: str) -> torch.dtype | None:
+    """The dtype of a name, None for auto; UserError for other names."""
+    if precision != "auto" and precision not in DTYPES:
+        raise UserError(f"precision {precision!r}: expected auto or one of {', '.join(DTYPES)}")
+    return DTYPES.get(precision)
 
 
 def choose_device(device: str) -> torch.device:

@@ -1,0 +1,393 @@
+"""The engine in a process of its own, asked like an `Engine` in this one.
+
+The front keeps the text: it checks, tokenizes, detokenizes and looks for stop strings, while the engine process works
+on ids (`soma.engine.worker`). When that process dies, every request in it ends with an error event, and a new process
+is started; until it is there requests are refused with `EngineRestartingError`. When the front dies, the socket
+between the two ends, and with it the engine process.
+"""
+
+import asyncio
+import itertools
+import logging
+import math
+import os
+import queue
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from soma.base import progress
+from soma.base.errors import UserError
+from soma.engine.channel import Channel, Message
+from soma.engine.check import check_embeddable, check_request
+from soma.engine.errors import EngineClosedError, EngineRestartingError, QueueFullError, RequestError
+from soma.engine.request import Completion, Request, TokenEvent
+from soma.engine.sampling import SamplingParams
+from soma.engine.stats import COUNTERS, EMPTY
+from soma.engine.text import StopScanner
+from soma.model.tokenizer import Tokenizer
+
+log = logging.getLogger("soma.engine")
+
+PROGRAM = "import sys; from soma.engine.worker import main; main(int(sys.argv[1]))"
+LONGEST_DELAY = 30.0  # seconds between two attempts to start again
+MAX_EMBEDDINGS = 64  # requests for embeddings that may wait
+LOST = "the engine stopped in the middle of this request; it is being restarted, send the request again"
+
+
+class ProcessRequest(Request):
+    """A request whose tokens are made in the engine process, and whose text is made here."""
+
+    def __init__(
+        self, prompt_ids: list[int], params: SamplingParams, max_tokens: int, tokenizer: Tokenizer,
+        send_cancel: Callable[["ProcessRequest"], None], deliver: Callable[[TokenEvent], None] | None,
+    ) -> None:  # fmt: skip
+        self.prompt_ids, self.params, self.max_tokens = prompt_ids, params, max_tokens
+        self.decoder, self.scanner = tokenizer.stream_decoder(), StopScanner(params.stop)
+        self.events = queue.SimpleQueue()
+        self.deliver = deliver or self.events.put
+        self.send_cancel = send_cancel
+        self.number = -1
+        self.cancelled = False
+        self.finish_reason: str | None = None
+        self.prompt_logprobs = None
+        self.arrived = time.monotonic()
+        self.scheduled: float | None = None
+        self.first_token: float | None = None
+        self.ended: float | None = None
+
+    def cancel(self) -> None:
+        if not self.cancelled and self.finish_reason is None:
+            self.cancelled = True
+            self.send_cancel(self)
+
+    def with_text(self, event: TokenEvent) -> TokenEvent:
+        """The event with what became safe to show; a stop string ends the request here."""
+        if event.id is not None and self.first_token is None:
+            self.first_token = time.monotonic()
+        text, reason = "", event.finish_reason
+        if event.id is not None and not event.is_end:
+            text = self.scanner.push(self.decoder.push(event.id))
+            reason = "stop" if self.scanner.stopped else reason
+        if reason in ("stop", "length", "abort"):
+            text += self.rest()
+            reason = "stop" if self.scanner.stopped else reason
+        if reason is not None:
+            self.finish_reason, self.ended = reason, time.monotonic()
+        return replace(event, text=text, finish_reason=reason) if text or reason else event
+
+
+class RemoteEmbedder:
+    """The engine process's embeddings, asked like an `Embedder`."""
+
+    def __init__(self, process: "EngineProcess") -> None:
+        self.process = process
+        self.waiting: dict[int, Future[np.ndarray]] = {}
+
+    @property
+    def max_length(self) -> int:
+        return int(self.process.facts["max_length"])
+
+    @property
+    def dimensions(self) -> int:
+        return int(self.process.facts["dimensions"])
+
+    def check(self, ids: Sequence[int]) -> None:
+        """Raises RequestError for ids that cannot be embedded."""
+        check_embeddable(ids, self.process.vocab_size, self.max_length)
+
+    def submit(self, prompts: Sequence[Sequence[int]]) -> "Future[np.ndarray]":
+        """One vector per prompt, (n, D) float32, later. Raises RequestError, QueueFullError, EngineClosedError."""
+        for ids in prompts:
+            self.check(ids)
+        future: Future[np.ndarray] = Future()
+        with self.process.lock:
+            channel = self.process.open_channel()
+            if len(self.waiting) >= MAX_EMBEDDINGS:
+                raise QueueFullError(len(self.waiting), retry_after=1)
+            number = next(self.process.numbers)
+            self.waiting[number] = future
+            channel.put("embed", number, [list(ids) for ids in prompts])
+        return future
+
+    def settle(self, number: int, vectors: np.ndarray | None, error: str | None) -> None:
+        """Give an answer to the one who waits for it."""
+        with self.process.lock:
+            future = self.waiting.pop(number)
+        if future.set_running_or_notify_cancel():
+            if vectors is None:
+                future.set_exception(RuntimeError(error))
+            else:
+                future.set_result(vectors)
+
+
+class EngineProcess:
+    """Starts an engine process for a model and keeps it running until `close()`.
+
+    Args: those of `soma.engine.load.load_engine`. Waits until the model is loaded.
+    Raises UserError: what `load_engine` raises there; the process ended while loading.
+    """
+
+    def __init__(self, model_ref: str | Path, *, precision: str = "auto", device: str = "auto", **options: Any) -> None:
+        self.options = {"model_ref": str(model_ref), "precision": precision, "device": device, **options}
+        self.lock = threading.RLock()
+        self.numbers = itertools.count()
+        self.requests: dict[int, ProcessRequest] = {}
+        self.embedder = RemoteEmbedder(self)
+        self.closing, self.closed = False, threading.Event()
+        self.channel: Channel | None = None  # None while there is no engine to talk to
+        self.restarts = 0
+        self.load_seconds = 0.0
+        self.next_start = 0.0
+        self.process, self.facts, channel, frames = self._start()
+        self.tokenizer = Tokenizer.load(self.facts["directory"])
+        self.live, self.before = dict(EMPTY), dict.fromkeys(COUNTERS, 0.0)
+        self.channel = channel
+        self.thread = threading.Thread(target=self._supervise, args=(frames,), name="soma-front", daemon=True)
+        self.thread.start()
+
+    @property
+    def model_name(self) -> str:
+        return str(self.facts["name"])
+
+    @property
+    def max_length(self) -> int:
+        return int(self.facts["max_length"])
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.facts["vocab_size"])
+
+    @property
+    def makes_text(self) -> bool:
+        """False for an encoder: it makes embeddings alone."""
+        return bool(self.facts["makes_text"])
+
+    # For those who ask:
+
+    def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> int:
+        """As `Engine.check`."""
+        if not self.makes_text:
+            raise RequestError(f"the model `{self.model_name}` makes embeddings, no text; use /v1/embeddings", "model",
+                               "model_makes_no_text")  # fmt: skip
+        return check_request(prompt_ids, params, self.vocab_size, self.max_length)
+
+    def submit(
+        self, prompt_ids: Sequence[int], params: SamplingParams | None = None,
+        deliver: Callable[[TokenEvent], None] | None = None,
+    ) -> ProcessRequest:  # fmt: skip
+        """As `Engine.submit`; also raises EngineRestartingError."""
+        return self.submit_all([prompt_ids], params, [deliver] if deliver else None)[0]
+
+    def submit_all(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None,
+        deliver: Sequence[Callable[[TokenEvent], None]] | None = None,
+    ) -> list[ProcessRequest]:  # fmt: skip
+        """Queue several requests, all of them or none. Events are delivered on this object's own thread."""
+        each = params if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
+        requests = [
+            ProcessRequest(list(ids), one, self.check(ids, one), self.tokenizer, self._cancel,
+                           deliver[i] if deliver else None)
+            for i, (ids, one) in enumerate(zip(prompts, each, strict=True))
+        ]  # fmt: skip
+        with self.lock:
+            channel = self.open_channel()
+            if len(self.requests) + len(requests) > self.facts["places"]:
+                waiting = max(0, len(self.requests) - self.facts["max_running"])
+                raise QueueFullError(waiting, retry_after=1 + waiting // self.facts["max_running"])
+            for request in requests:
+                request.number = next(self.numbers)
+                self.requests[request.number] = request
+            channel.put("submit", requests[0].number, [request.prompt_ids for request in requests],
+                        [replace(one, stop=()) if one.stop else one for one in each])  # fmt: skip
+        return requests
+
+    async def stream(
+        self, prompt_ids: Sequence[int], params: SamplingParams | None = None
+    ) -> AsyncIterator[TokenEvent]:
+        """As `Engine.stream`."""
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[TokenEvent] = asyncio.Queue()
+
+        def deliver(event: TokenEvent) -> None:
+            with suppress(RuntimeError):  # the loop is closed: nobody listens
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        request = self.submit(prompt_ids, params, deliver)
+        try:
+            while True:
+                event = await events.get()
+                yield event
+                if event.finish_reason is not None:
+                    return
+        finally:
+            request.cancel()
+
+    def generate(self, prompt_ids: Sequence[int], params: SamplingParams | None = None) -> Completion:
+        """Run one request to its end."""
+        return self.submit(prompt_ids, params).result()
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are taken at this moment."""
+        return self.channel is not None and not self.closing
+
+    @property
+    def retry_after(self) -> int:
+        """Seconds until a restarting engine should be there: what the last start took."""
+        return max(1, math.ceil(self.next_start - time.monotonic() + self.load_seconds))
+
+    @property
+    def idle(self) -> bool:
+        return not self.requests
+
+    def stats(self) -> dict[str, float]:
+        """The engine's figures as of a tenth of a second ago; counters go on over restarts."""
+        with self.lock:
+            values = dict(self.live) | {name: self.live[name] + self.before[name] for name in COUNTERS}
+            return values if self.requests else values | {"running": 0, "waiting": 0}
+
+    def close(self, *, drain: bool = False, timeout: float = 30.0) -> None:
+        """Take no more requests; with `drain` finish those that are in, else cancel them. Ends the process."""
+        with self.lock:
+            self.closing = True
+            self.closed.set()
+            if self.channel is not None:
+                self.channel.put("close", drain)
+        try:
+            self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.thread.join(10)
+
+    def open_channel(self) -> Channel:
+        """Where messages go, called under the lock. Raises EngineClosedError, EngineRestartingError."""
+        if self.closing:
+            raise EngineClosedError("the engine is shutting down")
+        if self.channel is None:
+            raise EngineRestartingError(self.retry_after)
+        return self.channel
+
+    def _cancel(self, request: ProcessRequest) -> None:
+        with self.lock:
+            if self.channel is not None:
+                self.channel.put("cancel", request.number)
+
+    # Starting, watching, starting again:
+
+    def _start(self) -> "tuple[subprocess.Popen[bytes], dict[str, Any], Channel, Iterator[list[Message]]]":
+        """A new process with its model loaded: the process, its facts, the way to it, and what it will say."""
+        started = time.monotonic()
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-c", PROGRAM, str(theirs.fileno())], pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL, stdout=2,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            )  # fmt: skip
+        channel = Channel(ours)
+        channel.put("start", self.options)
+        frames = iter(channel)
+        for frame in frames:
+            for kind, *rest in frame:
+                if kind == "note":
+                    progress.current().note(rest[0])
+                elif kind == "ready":
+                    self.load_seconds = time.monotonic() - started
+                    return process, rest[0], channel, frames
+                else:
+                    channel.close()
+                    process.wait()
+                    raise UserError(rest[0] if rest[1] else f"the engine cannot be loaded: {rest[0]}")
+        channel.close()
+        raise UserError(f"the engine process ended with status {process.wait()} while it loaded the model")
+
+    def _supervise(self, frames: Iterator[list[Message]]) -> None:
+        """Take what the engine process says; when it is gone, tell everybody and start another, until `close`."""
+        while True:
+            for frame in frames:
+                for kind, *rest in frame:
+                    self._take(kind, *rest)
+            self._lose()
+            delay = 1.0
+            while True:
+                with self.lock:
+                    if self.closing:
+                        return
+                    self.next_start = time.monotonic()
+                try:
+                    self.process, facts, channel, frames = self._start()
+                    break
+                except (UserError, OSError) as error:
+                    log.error("the engine does not come up again: %s; next attempt in %.0f s", error, delay)
+                    self.next_start = time.monotonic() + delay
+                    self.closed.wait(delay)
+                    delay = min(delay * 2, LONGEST_DELAY)
+            with self.lock:
+                self.facts, self.channel = facts, channel
+                self.restarts += 1
+                if self.closing:  # `close` found no channel to say it on
+                    channel.put("close", False)
+            log.warning("the engine is back")
+
+    def _lose(self) -> None:
+        """The process is gone: end what ran in it."""
+        with self.lock:
+            channel, self.channel = self.channel, None
+            requests, self.requests = list(self.requests.values()), {}
+            futures, self.embedder.waiting = list(self.embedder.waiting.values()), {}
+            self.next_start = time.monotonic()
+            for name in COUNTERS:
+                self.before[name] += self.live[name]
+            self.live = dict(EMPTY)
+        if channel is not None:
+            channel.close()
+        status = self.process.wait()
+        if not self.closing:
+            log.error("the engine process ended with status %d; %d requests end with an error", status, len(requests))
+        for request in requests:
+            if request.finish_reason is None:
+                self._deliver(request, TokenEvent(None, finish_reason="error", error=LOST))
+        for future in futures:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(EngineRestartingError(self.retry_after))
+
+    def _take(self, kind: str, *rest: Any) -> None:
+        if kind == "event":
+            number, event, extra = rest
+            request = self.requests[number]
+            if extra is not None:
+                request.scheduled = extra.scheduled
+                request.prompt_logprobs = extra.prompt_logprobs or request.prompt_logprobs
+            if event.finish_reason is not None:
+                with self.lock:
+                    del self.requests[number]
+            if request.finish_reason is None:  # else a stop string ended it here, and this came after
+                self._deliver(request, event)
+        elif kind == "stats":
+            with self.lock:
+                self.live = rest[0]
+        elif kind == "embedded":
+            self.embedder.settle(*rest)
+
+    def _deliver(self, request: ProcessRequest, event: TokenEvent) -> None:
+        """Send an event out with its text; a listener that fails is cut off and takes nobody with it."""
+        try:
+            shown = request.with_text(event)
+            if shown.finish_reason is not None and event.finish_reason is None:
+                self._cancel(request)
+            request.deliver(shown)
+        except Exception:
+            log.exception("an event could not be delivered")
+            request.cancel()

@@ -1,0 +1,19 @@
+"""What an engine says about itself, for metrics. Loads no torch."""
+
+from typing import Any
+
+# Gauges: running, waiting (requests), kv_cache_usage (0 to 1). Counters since the engine's start: the others.
+COUNTERS = ("prefix_cache_queries", "prefix_cache_hits", "preemptions")
+EMPTY: dict[str, float] = {"running": 0, "waiting": 0, "kv_cache_usage": 0.0, **dict.fromkeys(COUNTERS, 0)}
+
+
+def stats_of(engine: Any) -> dict[str, float]:
+    """The figures of an engine in this process."""
+    pool = engine.pool
+    return {**EMPTY, "running": len(engine.running), "waiting": len(engine.waiting),
+            "kv_cache_usage": pool.used / pool.budget}  # fmt: skip
+
+
+def scheduled_at(request: Any) -> float | None:
+    """When a request was first given a place (monotonic seconds); None where its engine does not say."""
+    return getattr(request, "scheduled", None)

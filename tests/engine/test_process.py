@@ -1,0 +1,274 @@
+"""The engine in its own process: the same answers, errors for everybody when it is killed, and a new start."""
+
+import asyncio
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from soma.base import progress
+from soma.base.errors import UserError
+from soma.engine.channel import Channel
+from soma.engine.embed import Embedder
+from soma.engine.engine import Engine
+from soma.engine.errors import EngineClosedError, EngineRestartingError, QueueFullError, RequestError
+from soma.engine.process import EngineProcess
+from soma.engine.request import TokenEvent
+from soma.engine.sampling import SamplingParams
+from soma.model.hub import load_model
+from soma.model.tokenizer import Tokenizer
+
+LONG = SamplingParams(max_tokens=4000, ignore_eos=True)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return condition()
+
+
+@pytest.fixture(scope="module")
+def process(tiny_folder: Path) -> Iterator[EngineProcess]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        engine = EngineProcess(tiny_folder, max_running=60, max_waiting=4)
+        yield engine
+        engine.close()
+    assert engine.process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0, max_tokens=40, ignore_eos=True),
+        SamplingParams(seed=3, max_tokens=40, logprobs=2, prompt_logprobs=1),
+        SamplingParams(seed=4, max_tokens=60, ignore_eos=True, stop=("e", "zz")),
+        SamplingParams(temperature=0, max_tokens=1),
+    ],
+)
+def test_the_same_answers(
+    process: EngineProcess, make_engine: Callable[..., Engine], tokenizer: Tokenizer, params: SamplingParams
+) -> None:
+    ids = tokenizer.encode("hello world, the fox")
+    wanted = make_engine().generate(ids, params)
+    assert process.generate(ids, params) == wanted
+    assert wanted.ids
+
+
+def test_a_stop_string_frees_the_place(process: EngineProcess, tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("hello")
+    text = process.generate(ids, SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)).text
+    params = SamplingParams(temperature=0, max_tokens=4000, ignore_eos=True, stop=(text[3:6],))
+    done = process.generate(ids, params)
+    assert (done.finish_reason, done.text) == ("stop", text[: text.index(text[3:6])])
+    assert wait_for(lambda: process.idle, 2)  # long before 4000 tokens are made
+
+
+def test_bad_input_never_reaches_the_engine(process: EngineProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*message: Any) -> None:
+        raise AssertionError(message)
+
+    assert process.channel is not None
+    monkeypatch.setattr(process.channel, "put", fail)
+    for ids, params, param in (
+        ([], LONG, "prompt"), ([5000], LONG, "prompt"), ([-1], LONG, "prompt"), ([5] * 4096, LONG, "prompt"),
+        ([5] * 97, LONG, "max_tokens"), ([5], SamplingParams(stop_token_ids=(9999,)), "stop_token_ids"),
+    ):  # fmt: skip
+        with pytest.raises(RequestError) as caught:
+            process.submit(ids, params)
+        assert caught.value.param == param
+    with pytest.raises(RequestError) as caught:
+        process.embedder.submit([[5], []])
+    assert caught.value.param == "input"
+    with pytest.raises(AssertionError):
+        process.submit([5])
+    process.requests.clear()
+
+
+def test_cancelling_and_the_bound(process: EngineProcess) -> None:
+    requests = process.submit_all([[5]] * 64, LONG)
+    with pytest.raises(QueueFullError) as caught:
+        process.submit([5], LONG)
+    assert caught.value.retry_after >= 1
+    assert wait_for(lambda: process.stats()["running"] == 60 and process.stats()["waiting"] == 4)
+    assert 0 < process.stats()["kv_cache_usage"] <= 1
+    for request in requests:
+        request.cancel()
+    assert {request.result().finish_reason for request in requests} == {"abort"}
+    assert process.idle
+    assert process.stats()["running"] == 0
+
+
+def test_asyncio_stream(process: EngineProcess) -> None:
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+
+    async def run() -> list[TokenEvent]:
+        return [event async for event in process.stream([5], params)]
+
+    events = asyncio.run(run())
+    assert [event.id for event in events] == process.generate([5], params).ids
+    assert [event.finish_reason for event in events] == [None] * 7 + ["length"]
+
+
+def test_embeddings_are_those_of_the_model(process: EngineProcess, tiny_folder: Path) -> None:
+    prompts = [[5, 6, 7], [9], list(range(4, 90))]
+    vectors = process.embedder.submit(prompts).result(20)
+    assert np.allclose(vectors, Embedder(load_model(tiny_folder), tiny_folder).embed(prompts), atol=1e-5)
+
+
+def test_killed_in_the_middle_of_50_streams(process: EngineProcess, caplog: pytest.LogCaptureFixture) -> None:
+    """Each gets an error as its last event; asking again is refused with a time until the new process is there."""
+    before = process.restarts
+    requests = process.submit_all([[5, 6]] * 50, LONG)
+    firsts = [request.events.get(timeout=30) for request in requests]
+    assert all(event.id is not None for event in firsts)
+    assert process.generate([5], SamplingParams(max_tokens=2, ignore_eos=True)).finish_reason == "length"
+    pid = process.process.pid
+    with caplog.at_level(logging.ERROR):
+        os.kill(pid, signal.SIGKILL)
+        ends = [list(request)[-1] for request in requests]
+    assert {event.finish_reason for event in ends} == {"error"}
+    assert all(event.error and "send the request again" in event.error for event in ends)
+    assert "status -9" in caplog.text
+    assert not process.alive
+    for ask in (lambda: process.submit([5]), lambda: process.embedder.submit([[5]])):
+        with pytest.raises(EngineRestartingError) as caught:
+            ask()
+        assert 1 <= caught.value.retry_after < 60
+    assert process.idle
+    assert wait_for(lambda: process.alive)
+    assert process.restarts == before + 1
+    assert process.process.pid != pid
+    assert process.generate([5], SamplingParams(max_tokens=3, ignore_eos=True)).finish_reason == "length"
+
+
+def test_killed_in_the_middle_of_embeddings(process: EngineProcess) -> None:
+    process.process.send_signal(signal.SIGSTOP)
+    future = process.embedder.submit([[5]])
+    process.process.kill()
+    with pytest.raises(EngineRestartingError):
+        future.result(20)
+    assert wait_for(lambda: process.alive)
+    assert process.embedder.submit([[5]]).result(20).shape == (1, 64)
+
+
+def test_a_model_that_went_away_and_came_back(tmp_path: Path, tiny_folder: Path) -> None:
+    """An engine that cannot be started again is tried again, and `close` does not wait for the next attempt."""
+    folder = tmp_path / "model"
+    folder.symlink_to(tiny_folder)
+    engine = EngineProcess(folder)
+    folder.unlink()
+    engine.process.kill()
+    assert wait_for(lambda: not engine.alive)
+    assert wait_for(lambda: engine.next_start > time.monotonic())
+    folder.symlink_to(tiny_folder)
+    assert wait_for(lambda: engine.alive)
+    folder.unlink()
+    engine.process.kill()
+    assert wait_for(lambda: engine.next_start > time.monotonic())
+    started = time.monotonic()
+    engine.close()
+    assert time.monotonic() - started < 5
+    with pytest.raises(EngineClosedError):
+        engine.submit([5])
+
+
+def test_closing(tiny_folder: Path) -> None:
+    engine = EngineProcess(tiny_folder)
+    request = engine.submit([5], SamplingParams(max_tokens=200, ignore_eos=True))
+    engine.close(drain=True)
+    assert len(request.result().ids) == 200
+    engine = EngineProcess(tiny_folder)
+    request = engine.submit([5], LONG)
+    engine.close()
+    assert request.result().finish_reason == "abort"
+    assert engine.process.returncode == 0
+
+
+def test_what_is_wrong_with_the_model_is_said(tmp_path: Path, tiny_folder: Path) -> None:
+    with pytest.raises(UserError, match="no such model folder"):
+        EngineProcess(tmp_path / "none")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        EngineProcess(tiny_folder, colour="blue")
+
+
+def test_notes_of_loading_come_through(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[str] = []
+
+    class Ear(progress.Reporter):
+        def note(self, text: str) -> None:
+            heard.append(text)
+
+    site = "import soma.engine.worker as w; old = w.load_weights\n"
+    site += "def new(*a, **k):\n    w.progress.current().note('it is late')\n    return old(*a, **k)\n"
+    site += "w.load_weights = new\n"
+    monkeypatch.setattr("soma.engine.process.PROGRAM", site + "import sys; w.main(int(sys.argv[1]))")
+    with progress.use(Ear()):
+        EngineProcess(tiny_folder).close()
+    assert "it is late" in heard
+
+
+def test_the_engine_ends_with_its_front(tiny_folder: Path) -> None:
+    """Also when the front is killed while the engine is computing."""
+    code = (
+        "import sys, time; from soma.engine.process import EngineProcess;"
+        "from soma.engine.sampling import SamplingParams;"
+        "e = EngineProcess(sys.argv[1]); r = e.submit([5], SamplingParams(max_tokens=4000, ignore_eos=True));"
+        "r.events.get(); print(e.process.pid, flush=True); time.sleep(60)"
+    )
+    front = subprocess.Popen([sys.executable, "-c", code, str(tiny_folder)], stdout=subprocess.PIPE, text=True)
+    assert front.stdout is not None
+    child = psutil.Process(int(front.stdout.readline()))
+    front.kill()
+    front.wait()
+    front.stdout.close()
+    child.wait(timeout=5)
+
+
+def test_a_frame_cut_off_is_the_end() -> None:
+    import socket
+
+    ours, theirs = socket.socketpair()
+    channel = Channel(ours)
+    theirs.sendall((100).to_bytes(8, "little") + b"short")
+    theirs.close()
+    assert list(channel) == []
+    channel.put("nobody hears this")
+    channel.close()
+
+
+def test_messages_gather_into_frames() -> None:
+    """What was put while the writer was held up travels in one frame, in order."""
+    import socket
+
+    ours, theirs = socket.socketpair()
+    gate: list[Any] = []
+
+    def hold(message: Any) -> Any:
+        if not gate:
+            gate.append(time.sleep(0.2))
+        return message
+
+    sender, receiver = Channel(ours, hold), Channel(theirs)
+    for number in range(101):
+        sender.put(number)
+    frames = iter(receiver)
+    seen = [*next(frames)]
+    while len(seen) < 101:
+        last = next(frames)
+        seen += last
+    assert seen == [(number,) for number in range(101)]
+    assert len(last) >= 50
+    sender.close()
+    assert list(frames) == []
+    receiver.close()
