@@ -76,6 +76,7 @@ class Router(nn.Module):
     """Scores of the experts for each token and the choice of K of them. Runs in float32."""
 
     e_score_correction_bias: Tensor
+    load: Tensor | None  # int64, the trainer's: tokens that each expert was sent in training, or None: not counted
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -84,6 +85,7 @@ class Router(nn.Module):
         if config.topk_method == "noaux_tc":
             bias = torch.zeros(config.num_experts, dtype=torch.float32)
             self.register_buffer("e_score_correction_bias", bias)
+        self.register_buffer("load", None, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
         # The score bias stays float32 in a bfloat16 model: its steps are smaller than bfloat16 resolves.
@@ -108,6 +110,13 @@ class Router(nn.Module):
         if config.norm_topk_prob:
             weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)
         return weights_NK * config.routed_scaling_factor, chosen_NK, probabilities_NE
+
+    @torch.no_grad()
+    def count(self, chosen_NK: Tensor, keep_N: Tensor | None) -> None:
+        """Add the choices of the tokens that `keep_N` keeps to `load`, where that is counted."""
+        if self.load is not None:
+            one_NK = torch.ones_like(chosen_NK) if keep_N is None else keep_N[:, None].expand_as(chosen_NK)
+            self.load.index_add_(0, chosen_NK.flatten(), one_NK.flatten().to(self.load.dtype))
 
     def choose(self, scores_NE: Tensor) -> Tensor:
         """The K experts of each token: over all, or within the best `topk_group` groups.
@@ -175,7 +184,10 @@ class MoE(nn.Module):
         out_BTD = self.experts(x_ND, weights_NK, chosen_NK).view(x_BTD.shape)
         if self.has_shared:
             out_BTD = out_BTD + self.shared_experts(x_BTD)
-        if not self.training or self.coefficient == 0:
+        if not self.training:
             return out_BTD, None
         keep_N = None if keep_BT is None else keep_BT.flatten()
+        self.gate.count(chosen_NK, keep_N)
+        if self.coefficient == 0:
+            return out_BTD, None
         return out_BTD, self.coefficient * load_balancing_loss(scores_NE, chosen_NK, keep_N)

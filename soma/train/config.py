@@ -55,6 +55,12 @@ class TrainConfig(BaseModel):
     momentum: float = Field(0.95, ge=0, lt=1, description="Muon: Nesterov momentum.")
     weight_decay: float = Field(0.1, ge=0, description="Decoupled decay of matrices (not norms, biases, embeddings).")
     grad_clip: float = Field(1.0, ge=0, description="Largest global gradient norm; 0 does not clip.")
+    router_bias_rate: float = Field(
+        1e-3,
+        ge=0,
+        description="DeepSeek-V3's routers: the expert bias moves by this much towards balance after each step "
+        "(arXiv:2408.15664). 0: it stays.",
+    )
     schedule: Literal["cosine", "wsd"] = Field(
         "cosine", description="cosine, or wsd: warmup, stable, then a decay in the last steps."
     )
@@ -160,6 +166,9 @@ class TuneConfig(TrainConfig):
 
     learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled decay of matrices (not norms, biases, embeddings).")
+    router_bias_rate: float = Field(
+        0.0, ge=0, description="DeepSeek-V3's routers: step of the expert bias towards balance. 0: it stays."
+    )
     warmup: float = Field(0.03, ge=0, description="Linear warm-up: share of the steps (<1) or steps.")
 
 
@@ -173,6 +182,9 @@ class PreferenceConfig(TrainConfig):
     )
     learning_rate: float = Field(5e-6, gt=0, description="Peak learning rate.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled decay of matrices (not norms, biases, embeddings).")
+    router_bias_rate: float = Field(
+        0.0, ge=0, description="DeepSeek-V3's routers: step of the expert bias towards balance. 0: it stays."
+    )
     warmup: float = Field(0.1, ge=0, description="Linear warm-up: share of the steps (<1) or steps.")
     pack: Literal["whole"] = Field("whole", description="A pair is never cut across sequences.")
 

@@ -20,6 +20,7 @@ from soma.base.errors import UserError
 from soma.model.formulas import flops_per_token
 from soma.model.tokenizer import Tokenizer
 from soma.model.transformer import Transformer
+from soma.train.balance import RouterBalance
 from soma.train.checkpoint import Checkpoints, last_whole
 from soma.train.compute import Compute, peak_memory
 from soma.train.config import TrainConfig, TuneConfig
@@ -91,6 +92,7 @@ class Trainer:
         self.planned = self.steps = steps
         self.at = Progress()
         self.optimizers = build_optimizers(model, config, compute.muon_dtype)
+        self.balance = RouterBalance(model, config.router_bias_rate, world)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16")
         self.divergence = DivergenceGuard(config.divergence_factor, config.divergence_steps)
@@ -146,6 +148,7 @@ class Trainer:
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
         self.scaler.update()
+        self.balance.step()
         self.model.zero_grad(set_to_none=True)
         self.count_step(loss, norm, rate, time.perf_counter() - started)
 
