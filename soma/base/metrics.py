@@ -8,6 +8,13 @@ END_TO_END_LATENCY = "vllm:e2e_request_latency_seconds"
 PROMPT_TOKENS = "vllm:prompt_tokens"  # a counter: Prometheus clients add `_total`
 GENERATION_TOKENS = "vllm:generation_tokens"  # a counter
 REQUEST_SUCCESS = "vllm:request_success"  # a counter
+KV_CACHE_USAGE = "vllm:kv_cache_usage_perc"  # 0 to 1, whatever the name says
+PREFIX_CACHE_QUERIES = "vllm:prefix_cache_queries"  # a counter, in tokens
+PREFIX_CACHE_HITS = "vllm:prefix_cache_hits"  # a counter, in tokens
+PREEMPTIONS = "vllm:num_preemptions"  # a counter
+QUEUE_TIME = "vllm:request_queue_time_seconds"
+PREFILL_TIME = "vllm:request_prefill_time_seconds"
+DECODE_TIME = "vllm:request_decode_time_seconds"
 
 MODEL_NAME = "model_name"  # label of all of them
 FINISHED_REASON = "finished_reason"  # label of REQUEST_SUCCESS: stop, length, abort, error

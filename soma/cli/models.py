@@ -22,6 +22,9 @@ def serve(
     allow_public: Annotated[
         bool, typer.Option("--allow-public", help="Let other machines reach the service. It asks nobody for a key.")
     ] = False,
+    in_process: Annotated[
+        bool, typer.Option("--in-process", help="Run the engine in this process, to debug it.")
+    ] = False,
 ) -> None:
     """Serve a model: OpenAI API under /v1, a chat page at /, /health, /metrics."""
     from soma.serve.server import serve as serve_model
@@ -29,7 +32,7 @@ def serve(
     with progress.use(progress.choose()):
         serve_model(
             model, host, port, name=name, allow_public=allow_public, precision=precision, device=device,
-            max_length=max_length, max_running=max_running, max_waiting=max_waiting,
+            max_length=max_length, max_running=max_running, max_waiting=max_waiting, in_process=in_process,
         )  # fmt: skip
 
 

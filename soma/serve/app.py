@@ -5,24 +5,28 @@ import json
 import time
 from collections.abc import AsyncIterator, Coroutine
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.types import Receive, Scope, Send
 
-from soma.engine.engine import Engine
+from soma.engine.process import EngineProcess
 from soma.engine.request import TokenEvent
 from soma.engine.sampling import SamplingParams
 from soma.model.tokenizer import Tokenizer
-from soma.serve import errors
+from soma.serve import embeddings, errors, tokens
 from soma.serve.errors import ApiError
 from soma.serve.formats import ChatFormat, CompletionFormat
 from soma.serve.generation import Generation
 from soma.serve.metrics import Metrics
 from soma.serve.prompts import TokenNames, encode_prompt
 from soma.serve.protocol import ChatRequest, CompletionRequest, Sampling, read_body
+
+if TYPE_CHECKING:
+    from soma.engine.embed import Embedder
+    from soma.engine.engine import Engine
 
 MAX_BODY_BYTES = 4 << 20
 CLIENT_CLOSED_REQUEST = 499  # nginx's name for a client that left; nobody reads it
@@ -35,10 +39,15 @@ PAGE_POLICY = (
 class Service:
     """What the routes share: the engine, the model's name, and whether new requests are taken."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, model_name: str, max_body_bytes: int) -> None:
+    def __init__(
+        self, engine: "Engine | EngineProcess", tokenizer: Tokenizer, model_name: str, max_body_bytes: int,
+        embedder: "Embedder | None",
+    ) -> None:  # fmt: skip
         self.engine, self.tokenizer, self.model_name, self.max_body_bytes = (
             engine, tokenizer, model_name, max_body_bytes,
         )  # fmt: skip
+        self.embedder = engine.embedder if isinstance(engine, EngineProcess) else embedder
+        self.makes_text = not isinstance(engine, EngineProcess) or engine.makes_text
         self.metrics = Metrics(engine, model_name)
         self.names = TokenNames(tokenizer)
         self.created = int(time.time())
@@ -46,12 +55,16 @@ class Service:
         self.open = 0  # requests being answered
 
     def check_open(self) -> None:
-        """Raises ApiError 503 while the service shuts down or after its engine died."""
+        """Raises ApiError 503 while the service shuts down or its engine is not there."""
         if self.draining:
             raise ApiError(503, "the service is shutting down; try again soon", code="shutting_down", retry_after=5)
-        if not self.engine.alive:
-            raise ApiError(503, "the engine has stopped; the service must be restarted", code="engine_stopped",
-                           retry_after=30)  # fmt: skip
+        if self.engine.alive:
+            return
+        if isinstance(self.engine, EngineProcess):
+            raise ApiError(503, "the engine is being restarted; try again soon", code="engine_restarting",
+                           retry_after=self.engine.retry_after)  # fmt: skip
+        raise ApiError(503, "the engine has stopped; the service must be restarted", code="engine_stopped",
+                       retry_after=30)  # fmt: skip
 
     def check_model(self, name: str) -> None:
         """Raises ApiError 404 for a model that is not served here."""
@@ -60,20 +73,27 @@ class Service:
                            "model_not_found")  # fmt: skip
 
     def model(self) -> dict[str, Any]:
-        """The model's entry in /v1/models; the last two fields are ours."""
+        """The model's entry in /v1/models; the last three fields are ours."""
         return {
             "id": self.model_name, "object": "model", "created": self.created, "owned_by": "soma",
             "max_model_len": self.engine.max_length, "chat_template": self.tokenizer.has_chat_template,
+            "makes_text": self.makes_text,
         }  # fmt: skip
 
 
 def create_app(
-    engine: Engine, tokenizer: Tokenizer, model_name: str, *, max_body_bytes: int = MAX_BODY_BYTES
-) -> FastAPI:
-    """The application. `app.state.service` is its `Service`; who runs it closes the engine afterwards."""
+    engine: "Engine | EngineProcess", tokenizer: Tokenizer, model_name: str, *, max_body_bytes: int = MAX_BODY_BYTES,
+    embedder: "Embedder | None" = None,
+) -> FastAPI:  # fmt: skip
+    """The application. `app.state.service` is its `Service`; who runs it closes the engine afterwards.
+
+    `embedder` makes the embeddings beside an engine in this process; an engine process has its own.
+    """
     app = FastAPI(title="Soma", docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.service = service = Service(engine, tokenizer, model_name, max_body_bytes)
+    app.state.service = service = Service(engine, tokenizer, model_name, max_body_bytes, embedder)
     errors.install(app)
+    embeddings.install(app, service)
+    tokens.install(app, service)
     page = files("soma.serve").joinpath("page.html").read_text(encoding="utf-8")
 
     @app.post("/v1/chat/completions")
@@ -142,15 +162,17 @@ async def answer(
 ) -> Response:  # fmt: skip
     """Run the generation and answer it whole or as a stream; a client that leaves stops it."""
     service.check_open()
-    generation = Generation(service.engine, service.metrics, prompts, params, body.n or 1)
+    engine: Any = service.engine  # either kind: both are asked in the same way
+    generation = Generation(engine, service.metrics, prompts, params, body.n or 1)
     if body.stream:
-        return EventStream(service, generation, stream(generation, shape, include_usage=body.include_usage))
+        return EventStream(service, generation, stream(service, generation, shape, include_usage=body.include_usage))
     service.open += 1
     try:
-        whole = await unless_disconnected(request, collect(generation, shape))
+        whole = await unless_disconnected(request, collect(service, generation, shape))
     finally:
         service.open -= 1
         generation.cancel()
+        service.metrics.observe_times(generation.requests)
     return Response(status_code=CLIENT_CLOSED_REQUEST) if whole is None else JSONResponse(whole)
 
 
@@ -170,29 +192,34 @@ async def unless_disconnected(request: Request, work: Coroutine[Any, Any, Any]) 
         watch.cancel()
 
 
-async def collect(generation: Generation, shape: ChatFormat) -> dict[str, Any]:
+async def collect(service: Service, generation: Generation, shape: ChatFormat) -> dict[str, Any]:
     """All choices in one answer."""
     events: dict[int, list[TokenEvent]] = {index: [] for index in range(len(generation.requests))}
     async for index, event in generation:
-        check(event)
+        check(service, event)
         events[index].append(event)
     choices = [shape.choice(index, events[index], generation.requests[index]) for index in events]
     return shape.envelope(shape.whole_object, choices, usage=generation.usage)
 
 
-def check(event: TokenEvent) -> None:
-    """Raises ApiError if the engine failed on the request."""
+def check(service: Service, event: TokenEvent) -> None:
+    """Raises ApiError if the engine failed on the request: 503 if all of it is gone, else 500."""
     if event.finish_reason == "error":
+        if isinstance(service.engine, EngineProcess) and not service.engine.alive:
+            raise ApiError(503, event.error or "the engine is being restarted", code="engine_restarting",
+                           retry_after=service.engine.retry_after)  # fmt: skip
         raise ApiError(500, event.error or "the engine failed on this request", code="engine_error")
 
 
-async def stream(generation: Generation, shape: ChatFormat, *, include_usage: bool) -> AsyncIterator[bytes]:
+async def stream(
+    service: Service, generation: Generation, shape: ChatFormat, *, include_usage: bool
+) -> AsyncIterator[bytes]:
     """Server-sent events: chunks, the usage if asked for, [DONE]; an error ends the stream with an error event."""
     more: dict[str, Any] = {"usage": None} if include_usage else {}
     started: set[int] = set()
     try:
         async for index, event in generation:
-            check(event)
+            check(service, event)
             chunks = [] if index in started else [shape.start(index, generation.requests[index])]
             started.add(index)
             chunks.append(shape.chunk(index, event))
@@ -226,3 +253,4 @@ class EventStream(StreamingResponse):
         finally:
             self.service.open -= 1
             self.generation.cancel()
+            self.service.metrics.observe_times(self.generation.requests)

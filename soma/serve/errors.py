@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from soma.base.errors import UserError
-from soma.engine.errors import EngineClosedError, QueueFullError, RequestError
+from soma.engine.errors import EngineClosedError, EngineRestartingError, QueueFullError, RequestError
 
 log = logging.getLogger("soma.serve")
 
@@ -43,6 +43,8 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(400, str(error))
     if isinstance(error, QueueFullError):
         return ApiError(429, str(error), code="queue_full", retry_after=error.retry_after)
+    if isinstance(error, EngineRestartingError):
+        return ApiError(503, str(error), code="engine_restarting", retry_after=error.retry_after)
     if isinstance(error, EngineClosedError):
         return ApiError(503, "the service is shutting down; try again soon", code="shutting_down", retry_after=5)
     return ApiError(500, "the server failed on this request; its log says why", code="internal_error")
@@ -80,7 +82,7 @@ def install(app: FastAPI) -> None:
         log.error("%s %s failed: %s", request.method, request.url.path, type(error).__name__)
         return respond(as_api_error(error))
 
-    for kind in (ApiError, UserError, QueueFullError, EngineClosedError):
+    for kind in (ApiError, UserError, QueueFullError, EngineClosedError, EngineRestartingError):
         app.add_exception_handler(kind, known)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(Exception, unknown)

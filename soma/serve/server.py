@@ -15,13 +15,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import uvicorn
 from fastapi import FastAPI
 
 from soma.base import progress
 from soma.base.errors import UserError
+
+if TYPE_CHECKING:
+    from soma.engine.embed import Embedder
+    from soma.engine.engine import Engine
+    from soma.engine.process import EngineProcess
+    from soma.model.tokenizer import Tokenizer
 
 GRACE = 30.0  # seconds that running answers get after SIGTERM
 
@@ -53,27 +59,28 @@ class Server(uvicorn.Server):
 def serve(
     model_ref: str | Path, host: str = "127.0.0.1", port: int = 8000, *, name: str | None = None,
     allow_public: bool = False, precision: str = "auto", device: str = "auto", max_length: int | None = None,
-    max_running: int = 8, max_waiting: int = 64, grace: float = GRACE, ready: Callable[[str], None] | None = None,
+    max_running: int = 8, max_waiting: int = 64, grace: float = GRACE, in_process: bool = False,
+    ready: Callable[[str], None] | None = None,
 ) -> None:  # fmt: skip
     """Serve a model until SIGTERM or SIGINT.
 
     port 0 takes a free one. `allow_public` lets `host` be reachable from other machines: there are no keys, so whoever
-    reaches the port uses the model. `grace`: seconds that running answers get at the end. `ready` is called with the
+    reaches the port uses the model. `grace`: seconds that running answers get at the end. `in_process`: no process of
+    its own for the engine (one process to debug; a crash of the engine ends the service). `ready` is called with the
     base URL once requests are answered; without it a note says so.
     Raises UserError: no such model, a public host without `allow_public`, a port in use.
     """
     check_host(host, allow_public=allow_public)
     listener = listen(host, port)
     try:
-        from soma.engine.load import load_engine
         from soma.serve.app import create_app
 
-        engine, tokenizer, own_name = load_engine(
-            model_ref, precision=precision, device=device, max_length=max_length, max_running=max_running,
-            max_waiting=max_waiting,
+        engine, tokenizer, own_name, embedder = start_engine(
+            model_ref, in_process=in_process, precision=precision, device=device, max_length=max_length,
+            max_running=max_running, max_waiting=max_waiting,
         )  # fmt: skip
         try:
-            app = create_app(engine, tokenizer, name or own_name)
+            app = create_app(engine, tokenizer, name or own_name, embedder=embedder)
             url = base_url(listener)
             config = uvicorn.Config(
                 app, log_level="warning", access_log=False, timeout_graceful_shutdown=2, lifespan="off"
@@ -84,6 +91,28 @@ def serve(
             engine.close()
     finally:
         listener.close()
+
+
+def start_engine(
+    model_ref: str | Path, *, in_process: bool, precision: str, device: str, **options: Any
+) -> "tuple[Engine | EngineProcess, Tokenizer, str, Embedder | None]":
+    """The engine, in a process of its own or in this one, its tokenizer, the model's name, and who embeds (None: the
+    engine process itself)."""
+    if not in_process:
+        from soma.engine.process import EngineProcess
+
+        process = EngineProcess(model_ref, precision=precision, device=device, **options)
+        return process, process.tokenizer, process.model_name, None
+    from soma.engine.embed import Embedder
+    from soma.engine.engine import Engine
+    from soma.engine.load import load_weights, model_name
+    from soma.model.folder import local_folder
+
+    directory = local_folder(model_ref)
+    model, tokenizer = load_weights(directory, precision=precision, device=device)
+    engine = Engine(model, tokenizer, **options)
+    embedder = Embedder(model, directory, max_length=engine.max_length)
+    return engine, tokenizer, model_name(model_ref, directory), embedder
 
 
 def check_host(host: str, *, allow_public: bool) -> None:

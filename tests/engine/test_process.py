@@ -263,12 +263,13 @@ def test_messages_gather_into_frames() -> None:
     for number in range(101):
         sender.put(number)
     frames = iter(receiver)
-    seen = [*next(frames)]
+    seen, sizes = [], []
     while len(seen) < 101:
-        last = next(frames)
-        seen += last
+        frame = next(frames)
+        seen += frame
+        sizes.append(len(frame))
     assert seen == [(number,) for number in range(101)]
-    assert len(last) >= 50
+    assert max(sizes) >= 50
     sender.close()
     assert list(frames) == []
     receiver.close()
