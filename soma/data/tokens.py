@@ -134,13 +134,12 @@ def tokenize_corpus(corpus: Path, tokenizer: Path, out: Path) -> None:
     The names of special tokens inside a text are encoded as the plain characters that they are.
     """
     runtime, eos_id = _load(tokenizer)
-    runtime.inner.encode_special_tokens = True
     splits = {}
     with progress.current().task("tokenize", unit="bytes") as task:
         for split in SPLITS:
             with SplitWriter(out, split, runtime.vocab_size, masked=False) as writer:
                 for rows in _batches(read_corpus(corpus, split, ["text", "n_bytes"])):
-                    for row, ids in zip(rows, runtime.encode_batch([row["text"] for row in rows]), strict=True):
+                    for row, ids in zip(rows, encode_texts(runtime, rows), strict=True):
                         writer.add([*ids, eos_id], text_bytes=row["n_bytes"])
                     task.advance(sum(row["n_bytes"] for row in rows))
             splits[split] = writer.entry()
@@ -152,13 +151,12 @@ def tokenize_instruct(corpus: Path, tokenizer: Path, out: Path, max_tokens: int 
     template.
 
     Left out and counted in index.json as `left_out`: samples of more than `max_tokens` tokens (`too_long`; the loader
-    leaves out what is longer than its sequences besides), with a special token's name in a message
-    (`special_token_in_text`: it could not be told from the template's own), without any token to learn (`no_answer`).
+    leaves out what is longer than its sequences besides), without any token to learn (`no_answer`). The names of
+    special tokens in a message are encoded as characters; only the template's own are special.
     """
     runtime, eos_id = _load(tokenizer)
     if not runtime.has_chat_template:
         raise UserError(f"{tokenizer}: no chat template in its tokenizer_config.json; conversations cannot be rendered")
-    specials = [token.content for token in runtime.inner.get_added_tokens_decoder().values() if token.special]
     preference = "chosen" in _columns(corpus)
     sides = ("chosen", "rejected") if preference else ("messages",)
     splits: dict[str, Any] = {}
@@ -175,7 +173,7 @@ def tokenize_instruct(corpus: Path, tokenizer: Path, out: Path, max_tokens: int 
                 for row in read_corpus(corpus, split):
                     task.advance(1)
                     conversations = _conversations(row, preference)
-                    encoded = _encode(runtime, conversations, specials, max_tokens)
+                    encoded = _encode(runtime, conversations, max_tokens)
                     if isinstance(encoded, str):
                         left_out[encoded] += 1
                         continue
@@ -187,6 +185,11 @@ def tokenize_instruct(corpus: Path, tokenizer: Path, out: Path, max_tokens: int 
         progress.current().note(f"{count} samples left out: {reason}")
     more = {"left_out": dict(left_out), "preference": preference}
     write_index(out, runtime.vocab_size, runtime.hash, eos_id, masked=True, splits=splits, **more)
+
+
+def encode_texts(runtime: Tokenizer, rows: list[dict[str, Any]]) -> list[list[int]]:
+    """Ids of the rows' texts, special tokens' names as characters."""
+    return runtime.encode_batch([row["text"] for row in rows], as_text=True)
 
 
 def _load(tokenizer: Path) -> tuple[Tokenizer, int]:
@@ -217,12 +220,9 @@ def _conversations(row: dict[str, Any], preference: bool) -> list[list[dict[str,
 
 
 def _encode(
-    runtime: Tokenizer, conversations: list[list[dict[str, Any]]], specials: list[str], max_tokens: int | None
+    runtime: Tokenizer, conversations: list[list[dict[str, Any]]], max_tokens: int | None
 ) -> list[tuple[list[int], list[int]]] | str:
     """Ids and masks of each conversation, or the reason why the sample is left out."""
-    contents = [message["content"] for messages in conversations for message in messages]
-    if any(special in content for content in contents for special in specials):
-        return "special_token_in_text"
     encoded = [runtime.encode_chat_masked(messages) for messages in conversations]
     if max_tokens is not None and any(len(ids) > max_tokens for ids, _ in encoded):
         return "too_long"

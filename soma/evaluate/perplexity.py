@@ -35,7 +35,7 @@ class Tokenizer(Protocol):
     def bos_id(self) -> int | None: ...
     @property
     def eos_ids(self) -> tuple[int, ...]: ...
-    def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
+    def encode_batch(self, texts: list[str], as_text: bool = False) -> list[list[int]]: ...
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def score_texts(
     """Score each text as a document of its own, by the convention above."""
     length, step = window_settings(model, sequence_length, stride)
     separator = np.array([separator_id(tokenizer)], np.uint32)
-    ids = [np.array(one, np.uint32) for one in tokenizer.encode_batch(list(texts))]
+    ids = [np.array(one, np.uint32) for one in tokenizer.encode_batch(list(texts), as_text=True)]
     total = sum(len(one) for one in ids)
     with progress.current().task("held-out text", total, "tokens") as task:
         logprobs = token_logprobs(

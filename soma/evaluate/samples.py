@@ -41,7 +41,7 @@ def prompts_of(config: EvaluateConfig, tokenizer: Tokenizer, rows: Sequence[dict
     for row in rows:
         if taken == settings.held_out:
             return
-        ids = tokenizer.encode(row["text"][: 40 * (settings.prompt_tokens + settings.max_tokens)])
+        ids = tokenizer.encode(row["text"][: 40 * (settings.prompt_tokens + settings.max_tokens)], as_text=True)
         if len(ids) >= 2 * settings.prompt_tokens:
             head, rest = ids[: settings.prompt_tokens], ids[settings.prompt_tokens :][: settings.max_tokens]
             yield Prompt("held-out", tokenizer.decode(head), separator + head, tokenizer.decode(rest), row["source"])

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -48,6 +49,28 @@ class GenerationTracker(Extension):
             yield self.blocks, self.spans
         finally:
             self.blocks = None
+
+
+NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Unicode keeps them for uses like this
+
+
+def veil(messages: list[dict[str, Any]], names: re.Pattern[str] | None) -> tuple[list[dict[str, Any]], str]:
+    """The messages with a noncharacter behind the first character of every special token's name in their strings,
+    and that noncharacter: one that no message has. Nothing in the result is the name of a special token.
+    """
+    given = json.dumps(messages, ensure_ascii=False)
+    free = next((mark for mark in NONCHARACTERS if mark not in given), None)
+    if free is None:
+        raise UserError("a message holds all of Unicode's noncharacters U+FDD0 to U+FDEF: that is no text")
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, str) and names is not None:
+            return names.sub(lambda match: match[0][0] + free + match[0][1:], value)
+        if isinstance(value, list):
+            return [walk(each) for each in value]
+        return {key: walk(each) for key, each in value.items()} if isinstance(value, dict) else value
+
+    return walk(messages), free
 
 
 def raise_exception(message: str) -> None:

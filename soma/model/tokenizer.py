@@ -1,7 +1,10 @@
 """The tokenizer runtime: text ↔ ids, chat templates, loss masks, streaming. Loads no torch."""
 
+import functools
 import hashlib
+import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +17,15 @@ from soma.model.folder import local_folder
 
 Messages = list[dict[str, Any]]
 SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+UNSEEN = "\U0010ffff"  # a noncharacter before a name keeps it out of all text
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 class Tokenizer:
     """A tokenizer folder: `tokenizer.json` (or a SentencePiece `tokenizer.model`), its special tokens and template.
 
-    Special tokens that stand in a text are taken as such, also when a user typed them.
+    `encode` takes the names of special tokens in a text for these tokens, as transformers does. Documents and messages
+    are data: `as_text` and the chat methods take the names in them for the characters that they are.
     """
 
     def __init__(
@@ -38,6 +43,9 @@ class Tokenizer:
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys([*([] if own is None else [own]), *eos_ids]))
         self._special_ids = {id for id, token in inner.get_added_tokens_decoder().items() if token.special}
         self._special_texts = {token.content for token in inner.get_added_tokens_decoder().values()}
+        self._special_names = any_of(
+            token.content for token in inner.get_added_tokens_decoder().values() if token.special
+        )
         self._byte_ids = {id for text, id in vocabulary.items() if BYTE_PIECE.fullmatch(text)}
         digest = hashlib.sha256(content if content is not None else inner.to_str().encode())
         for name, template in sorted(self.chat_templates.items()):
@@ -70,13 +78,31 @@ class Tokenizer:
         text = self.special_tokens.get(role)
         return None if text is None else self.inner.token_to_id(text)
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text; no special tokens are added."""
-        return self.inner.encode(text, add_special_tokens=False).ids
+    @functools.cached_property
+    def plain(self) -> tokenizers.Tokenizer:
+        """`inner`, but blind to the names of special tokens.
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        A unigram model knows these names as pieces too; there they are renamed to what no text holds.
+        """
+        facts = json.loads(self.inner.to_str())
+        if facts["model"].get("type") == "Unigram":
+            special = {token["content"] for token in facts["added_tokens"] if token["special"]}
+            for piece in facts["model"]["vocab"]:
+                piece[0] = UNSEEN + piece[0] if piece[0] in special else piece[0]
+            for token in facts["added_tokens"]:
+                token["content"] = UNSEEN + token["content"] if token["special"] else token["content"]
+        copy = tokenizers.Tokenizer.from_str(json.dumps(facts))
+        copy.encode_special_tokens = True
+        return copy
+
+    def encode(self, text: str, as_text: bool = False) -> list[int]:
+        """Ids of a text; no special tokens are added. With `as_text` those named in it are characters."""
+        return (self.plain if as_text else self.inner).encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str], as_text: bool = False) -> list[list[int]]:
         """Ids of many texts, on all cores that TOKENIZERS_PARALLELISM and RAYON_NUM_THREADS allow."""
-        return [each.ids for each in self.inner.encode_batch_fast(texts, add_special_tokens=False)]
+        inner = self.plain if as_text else self.inner
+        return [each.ids for each in inner.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: list[int], skip_special: bool = True) -> str:
         """Text of ids; bytes that are no UTF-8 become U+FFFD."""
@@ -116,8 +142,9 @@ class Tokenizer:
         )[0]  # fmt: skip
 
     def encode_chat(self, messages: Messages, add_generation_prompt: bool) -> list[int]:
-        """Ids of the rendered conversation."""
-        return self.encode(self.render_chat(messages, add_generation_prompt))
+        """Ids of the rendered conversation. Special tokens come from the template alone, never from a message."""
+        veiled, veil = chat.veil(messages, self._special_names)
+        return self._encode_veiled(self.render_chat(veiled, add_generation_prompt), veil)[0]
 
     def encode_chat_masked(self, messages: Messages) -> tuple[list[int], list[int]]:
         """Ids of a whole conversation, and a mask: 1 for tokens that the assistant wrote, its end-of-turn included.
@@ -125,19 +152,61 @@ class Tokenizer:
         A token that reaches over an answer's border counts as the answer's. Raises UserError where the template
         leaves it open which text that is (see `chat.answer_spans`).
         """
+        veiled, veil = chat.veil(messages, self._special_names)
         text, spans = chat.answer_spans(
-            self._template(), messages, self._special_texts, tools=None, documents=None, **self.special_tokens
+            self._template(), veiled, self._special_texts, tools=None, documents=None, **self.special_tokens
         )
-        encoding = self.inner.encode(text, add_special_tokens=False)
-        mask = [0] * len(encoding.ids)
+        ids, offsets = self._encode_veiled(text, veil)
+        mask = [0] * len(ids)
         spans = sorted(spans)
         current = 0
-        for index, (start, end) in enumerate(encoding.offsets):
+        for index, (start, end) in enumerate(offsets):
             while current < len(spans) and spans[current][1] <= start:
                 current += 1
             if current < len(spans) and max(start, spans[current][0]) < min(end, spans[current][1]):
                 mask[index] = 1
-        return encoding.ids, mask
+        return ids, mask
+
+    def _encode_veiled(self, text: str, veil: str) -> tuple[list[int], list[chat.Span]]:
+        """Ids of a rendered conversation and their spans in it, where a `veil` parts the special names that are data.
+
+        Without a veil in the text these are the ids of the whole. With one, what lies between the template's special
+        tokens is encoded piece by piece (a SentencePiece tokenizer may begin such a piece with a space of its own).
+        """
+        if veil not in text:
+            encoding = self.inner.encode(text, add_special_tokens=False)
+            return encoding.ids, encoding.offsets
+        assert self._special_names is not None
+        ids: list[int] = []
+        offsets: list[chat.Span] = []
+        position = 0
+        for match in [*self._special_names.finditer(text), None]:
+            start, end = match.span() if match else (len(text), len(text))
+            kept = [index for index in range(position, start) if text[index] != veil]
+            encoding = self.plain.encode("".join(text[index] for index in kept), add_special_tokens=False)
+            ids += encoding.ids
+            offsets += [(kept[a], kept[b - 1] + 1) if a < b else (position, position) for a, b in encoding.offsets]
+            if match:
+                id = self.inner.token_to_id(match[0])
+                assert id is not None
+                ids.append(id)
+                offsets.append((start, end))
+            position = end
+        return ids, offsets
+
+    @functools.cached_property
+    def answer_end_ids(self) -> tuple[int, ...]:
+        """`eos_ids`, then the special token with which the chat template ends an answer, where that is another."""
+        if not self.has_chat_template:
+            return self.eos_ids
+        try:
+            ids, mask = self.encode_chat_masked(
+                [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
+            )
+        except UserError:  # the template has other ideas of a conversation
+            return self.eos_ids
+        last = [id for id, learned in zip(ids, mask, strict=True) if learned][-1:]
+        return tuple(dict.fromkeys([*self.eos_ids, *(id for id in last if id in self._special_ids)]))
 
 
 class StreamDecoder:
@@ -175,6 +244,12 @@ class StreamDecoder:
         text = self._pending()
         self.context, self.sent = self.sent, len(self.ids)
         return text
+
+
+def any_of(names: Iterable[str]) -> re.Pattern[str] | None:
+    """A pattern for any of the names, the longest first; None without names."""
+    ordered = sorted((name for name in names if name), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, ordered))) if ordered else None
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -184,3 +184,11 @@ def test_mistakes_are_named(model: Transformer, tokenizer: Tokenizer) -> None:
 
     with pytest.raises(UserError, match="neither a bos nor an eos"):
         separator_id(Bare())
+
+
+def test_a_special_tokens_name_in_a_document_is_text(model: Transformer, tokenizer: Tokenizer) -> None:
+    name = tokenizer.token_text(tokenizer.eos_ids[0])
+    score = score_texts(model, tokenizer, [f"fox{name}dog"], sequence_length=32, stride=16, batch_size=1)[0]
+    assert not set(score.ids.tolist()) & set(tokenizer.eos_ids)
+    assert tokenizer.decode(score.ids.tolist(), skip_special=False) == f"fox{name}dog"
+    assert set(tokenizer.encode(f"fox{name}dog")) & set(tokenizer.eos_ids)  # the control

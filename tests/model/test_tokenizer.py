@@ -108,6 +108,7 @@ def test_sentencepiece_ids_equal_the_library(piece_file: Path) -> None:
         assert ours.decode(known) == theirs.decode(known)
     check_streams(ours, [ours.encode(text) for text in TEXTS] + random_ids(ours.vocab_size, 100))
     assert ours.encode("</s>") == [theirs.piece_to_id("</s>")], "control symbols are taken as such"
+    assert theirs.piece_to_id("</s>") not in ours.encode("a</s>b", as_text=True)
 
 
 @pytest.mark.parametrize(
