@@ -52,6 +52,8 @@ def train(
         torch.set_num_threads(config.threads)
     seed_everything(config.seed)
     names, index = Tokenizer.load(tokenizer), read_index(tokens)
+    if index["masked"]:
+        names.eos_ids = names.answer_end_ids  # samples end where answers do
     check_tokens(config, tokens, index, names)
     network, kept_dtype = make_model(config, model, names)
     check_model(config, network.config, index, tokens)
@@ -74,6 +76,8 @@ def train(
     trainer.run()
     result = trainer.result(out / "model")
     if world.is_main:
+        if index["masked"]:
+            network.config = with_ends(network.config, names.eos_ids)
         network.to(DTYPES.get(config.save_precision, kept_dtype))
         write_artefact(result, compute, network, out, work, tokenizer)
         tracker.artefact(out / "model")
@@ -96,6 +100,12 @@ def make_model(config: TrainConfig, model: ModelConfig | Path, tokenizer: Tokeni
     network = Transformer(model.model_copy(update=ends), device="cpu", dtype=torch.float32)
     network.init_weights(config.seed)
     return network, torch.float32
+
+
+def with_ends(shape: ModelConfig, ends: tuple[int, ...]) -> ModelConfig:
+    """The config with `ends` after the end ids that it names: a tuned model stops at the end of its turn."""
+    every = tuple(dict.fromkeys([*shape.eos_token_ids, *ends]))
+    return shape.model_copy(update={"eos_token_id": every if len(every) > 1 else every[0]}) if every else shape
 
 
 def make_objective(config: TrainConfig, network: Transformer, compute: Compute) -> Objective:

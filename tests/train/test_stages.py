@@ -142,3 +142,20 @@ def test_samples(run: Run, small: dict, tokenizer: Path) -> None:
         for _ in range(6):
             ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
     assert greedy[0] == runtime.decode(ids[4:])
+
+
+def test_a_tuned_model_ends_at_the_end_of_its_turn(run: Run, small: dict, tokens: Path, chats: Path, tokenizer: Path,
+                                                   pairs: Path) -> None:  # fmt: skip
+    transformers = pytest.importorskip("transformers")
+    end_of_text, im_end = (Tokenizer.load(tokenizer).inner.token_to_id(t) for t in ("<|endoftext|>", "<|im_end|>"))
+    short = small | {"steps": 2, "warmup": 0, "sequence_length": 64}
+    base = run("base", TrainConfig(**short))
+    assert transformers.GenerationConfig.from_pretrained(base.model).eos_token_id == end_of_text
+    tuned = run("tuned", TuneConfig(**short), tokens=chats, model=base.model)
+    preferred = run("preferred", PreferenceConfig(**short), tokens=pairs, model=base.model)
+    again = run("again", TuneConfig(**short), tokens=chats, model=tuned.model)
+    for result in (tuned, preferred, again):
+        assert transformers.GenerationConfig.from_pretrained(result.model).eos_token_id == [end_of_text, im_end]
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(result.model)
+        assert loaded.generation_config.eos_token_id == [end_of_text, im_end]
+        assert Tokenizer.load(result.model).eos_ids == (end_of_text, im_end)
