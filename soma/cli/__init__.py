@@ -40,6 +40,7 @@ app.add_typer(recipes.recipe_app, name="recipe")
 app.command("adapt")(recipes.adapt)
 app.command("chat")(models.chat)
 app.command("serve")(models.serve)
+app.command("generate")(models.generate)
 app.command("doctor")(upkeep.doctor)
 app.add_typer(upkeep.runs_app, name="runs")
 

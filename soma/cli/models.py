@@ -1,5 +1,6 @@
-"""`soma chat`, `soma serve`."""
+"""`soma chat`, `soma serve`, `soma generate`."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -46,3 +47,38 @@ def chat(
     from soma.serve.terminal import chat as chat_with
 
     chat_with(model, max_tokens=max_tokens, temperature=temperature, seed=seed)
+
+
+def generate(
+    model: Model,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSONL or Parquet with a prompt or messages column.")],
+    out: Annotated[Path | None, typer.Option(help="Where answers go; left out, beside FILE as NAME.answers.*")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens that reach this probability.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer; may be given again.")] = None,
+    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    max_running: Annotated[int, typer.Option(help="Rows answered at once.")] = 64,
+) -> None:
+    """Answer every row of a file. Interrupted, the same command goes on where it was."""
+    from soma.engine.load import load_engine
+    from soma.engine.offline import generate_file
+    from soma.engine.sampling import SamplingParams
+    from soma.serve.prompts import encode_prompt
+
+    target = out or file.with_name(f"{file.stem}.answers{file.suffix}")
+    params = SamplingParams(
+        temperature=temperature, top_p=top_p, seed=seed, stop=tuple(stop or ()), max_tokens=max_tokens
+    )
+    with progress.use(progress.choose()) as reporter:
+        engine, tokenizer, name = load_engine(
+            model, precision=precision, device=device, max_running=max_running, max_waiting=max_running
+        )
+        try:
+            summary = generate_file(engine, tokenizer, file, target, params, encode_prompt, f"{name} {precision}")
+        finally:
+            engine.close()
+        made = summary.rows - len(summary.failed)
+        reporter.note(f"{made} answers, {summary.completion_tokens} tokens: {target}")
