@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from soma.model.cache import KVCache
+from soma.model.cache import FlatCache, KVCache
 from soma.model.config import ModelConfig
 from soma.model.layers import Fused, RMSNorm
 from soma.model.rope import rotate, yarn_mscale
@@ -83,7 +83,11 @@ class Attention(Fused):
         self.fuse_layers([self.q_proj, self.k_proj, self.v_proj])
 
     def forward(
-        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        cache: KVCache | FlatCache | None,
     ) -> Tensor:
         B, T, _ = x_BTD.shape
         q, k, v = self.project(x_BTD, [self.q_proj, self.k_proj, self.v_proj])
@@ -95,10 +99,12 @@ class Attention(Fused):
         v_BKTE = v.view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)
         if rope is not None:
             q_BHTE, k_BKTE = rotate(q_BHTE, *rope), rotate(k_BKTE, *rope)
-        if cache is not None:
+        if isinstance(cache, KVCache):
             k_BKTE, v_BKTE = cache.append(self.layer, k_BKTE, v_BKTE)
             if T == 1 and self.window is not None:
                 k_BKTE, v_BKTE = k_BKTE[:, :, -self.window :], v_BKTE[:, :, -self.window :]
+        elif cache is not None:
+            return self.o_proj(cache.attend(self.layer, q_BHTE, k_BKTE, v_BKTE, self.window))
         return self.o_proj(attend(q_BHTE, k_BKTE, v_BKTE, mask))
 
 
@@ -145,16 +151,25 @@ class LatentAttention(nn.Module):
         q_nope, q_rope = q_BHTE.split([self.nope, self.rotary], dim=-1)
         return q_nope, rotate(q_rope, *rope, interleaved=self.interleaved)
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | FlatCache | None
+    ) -> Tensor:
         q_nope, q_rope = self.queries(x_BTD, rope)
         latent_BTC, shared_BTR = self.kv_a_proj_with_mqa(x_BTD).split([self.latent, self.rotary], dim=-1)
         latent_BTC = self.kv_a_layernorm(latent_BTC).type_as(latent_BTC)
         shared_B1TR = rotate(shared_BTR[:, None], *rope, interleaved=self.interleaved)
         keys_B1SC = torch.cat((latent_BTC[:, None], shared_B1TR), dim=-1)
-        if cache is not None:
+        if isinstance(cache, KVCache):
             keys_B1SC = cache.append_keys(self.layer, keys_B1SC)
             if x_BTD.size(1) == 1:
-                return self.o_proj(self.attend_absorbed(q_nope, q_rope, keys_B1SC))
+                q_BHTC = self.absorb(q_nope, q_rope)
+                out_BTC = attend(q_BHTC, keys_B1SC, keys_B1SC[..., : self.latent], None, self.scale)
+                return self.o_proj(self.expand(out_BTC))
+        elif cache is not None:
+            q_BHTC = self.absorb(q_nope, q_rope)
+            return self.o_proj(
+                self.expand(cache.attend(self.layer, q_BHTC, keys_B1SC, None, None, self.scale, self.latent))
+            )
         return self.o_proj(self.attend_expanded(q_nope, q_rope, keys_B1SC, mask))
 
     def attend_expanded(self, q_nope: Tensor, q_rope: Tensor, keys_B1SC: Tensor, mask: Tensor | None) -> Tensor:
@@ -166,12 +181,17 @@ class LatentAttention(nn.Module):
         k_BHSE = torch.cat((k_nope, shared_B1SR.expand(-1, self.num_heads, -1, -1)), dim=-1)
         return attend(torch.cat((q_nope, q_rope), dim=-1), k_BHSE, v_BHSV, mask, self.scale)
 
-    def attend_absorbed(self, q_nope: Tensor, q_rope: Tensor, keys_B1SC: Tensor) -> Tensor:
-        """Attention of one token in the latent space, (B, 1, H·V)."""
-        weight_HEC = self.kv_b_proj.weight.view(self.num_heads, -1, self.latent).type_as(q_nope)
-        up_k_HNC, up_v_HVC = weight_HEC.split([self.nope, self.value], dim=1)
-        q_BHTC = torch.cat((torch.einsum("bhtn,hnc->bhtc", q_nope, up_k_HNC), q_rope), dim=-1)
-        B = q_BHTC.size(0)
-        out_BTHC = attend(q_BHTC, keys_B1SC, keys_B1SC[..., : self.latent], None, self.scale)
-        out_BHC = out_BTHC.view(B, self.num_heads, self.latent)
-        return torch.einsum("bhc,hvc->bhv", out_BHC, up_v_HVC).reshape(B, 1, -1)
+    def absorb(self, q_nope: Tensor, q_rope: Tensor) -> Tensor:
+        """Queries in the latent space, (B, H, T, C + R)."""
+        up_k_HNC = self.up_weight(q_nope)[:, : self.nope]
+        return torch.cat((torch.einsum("bhtn,hnc->bhtc", q_nope, up_k_HNC), q_rope), dim=-1)
+
+    def expand(self, out_BTC: Tensor) -> Tensor:
+        """Values from what attention gave in the latent space, (B, T, H·C) to (B, T, H·V)."""
+        up_v_HVC = self.up_weight(out_BTC)[:, self.nope :]
+        out_BTHC = out_BTC.view(*out_BTC.shape[:2], self.num_heads, self.latent)
+        return torch.einsum("bthc,hvc->bthv", out_BTHC, up_v_HVC).flatten(2)
+
+    def up_weight(self, like: Tensor) -> Tensor:
+        """`kv_b_proj` by heads, (H, nope + V, C)."""
+        return self.kv_b_proj.weight.view(self.num_heads, -1, self.latent).type_as(like)

@@ -1,10 +1,29 @@
 """Keys and values of the tokens so far, preallocated: what prefill fills and decode reads."""
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from soma.base.errors import UserError
 from soma.model.config import ModelConfig
+
+
+class FlatCache(Protocol):
+    """A cache for a flat batch: one row (B = 1) holds the new tokens of many sequences, each at its own position.
+
+    It knows which token belongs to which sequence, so it does the attention itself; `soma.engine.paged` has one.
+    """
+
+    def attend(
+        self, layer: int, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor | None, window: int | None,
+        scale: float | None = None, value_width: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Keep the new keys and values; attention of each token over its sequence so far, (1, T, H·V).
+
+        Without values the first `value_width` numbers of a key are its value (MLA in the latent space).
+        """
+        ...
 
 
 class KVCache:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from soma.base.errors import UserError
 from soma.model.attention import Attention, LatentAttention, make_mask
-from soma.model.cache import KVCache
+from soma.model.cache import FlatCache, KVCache
 from soma.model.config import ModelConfig
 from soma.model.layers import MLP, compute_dtype, make_norm
 from soma.model.moe import MoE
@@ -37,7 +37,7 @@ class Layer(nn.Module):
 
     def forward(
         self, x_BTD: Tensor, rope: tuple[Tensor, Tensor] | None, masks: Masks, keep_BT: Tensor | None,
-        cache: KVCache | None,
+        cache: KVCache | FlatCache | None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """The residual stream after this layer, and the router's loss of an MoE layer in training."""
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, masks[self.window], cache)
@@ -123,21 +123,22 @@ class Transformer(nn.Module):
 
     def features(
         self, tokens_BT: Tensor, positions_BT: Tensor | None = None, document_ids_BT: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | FlatCache | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Hidden states after the final norm, (B, T, D), and the auxiliary loss.
 
         tokens_BT, positions_BT, document_ids_BT: integers. Positions default to 0…T-1 (after the cached tokens).
         Tokens attend causally within their document (-1 is padding); without document_ids all are one document. With
-        a cache the T tokens are appended to it and attend to everything before them.
+        a cache the T tokens are appended to it and attend to everything before them. With a `FlatCache` B is 1 and
+        positions must be given.
         The auxiliary loss is a float32 0-d tensor: the mean over MoE layers of the load-balancing loss, already times
         `router_aux_loss_coef`, in training mode; 0 for dense models and in eval mode. Add it to the loss as it is.
         Raises UserError where tokens exceed the cache or a learned position table.
         """
         B, T = tokens_BT.shape
         offset = 0
-        if cache is not None:
-            assert document_ids_BT is None, "packed documents and a cache exclude each other"
+        assert cache is None or document_ids_BT is None, "packed documents and a cache exclude each other"
+        if isinstance(cache, KVCache):
             cache.check(B, T)
             offset = cache.length
         x_BTD = self.embed_tokens(tokens_BT)
@@ -152,7 +153,9 @@ class Transformer(nn.Module):
             if positions_BT is None:
                 self.check_length(offset + T)
             x_BTD = x_BTD + self.embed_positions(positions)
-        masks = {window: make_mask(T, offset, window, document_ids_BT, x_BTD.device) for window in self.windows}
+        masks: Masks = dict.fromkeys(self.windows)
+        if cache is None or isinstance(cache, KVCache):  # a flat cache masks by itself
+            masks = {window: make_mask(T, offset, window, document_ids_BT, x_BTD.device) for window in self.windows}
         keep_BT = None if document_ids_BT is None else document_ids_BT >= 0
         losses = []
         for layer in self.layers:
@@ -164,7 +167,7 @@ class Transformer(nn.Module):
                 x_BTD, aux_loss = layer(x_BTD, rope, masks, keep_BT, cache)
             if aux_loss is not None:
                 losses.append(aux_loss)
-        if cache is not None:
+        if isinstance(cache, KVCache):
             cache.length = offset + T
         aux = torch.stack(losses).mean() if losses else torch.zeros((), device=x_BTD.device)
         return self.norm(x_BTD), aux
@@ -183,7 +186,7 @@ class Transformer(nn.Module):
 
     def forward(
         self, tokens_BT: Tensor, positions_BT: Tensor | None = None, document_ids_BT: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | FlatCache | None = None,
     ) -> Tensor:  # fmt: skip
         """Logits (B, T, V); arguments as for `features`."""
         return self.logits(self.features(tokens_BT, positions_BT, document_ids_BT, cache)[0])

@@ -1,0 +1,75 @@
+"""What one step computes, as flat tensors: any mix of prompt chunks and single tokens of any number of sequences.
+
+Shape letters: T new tokens of all sequences, S sequences, B blocks of the longest table, R rows of wanted logits.
+"""
+
+# ruff: noqa: N815  (names carry their shape)
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tensors of one step, on the model's device, contiguous. Positions, slots and rows are int64, the others int32.
+
+    Sequence s owns the tokens `query_starts_S1[s]` to `query_starts_S1[s + 1]`; after the step `lengths_S[s]` of its
+    tokens are in the cache, these included, in the blocks `tables_SB[s]` (padded with 0). Token t goes to
+    `slots_T[t]` = block · block size + place in the block.
+    """
+
+    tokens_T: Tensor  # int64
+    positions_T: Tensor  # int64
+    query_starts_S1: Tensor  # int32
+    lengths_S: Tensor  # int32
+    tables_SB: Tensor  # int32
+    slots_T: Tensor  # int64
+    logit_rows_R: Tensor  # int64
+    block_size: int
+    longest_query: int  # most new tokens of one sequence
+    longest: int  # most tokens of one sequence in the cache
+
+    @property
+    def num_tokens(self) -> int:
+        return self.tokens_T.numel()
+
+    @property
+    def num_sequences(self) -> int:
+        return self.lengths_S.numel()
+
+
+def make_batch(
+    tokens: Iterable[Sequence[int]], starts: Sequence[int], counts: Sequence[int], tables: Sequence[np.ndarray],
+    logit_rows: np.ndarray, block_size: int, device: torch.device | str = "cpu",
+) -> Batch:  # fmt: skip
+    """The batch of S sequences: `counts[s]` new tokens each, after `starts[s]` tokens that are in the cache.
+
+    tokens: the new ones of each sequence. tables: int32 block ids of each sequence, the new tokens' blocks included.
+    logit_rows: int64 (R), places among the T tokens.
+    """
+    starts_S, counts_S = np.asarray(starts, dtype=np.int64), np.asarray(counts, dtype=np.int64)
+    ends_S = np.cumsum(counts_S)
+    total = int(ends_S[-1])
+    tokens_T = np.fromiter(chain.from_iterable(tokens), dtype=np.int64, count=total)
+    row_T = np.repeat(np.arange(len(counts_S)), counts_S)
+    positions_T = np.arange(total) + (starts_S - ends_S + counts_S)[row_T]
+    tables_SB = np.zeros((len(counts_S), max(map(len, tables))), dtype=np.int32)
+    for row, table in enumerate(tables):
+        tables_SB[row, : len(table)] = table
+    slots_T = tables_SB[row_T, positions_T // block_size].astype(np.int64) * block_size + positions_T % block_size
+    lengths_S = starts_S + counts_S
+    query_starts_S1 = np.concatenate(([0], ends_S)).astype(np.int32)
+
+    def put(array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor if str(device) == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+    return Batch(
+        put(tokens_T), put(positions_T), put(query_starts_S1), put(lengths_S.astype(np.int32)), put(tables_SB),
+        put(slots_T), put(logit_rows), block_size, int(counts_S.max()), int(lengths_S.max()),
+    )  # fmt: skip
