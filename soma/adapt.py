@@ -13,8 +13,8 @@ Kind = Literal["text", "instruct", "preference"]
 # What each kind of data is learned by; the blocks' own defaults are the settings.
 BLOCKS: dict[Kind, tuple[str, dict[str, Any]]] = {
     "text": ("data", {"train": {"learning_rate": 2e-4}, "evaluate": {}}),
-    "instruct": ("instruct", {"tune": {}}),
-    "preference": ("preferences", {"prefer": {}}),
+    "instruct": ("instruct", {"tune": {}, "evaluate": {}}),
+    "preference": ("preferences", {"prefer": {}, "evaluate": {}}),
 }
 
 

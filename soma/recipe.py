@@ -105,7 +105,7 @@ class Recipe(Strict):
         None, description="Preference pairs (prompt, chosen, rejected) for `prefer`."
     )
     prefer: PreferenceConfig | None = Field(None, description="Preference tuning (DPO) on `preferences`.")
-    evaluate: EvaluateConfig | None = Field(None, description="Held-out bits per byte, perplexity, samples.")
+    evaluate: EvaluateConfig | None = Field(None, description="Held-out bits per byte, perplexity, samples, answers.")
     probe: ProbeConfig | None = Field(None, description="Start the service on the result and send it real requests.")
     tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow.")
 
@@ -128,8 +128,11 @@ class Recipe(Strict):
         for block in ("tune", "prefer", "evaluate", "probe"):
             if getattr(self, block) is not None and self.train is None and self.base is None:
                 raise ValueError(f"`{block}` needs a model: add a `train` block or a `base` model")
-        if self.evaluate is not None and self.data is None:
-            raise ValueError("`evaluate` needs the block `data`: its validation split is what is measured")
+        if self.evaluate is not None and self.data is None and self.tune is None and self.prefer is None:
+            raise ValueError(
+                "`evaluate` needs the block `data`, whose validation split is measured, or `tune` or `prefer`, whose "
+                "held-out answers are"
+            )
         return self
 
 

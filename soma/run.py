@@ -84,6 +84,11 @@ class RunResult:
                 + (f" ({others})" if others else "")
                 + f"; {scores['parameters']:,} parameters, {basis}"
             )
+        for name in ("tune_scores", "prefer_scores"):
+            if name in self.artefacts:
+                from soma.evaluate.tuned import headline as tuned_headline
+
+                lines.append(f"{name}: {tuned_headline(read_json(self.artefacts[name] / 'answers.json'))}")
         stages = self.record["stages"]
         made = [entry for entry in stages if not entry["cached"]]
         seconds = sum(entry["seconds"] for entry in made)

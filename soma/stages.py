@@ -16,7 +16,7 @@ from soma.data.config import DataConfig, InstructConfig, TokenizerConfig
 from soma.evaluate.config import EvaluateConfig
 from soma.recipe import ModelShape, ProbeConfig, Recipe
 from soma.tracking import Tracking
-from soma.train.config import TrainConfig
+from soma.train.config import PreferenceConfig, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,11 @@ def stages_of(recipe: Recipe) -> list[Stage]:
         stages.append(pairs_stage(pairs, _seeded(data, recipe), corpus))
         stages.append(pair_tokens_stage(f"{pairs}_tokens", pairs, tokenizer, base))
         stages.append(tune_stage(block, _seeded(config, recipe), f"{pairs}_tokens", model, tokenizer, base))
-        model = {"model": block}
-    if recipe.evaluate is not None:
+        start, model = model, {"model": block}
+        if recipe.evaluate is not None and (block == "prefer" or recipe.data is None):
+            measure = _seeded(recipe.evaluate, recipe)
+            stages.append(answers_stage(f"{block}_scores", measure, config, f"{pairs}_tokens", model, start, base))
+    if recipe.evaluate is not None and recipe.data is not None:
         answers = {"instruct": "instruct_tokens"} if recipe.tune is not None else {}
         if recipe.train is not None:
             stages.append(
@@ -186,7 +189,7 @@ def pair_tokens_stage(name: str, pairs: str, tokenizer: Mapping[str, str], base:
 
         tokenize_instruct(job.inputs["pairs"], _tokenizer(job, base), job.out)
 
-    return Stage(name, {}, build, {"pairs": pairs, **tokenizer}, _fingerprint(base))
+    return Stage(name, {}, build, {"pairs": pairs, **tokenizer}, _fingerprint(base), format_version=2)
 
 
 def _tokenizer(job: Build, base: StartModel | None) -> Path:
@@ -236,7 +239,7 @@ def tune_stage(
         return _train(job, name, config, start, job.inputs["tokens"], base)
 
     inputs = {"tokens": tokens, **model, **tokenizer}
-    return Stage(name, _json(config), build, inputs, _fingerprint(base), training_metrics(name))
+    return Stage(name, _json(config), build, inputs, _fingerprint(base), training_metrics(name), format_version=2)
 
 
 def _required(base: StartModel | None) -> StartModel:
@@ -285,7 +288,41 @@ def evaluate_stage(name: str, config: EvaluateConfig, inputs: Mapping[str, str],
         scores = read_json(artefact / "scores.json")
         return {f"{name}_bits_per_byte": scores["bits_per_byte"]["value"]}
 
-    return Stage(name, _json(config), build, {"corpus": "corpus", **inputs}, _fingerprint(base), metrics)
+    return Stage(name, _json(config), build, {"corpus": "corpus", **inputs}, _fingerprint(base), metrics, 2)
+
+
+def answers_stage(
+    name: str,
+    config: EvaluateConfig,
+    tuning: TrainConfig,
+    tokens: str,
+    model: Mapping[str, str],
+    start: Mapping[str, str],
+    base: StartModel | None,
+) -> Stage:
+    """tuned model, the model it started from, held-out masked tokens → scores of the answers"""
+    beta = tuning.beta if isinstance(tuning, PreferenceConfig) else 0.1
+
+    def build(job: Build) -> None:
+        from soma.evaluate.tuned import evaluate_tuned
+
+        before = job.inputs["start"] / "model" if "start" in job.inputs else _required(base).path()
+        evaluate_tuned(
+            config,
+            job.out,
+            model=job.inputs["model"] / "model",
+            start=before,
+            tokens=job.inputs["tokens"],
+            beta=beta,
+        )
+
+    def metrics(artefact: Path) -> dict[str, float]:
+        facts = read_json(artefact / "answers.json")
+        figures = facts if facts["kind"] == "pairs" else facts["after"] or {}
+        return {f"{name}_{key}": value for key, value in figures.items() if isinstance(value, int | float)}
+
+    inputs = {"tokens": tokens, **model, **({"start": start["model"]} if start else {})}
+    return Stage(name, _json(config) | {"beta": beta}, build, inputs, _fingerprint(base), metrics)
 
 
 def probe_stage(config: ProbeConfig, model: Mapping[str, str], base: StartModel | None) -> Stage:
