@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from soma.engine import native
+from soma.engine import native_decode as native
 from soma.model.cache import KVCache
 from soma.model.transformer import Transformer
 

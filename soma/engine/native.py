@@ -1,202 +1,200 @@
-"""The decode step in C (`decode.c`): built at first use with the system's compiler, kept in the cache folder.
+"""A Llama-shaped model over the paged cache in C (`csrc/forward.c`): one call for any batch.
 
-Where it cannot be used (no compiler, a GPU, a family whose layers differ) the `Transformer` itself decodes.
+Where it cannot be used (no compiler, a GPU, a family whose layers differ) the `Transformer` itself runs.
+
+Shape letters: T new tokens, R rows whose logits are wanted, D model width, V vocabulary, E head width.
 """
 
 import ctypes
-import functools
-import os
-import subprocess
-import tempfile
-import weakref
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from soma.base import progress
-from soma.base.artefact import hash_lines
-from soma.base.cache import cache_root
-from soma.base.machine import compiler, cpu_model
+from soma.engine.batch import Batch
+from soma.engine.build import library
 from soma.model.attention import Attention
-from soma.model.cache import KVCache
 from soma.model.layers import MLP
+from soma.model.quantized import QuantizedLinear
 from soma.model.transformer import Transformer
 
-SOURCE = Path(__file__).with_name("decode.c")
-FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
-# Tried in this order: the machine's own instructions and OpenMP, then with less.
-EXTRAS = (
-    ("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-fopenmp",), ("-march=native", "-fopenmp-simd"), (),
-)  # fmt: skip
-BUILD_SECONDS = 60
 # Weights below this are read by one thread. A second one gains little there (5M parameters in bf16: 0.45 against
-# 0.57 ms) and costs much where the cores are busy: each layer waits six times for the slower thread.
+# 0.57 ms) and costs much where the cores are busy: each layer waits several times for the slower thread.
 SMALL_BYTES = 32 << 20
+ALIGNMENT = 64
 
 Pointer = ctypes.c_void_p
-LAYER_TENSORS = (
-    "input_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "out", "out_bias", "post_norm", "gate_up", "gate_up_bias",
-    "down", "down_bias",
+Size = ctypes.c_int64
+LINEARS = ("q", "k", "v", "out", "gate", "up", "down")
+NORMS = ("input_norm", "post_norm", "q_norm", "k_norm")
+SIZES = (
+    "layers", "width", "heads", "kv_heads", "head", "inner", "vocabulary", "block_size", "blocks", "positions",
 )  # fmt: skip
-MODEL_SIZES = ("layers", "width", "heads", "kv_heads", "head", "inner", "vocabulary")
-MODEL_TENSORS = ("embedding", "norm", "lm_head", "cosines", "sines")
+WRONG = ("", "token", "position", "slot", "logit row", "query start", "length", "block of a table")
+
+
+class Linear(ctypes.Structure):
+    """`Linear` of linear.h."""
+
+    _fields_ = [
+        *((name, Pointer) for name in ("values", "scales", "bias")),
+        *((name, Size) for name in ("rows", "columns", "bits")),
+    ]  # fmt: skip
 
 
 class Layer(ctypes.Structure):
-    """`Layer` of decode.c."""
+    """`Layer` of forward.c."""
 
-    _fields_ = [*((name, Pointer) for name in LAYER_TENSORS), ("window", ctypes.c_int64)]
+    _fields_ = [
+        *((name, Linear) for name in LINEARS), *((name, Pointer) for name in (*NORMS, "keys", "values")),
+        ("window", Size),
+    ]  # fmt: skip
 
 
 class Model(ctypes.Structure):
-    """`Model` of decode.c."""
+    """`Model` of forward.c."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in MODEL_SIZES), ("epsilon", ctypes.c_float),
-        ("layer", ctypes.POINTER(Layer)), *((name, Pointer) for name in MODEL_TENSORS),
+        *((name, Size) for name in SIZES), ("epsilon", ctypes.c_float), ("layer", ctypes.POINTER(Layer)),
+        ("embedding", Pointer), ("norm", Pointer), ("lm_head", Linear), ("cosines", Pointer), ("sines", Pointer),
     ]  # fmt: skip
 
 
-def unsupported(model: Transformer) -> str | None:
-    """Why decode.c cannot run this model; None if it can."""
-    config = model.config
-    if model.device.type != "cpu":
-        return f"the model is on {model.device.type}"
-    if model.dtype not in (torch.float32, torch.bfloat16):
-        return f"weights are {model.dtype}"
-    if config.is_mla or config.num_experts:
-        return "latent attention or experts"
-    if config.norm != "rmsnorm" or config.activation != "swiglu" or config.position_embedding != "rope":
-        return "layers differ from a Llama's"
-    if (config.rope_scaling or {}).get("rope_type", (config.rope_scaling or {}).get("type")) == "dynamic":
-        return "rotary frequencies depend on the length"
-    return None
+class Tokens(ctypes.Structure):
+    """`Batch` of forward.c."""
 
-
-@functools.cache
-def library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """decode.c for weights of `dtype`, built unless it is in the cache folder; None, with a note, if that fails."""
-    found = compiler("c")
-    if found is None or not found.works:
-        progress.current().note("no C compiler: decoding runs on torch alone, which is slower for small models")
-        return None
-    bf16 = f"-DWEIGHT_BF16={int(dtype == torch.bfloat16)}"
-    key = hash_lines([SOURCE.read_text(), bf16, *FLAGS, str(EXTRAS), found.path, cpu_model()])[:20]
-    target = cache_root() / "native" / f"decode-{key}.so"
-    if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        said = _build(found.path, bf16, target)
-        if said:
-            progress.current().note(f"decode.c does not build ({said}): decoding runs on torch alone")
-            return None
-    try:
-        built = ctypes.CDLL(str(target))
-    except OSError as error:
-        progress.current().note(f"decode.c does not load ({error}): decoding runs on torch alone")
-        return None
-    built.soma_scratch.restype = ctypes.c_int64
-    built.soma_scratch.argtypes = [ctypes.POINTER(Model), ctypes.c_int64]
-    built.soma_decode.restype = None
-    built.soma_decode.argtypes = [
-        ctypes.POINTER(Model), Pointer, Pointer, *([ctypes.c_int64] * 3), Pointer, Pointer, ctypes.c_int,
+    _fields_ = [
+        *((name, Size) for name in ("tokens", "sequences", "rows", "table_width")),
+        *((name, Pointer) for name in ("token", "position", "slot", "row", "start", "length", "table")),
     ]  # fmt: skip
-    return built
 
 
-def _build(path: str, define: str, target: Path) -> str:
-    """Compile decode.c; the compiler's last words if nothing worked, else nothing."""
-    said = ""
-    for extra in EXTRAS:
-        handle, name = tempfile.mkstemp(suffix=".so", dir=target.parent)
-        os.close(handle)
-        try:
-            command = [path, *FLAGS, *extra, define, str(SOURCE), "-o", name, "-lm"]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=False)
-            if done.returncode == 0:
-                os.replace(name, target)
-                return ""
-            said = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[0][:200]
-        except (OSError, subprocess.TimeoutExpired) as error:
-            said = str(error)
-        finally:
-            Path(name).unlink(missing_ok=True)
-    return said
+class NativeModel:
+    """One model and its paged cache, in C. For use under `torch.inference_mode()`; one step at a time.
 
-
-class NativeDecoder:
-    """Decode steps of one fused model (`Transformer.fuse`) in C, for caches of up to `max_length` tokens.
-
-    Reads the model's own weights, without a copy. Between weights and cache it computes in float32, so for bf16 its
-    logits are nearer to those of float32 than the `Transformer`'s.
+    Reads the model's own weights and cache, without a copy. Activations are float32 between matrix products; what a
+    product reads is rounded to bf16 (bf16 weights, on processors that multiply bf16) or to 8 bits with a scale for
+    each 32 numbers of a token (quantized weights). A token's result does not depend on the others in its batch.
     """
 
-    def __init__(self, model: Transformer, built: ctypes.CDLL, max_length: int) -> None:
-        assert unsupported(model) is None
-        assert model.rope is not None
-        config, weights = model.config, model.dtype
-        state = model.state_dict()
-        self.built, self.vocab_size = built, config.vocab_size
+    @staticmethod
+    def supports(model: Transformer) -> str | None:
+        """Why C cannot run this model; None if it can."""
+        config = model.config
+        if model.device.type != "cpu":
+            return f"the model is on {model.device.type}"
+        if model.dtype not in (torch.float32, torch.bfloat16):
+            return f"weights are {model.dtype}"
+        if config.is_mla or config.num_experts:
+            return "latent attention or experts"
+        if config.norm != "rmsnorm" or config.activation != "swiglu" or config.position_embedding != "rope":
+            return "layers differ from a Llama's"
+        if (config.rope_scaling or {}).get("rope_type", (config.rope_scaling or {}).get("type")) == "dynamic":
+            return "rotary frequencies depend on the length"
+        if library(model.dtype) is None:
+            return "no working C compiler"
+        return None
+
+    def __init__(self, model: Transformer, keys: Sequence[Tensor], values: Sequence[Tensor], block_size: int) -> None:
+        """keys, values: for each layer (blocks, key/value heads, block_size, E), of the model's dtype, contiguous."""
+        assert block_size & (block_size - 1) == 0, "block_size is a power of two"
+        built = library(model.dtype)
+        assert built is not None
+        assert self.supports(model) is None
+        config, self.dtype = model.config, model.dtype
+        self.vocab_size, self.width = config.vocab_size, config.hidden_size
+        self.transformer = model
         self.kept: list[object] = []  # what C holds pointers to
-        cosines, sines = model.rope(torch.arange(max_length), torch.float32)
         layers = (Layer * config.num_hidden_layers)()
         for index, layer in enumerate(model.layers):
-            attention, mlp = layer.get_submodule("self_attn"), layer.get_submodule("mlp")
-            own = f"layers.{index}."
-            assert isinstance(attention, Attention)
-            assert isinstance(mlp, MLP)
-            tensors = {
-                "input_norm": state[own + "input_layernorm.weight"],
-                "qkv": attention.fused, "qkv_bias": attention.fused_bias,
-                "q_norm": attention.q_norm.weight if config.qk_norm else None,
-                "k_norm": attention.k_norm.weight if config.qk_norm else None,
-                "out": attention.o_proj.weight, "out_bias": attention.o_proj.bias,
-                "post_norm": state[own + "post_attention_layernorm.weight"], "gate_up": mlp.fused,
-                "gate_up_bias": mlp.fused_bias, "down": mlp.down_proj.weight, "down_bias": mlp.down_proj.bias,
-            }  # fmt: skip
-            for name, tensor in tensors.items():
-                setattr(layers[index], name, self._pointer(tensor, weights))
-            layers[index].window = attention.window or 0
-        embedding = model.embed_tokens.weight
-        head = embedding if model.lm_head is None else model.lm_head.weight
-        self.model = Model(
-            config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.num_key_value_heads,
-            config.head_dim, config.intermediate_size, config.vocab_size, config.norm_eps, layers,
-            self._pointer(embedding, weights), self._pointer(state["norm.weight"], weights),
-            self._pointer(head, weights), self._pointer(cosines, torch.float32), self._pointer(sines, torch.float32),
-        )  # fmt: skip
+            self._fill(layers[index], layer, keys[index], values[index], block_size)
         self.kept.append(layers)
-        self.max_length = max_length
-        self.scratch = torch.empty(built.soma_scratch(self.model, max_length))
-        is_small = sum(parameter.nbytes for parameter in model.parameters()) < SMALL_BYTES
-        self.threads = 1 if is_small else torch.get_num_threads()
-        self.addresses: weakref.WeakKeyDictionary[KVCache, tuple[ctypes.Array, ctypes.Array]] = (
-            weakref.WeakKeyDictionary()
-        )
+        head = model.embed_tokens if model.lm_head is None else model.lm_head
+        self.model = Model(
+            config.num_hidden_layers, self.width, config.num_attention_heads, config.num_key_value_heads,
+            config.head_dim, config.intermediate_size, self.vocab_size, block_size, keys[0].size(0), 0,
+            config.norm_eps, layers, self._pointer(model.embed_tokens.weight),
+            self._pointer(model.norm.get_parameter("weight")), self._linear(head), None, None,
+        )  # fmt: skip
+        built.soma_scratch.restype, built.soma_step.restype = Size, ctypes.c_int
+        built.soma_scratch.argtypes = [ctypes.POINTER(Model), Size, Size, ctypes.c_int]
+        built.soma_step.argtypes = [
+            ctypes.POINTER(Model), ctypes.POINTER(Tokens), Pointer, Pointer, Pointer, ctypes.c_int,
+        ]  # fmt: skip
+        self.built = built
+        self.scratch = torch.empty(0, dtype=torch.uint8)
+        weights = [*model.parameters(), *model.buffers()]
+        self.threads = 1 if sum(tensor.nbytes for tensor in weights) < SMALL_BYTES else torch.get_num_threads()
 
-    def _pointer(self, tensor: Tensor | None, dtype: torch.dtype) -> int | None:
+    def _fill(self, into: Layer, layer: nn.Module, keys: Tensor, values: Tensor, block_size: int) -> None:
+        attention, mlp = layer.get_submodule("self_attn"), layer.get_submodule("mlp")
+        assert isinstance(attention, Attention)
+        assert isinstance(mlp, MLP)
+        modules = (
+            attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj,
+            mlp.down_proj,
+        )  # fmt: skip
+        for name, module in zip(LINEARS, modules, strict=True):
+            setattr(into, name, self._linear(module))
+        into.input_norm = self._pointer(layer.get_parameter("input_layernorm.weight"))
+        into.post_norm = self._pointer(layer.get_parameter("post_attention_layernorm.weight"))
+        if attention.qk_norm:
+            into.q_norm, into.k_norm = self._pointer(attention.q_norm.weight), self._pointer(attention.k_norm.weight)
+        for name, tensor in (("keys", keys), ("values", values)):
+            assert tensor.is_contiguous()
+            assert tensor.shape[1:] == (attention.num_kv_heads, block_size, attention.head_dim)
+            setattr(into, name, self._pointer(tensor))
+        into.window = attention.window or 0
+
+    def _linear(self, module: nn.Module) -> Linear:
+        if isinstance(module, QuantizedLinear):
+            return Linear(
+                self._pointer(module.packed, torch.uint8), self._pointer(module.scales, torch.float16),
+                self._pointer(module.bias), module.out_features, module.in_features, module.bits,
+            )  # fmt: skip
+        weight_ND, bias = module.get_parameter("weight"), getattr(module, "bias", None)
+        return Linear(self._pointer(weight_ND), None, self._pointer(bias), *weight_ND.shape, 0)
+
+    def _pointer(self, tensor: Tensor | None, dtype: torch.dtype | None = None) -> int | None:
         if tensor is None:
             return None
-        assert tensor.dtype == dtype
+        assert tensor.dtype == (dtype or self.dtype)
         tensor = tensor.detach().contiguous()
         self.kept.append(tensor)
         return tensor.data_ptr()
 
-    def __call__(self, token: int, cache: KVCache) -> Tensor:
-        """Append one token to the cache; float32 scores (V) of the one that follows it."""
-        cache.check(1, 1)
-        assert cache.capacity <= self.max_length
-        assert 0 <= token < self.vocab_size
-        if cache not in self.addresses:
-            assert all(tensor.is_contiguous() for tensor in [*cache.keys, *cache.values])
-            kind = Pointer * len(cache.keys)
-            keys, values = kind(*(t.data_ptr() for t in cache.keys)), kind(*(t.data_ptr() for t in cache.values))
-            self.addresses[cache] = keys, values
-        keys, values = self.addresses[cache]
-        logits_V = torch.empty(self.vocab_size)
-        self.built.soma_decode(
-            self.model, keys, values, cache.capacity, token, cache.length, self.scratch.data_ptr(),
-            logits_V.data_ptr(), self.threads,
+    def step(self, batch: Batch) -> Tensor:
+        """Append the batch's tokens to the cache; float32 logits (R, V) of the rows that it asks for."""
+        return self.forward(batch)[0]
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """As `step`; logits (R, V) and the hidden states (R, D) after the final norm, both float32."""
+        if batch.longest > self.model.positions:
+            self._rotate_up_to(batch.longest)
+        tables_SB, T, R = batch.tables_SB, batch.num_tokens, batch.logit_rows_R.numel()
+        longs = (batch.tokens_T, batch.positions_T, batch.slots_T, batch.logit_rows_R)
+        ints = (batch.query_starts_S1, batch.lengths_S, tables_SB)
+        assert all(tensor.dtype == torch.int64 and tensor.is_contiguous() for tensor in longs)
+        assert all(tensor.dtype == torch.int32 and tensor.is_contiguous() for tensor in ints)
+        tokens = Tokens(
+            T, batch.num_sequences, R, tables_SB.size(1), *(tensor.data_ptr() for tensor in (*longs, *ints))
         )  # fmt: skip
-        cache.length += 1
-        return logits_V
+        size = self.built.soma_scratch(self.model, T, R, self.threads)
+        if self.scratch.numel() < size + ALIGNMENT:
+            self.scratch = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
+        memory = -(-self.scratch.data_ptr() // ALIGNMENT) * ALIGNMENT
+        logits_RV, hidden_RD = torch.empty(R, self.vocab_size), torch.empty(R, self.width)
+        wrong = self.built.soma_step(
+            self.model, tokens, memory, hidden_RD.data_ptr(), logits_RV.data_ptr(), self.threads
+        )
+        assert not wrong, f"a {WRONG[wrong]} of the batch is out of range"
+        return logits_RV, hidden_RD
+
+    def _rotate_up_to(self, length: int) -> None:
+        """Make the rotary table for at least `length` positions."""
+        assert self.transformer.rope is not None
+        positions = max(256, 1 << (length - 1).bit_length())
+        tables = self.transformer.rope(torch.arange(positions), torch.float32)
+        self.tables = [table.contiguous() for table in tables]
+        self.model.cosines, self.model.sines = (table.data_ptr() for table in self.tables)
+        self.model.positions = positions

@@ -49,7 +49,12 @@ class Fused(nn.Module):
         self.fused_sizes: list[int] = []
 
     def fuse_layers(self, layers: list[nn.Linear]) -> None:
-        """Join the weights (and biases: all or none) of linear layers that read the same input."""
+        """Join the weights (and biases: all or none) of linear layers that read the same input.
+
+        Layers of another kind (quantized ones) stay as they are.
+        """
+        if not all(isinstance(layer, nn.Linear) for layer in layers):
+            return
         self.fused_sizes = [layer.out_features for layer in layers]
         with torch.no_grad():
             weights: list[Tensor] = [layer.weight for layer in layers]

@@ -11,7 +11,7 @@ from tiny import make_config
 
 from soma.base import progress
 from soma.base.machine import Compiler
-from soma.engine import native
+from soma.engine import native_decode as native
 from soma.engine.decode import Runner
 from soma.model.cache import KVCache
 from soma.model.config import ModelConfig

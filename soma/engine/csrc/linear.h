@@ -1,0 +1,134 @@
+/* y = x Wᵀ for any number of tokens, the weights read once: a block of 16 rows is multiplied with all tokens while it is
+   in the nearest cache. One token runs at the speed of memory, many at that of the multipliers. Each number is summed in
+   the same order however many tokens there are, so a token's result does not depend on its company. */
+
+#define BLOCK 16  /* rows that a thread takes at a time */
+#define TOKENS 6  /* tokens of a tile: 6 x 4 sums leave registers for what is multiplied */
+#define GROUP 32  /* neighbouring numbers of a row, or of a token, that share a scale */
+
+/* bits 0: `values` are rows of `columns` weights. 8 or 4: blocks of 16 rows as soma/model/quantized.py packs them, with
+   `scales` (blocks, groups, 16) in float16. `bias` is NULL where there is none. */
+typedef struct {
+    const void *values;
+    const uint16_t *scales;
+    const weight *bias;
+    int64_t rows, columns, bits;
+} Linear;
+
+/* Activations as products read them: `dense` (tokens, stride), and for quantized weights `values` (tokens, stride) with
+   a scale for each group, and its sum, which takes the offset of unsigned weights back. The rest of a row is 0. */
+typedef struct {
+    int64_t stride;
+    operand *dense;
+    int8_t *values;
+    float *scales;
+    int32_t *sums;
+} Input;
+
+/* Round one token to 8 bits, a scale for each 32 numbers: a large one spoils only its neighbours. */
+static void quantize(const float *x, int64_t columns, int8_t *values, float *scales, int32_t *sums) {
+    for (int64_t first = 0; first < columns; first += GROUP) {
+        float part[GROUP] = {0}, top = 0;
+        int8_t rounded[GROUP];
+        int32_t sum = 0;
+        memcpy(part, x + first, sizeof(float) * (size_t)MIN(GROUP, columns - first));
+#pragma omp simd reduction(max : top)
+        for (int i = 0; i < GROUP; i++) top = fabsf(part[i]) > top ? fabsf(part[i]) : top;
+        float inverse = top > 0 ? 127.0f / top : 0;
+#pragma omp simd reduction(+ : sum)
+        for (int i = 0; i < GROUP; i++) {
+            int32_t value = (int32_t)rintf(part[i] * inverse);
+            rounded[i] = (int8_t)value;
+            sum += value;
+        }
+        memcpy(values + first, rounded, GROUP);
+        scales[first / GROUP] = top / 127.0f;
+        sums[first / GROUP] = sum;
+    }
+}
+
+/* Make token `t` of the input from `x`, in the forms that are asked for. */
+static void prepare(const Input *in, int64_t t, const float *x, int64_t columns, int dense, int quantized) {
+    if (dense) {
+        operand *out = in->dense + t * in->stride;
+        for (int64_t i = 0; i < columns; i++) out[i] = to_operand(x[i]);
+        for (int64_t i = columns; i < ROUND_UP(columns, GROUP); i++) out[i] = 0;
+    }
+    if (quantized) {
+        int64_t groups = in->stride / GROUP;
+        quantize(x, columns, in->values + t * in->stride, in->scales + t * groups, in->sums + t * groups);
+    }
+}
+
+/* `tokens` tokens times `rows` (4 or 8) rows, whole sums in registers. */
+INLINE void dense_tile(const weight *const *row, int64_t columns, const operand *x, int64_t stride, const int tokens,
+                       const int rows, float (*out)[BLOCK]) {
+    floats sum[TOKENS][8];
+    for (int t = 0; t < tokens; t++)
+        for (int r = 0; r < rows; r++) sum[t][r] = (floats){0};
+    int64_t i = 0;
+    for (; i + LANES <= columns; i += LANES) {
+        chunk w[8];
+        for (int r = 0; r < rows; r++) w[r] = load_weights(row[r] + i);
+        for (int t = 0; t < tokens; t++) {
+            chunk here = load_chunk(x + t * stride + i);
+            for (int r = 0; r < rows; r++) sum[t][r] = madd(sum[t][r], here, w[r]);
+        }
+    }
+    if (i < columns)
+        for (int r = 0; r < rows; r++) {
+            chunk w = load_some(row[r] + i, columns - i);
+            for (int t = 0; t < tokens; t++) sum[t][r] = madd(sum[t][r], load_chunk(x + t * stride + i), w);
+        }
+    for (int t = 0; t < tokens; t++)
+        for (int r = 0; r < rows; r += 4) sum4(sum[t][r], sum[t][r + 1], sum[t][r + 2], sum[t][r + 3], out[t] + r);
+}
+
+static void dense_block(const Linear *linear, int64_t first, const Input *in, int64_t token, int tokens,
+                        float (*out)[BLOCK]) {
+    const weight *row[BLOCK];
+    const operand *x = in->dense + token * in->stride;
+    for (int r = 0; r < BLOCK; r++)
+        row[r] = (const weight *)linear->values + MIN(first + r, linear->rows - 1) * linear->columns;
+#define TILE(count, rows)                                                                                              \
+    case count:                                                                                                        \
+        for (int r = 0; r < BLOCK; r += rows)                                                                          \
+            dense_tile(row + r, linear->columns, x, in->stride, count, rows, (float(*)[BLOCK])(out[0] + r));           \
+        break;
+    switch (tokens) {
+        TILE(1, 8) TILE(2, 4) TILE(3, 4) TILE(4, 4) TILE(5, 4) TILE(6, 4)
+    }
+#undef TILE
+}
+
+#include "quantized.h"
+
+enum Mode { STORE, ADD, GATED }; /* GATED: y = silu(y) · result */
+
+static void finish(const Linear *linear, int64_t first, const float *result, enum Mode mode, float *y) {
+    int64_t count = MIN(BLOCK, linear->rows - first);
+    float bias[BLOCK] = {0};
+    if (linear->bias)
+        for (int64_t r = 0; r < count; r++) bias[r] = load(linear->bias[first + r]);
+    if (mode == STORE)
+        for (int64_t r = 0; r < count; r++) y[r] = result[r] + bias[r];
+    else if (mode == ADD)
+        for (int64_t r = 0; r < count; r++) y[r] += result[r] + bias[r];
+    else
+        for (int64_t r = 0; r < count; r++) y[r] = y[r] / (1.0f + exponential(-y[r])) * (result[r] + bias[r]);
+}
+
+/* Shared by the threads of the region around it, without a barrier at its end. y: (tokens, stride). Calls with as many
+   rows give a thread the same rows. */
+static void multiply(const Linear *linear, const Input *in, int64_t tokens, enum Mode mode, float *y, int64_t stride) {
+    int most = linear->bits ? QUANTIZED_TOKENS : TOKENS;
+#pragma omp for schedule(static) nowait
+    for (int64_t first = 0; first < linear->rows; first += BLOCK)
+        for (int64_t token = 0; token < tokens; token += most) {
+            float out[QUANTIZED_TOKENS][BLOCK] __attribute__((aligned(64)));
+            int count = (int)MIN(most, tokens - token);
+            if (linear->bits) quantized_block(linear, first / BLOCK, in, token, count, out);
+            else dense_block(linear, first, in, token, count, out);
+            for (int t = 0; t < count; t++) finish(linear, first, out[t], mode, y + (token + t) * stride + first);
+        }
+}

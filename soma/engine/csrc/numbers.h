@@ -1,0 +1,133 @@
+/* Numbers in vectors of 16 lanes: GCC's vector types, which every machine's instructions can be made of. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define ROUND_UP(n, step) (((n) + (step) - 1) / (step) * (step))
+
+typedef float floats __attribute__((vector_size(64)));
+
+INLINE float bf16_to_float(uint16_t value) {
+    uint32_t bits = (uint32_t)value << 16;
+    float result;
+    memcpy(&result, &bits, 4);
+    return result;
+}
+INLINE uint16_t float_to_bf16(float value) { /* to the nearest, ties to even */
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return value != value ? 0x7FC0 : (uint16_t)((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+INLINE float half_to_float(uint16_t value) { /* not for infinities: scales are finite */
+    uint32_t bits = (uint32_t)(value & 0x7FFF) << 13;
+    float result;
+    memcpy(&result, &bits, 4);
+    return (value & 0x8000 ? -0x1p112f : 0x1p112f) * result;
+}
+
+#if WEIGHT_BF16
+typedef uint16_t weight;
+INLINE float load(weight value) { return bf16_to_float(value); }
+INLINE weight store(float value) { return float_to_bf16(value); }
+#else
+typedef float weight;
+INLINE float load(weight value) { return value; }
+INLINE weight store(float value) { return value; }
+#endif
+
+/* What matrix products read on the activations' side: bf16 where the processor multiplies bf16 (two products a lane and
+   instruction), else float32. `madd` adds to 16 partial sums the products of LANES neighbouring numbers. */
+#if WEIGHT_BF16 && defined(__AVX512BF16__) && defined(__AVX512BW__)
+#define NATIVE_BF16 1
+#define LANES 32
+typedef uint16_t operand;
+typedef __m512bh chunk;
+INLINE operand to_operand(float value) { return float_to_bf16(value); }
+INLINE chunk load_chunk(const operand *from) { return (chunk)_mm512_loadu_si512(from); }
+INLINE chunk load_weights(const weight *from) { return (chunk)_mm512_loadu_si512(from); }
+INLINE chunk load_some(const weight *from, int64_t count) { /* the rest is 0 */
+    return (chunk)_mm512_maskz_loadu_epi16((__mmask32)(((uint64_t)1 << count) - 1), from);
+}
+INLINE floats madd(floats sum, chunk a, chunk b) { return (floats)_mm512_dpbf16_ps((__m512)sum, a, b); }
+#else
+#define NATIVE_BF16 0
+#define LANES 16
+typedef float operand;
+typedef floats chunk;
+INLINE operand to_operand(float value) { return value; }
+INLINE chunk load_chunk(const operand *from) {
+    chunk result;
+    memcpy(&result, from, sizeof result);
+    return result;
+}
+INLINE chunk load_weights(const weight *from) {
+#if WEIGHT_BF16
+    typedef uint16_t shorts __attribute__((vector_size(32)));
+    typedef uint32_t words __attribute__((vector_size(64)));
+    shorts bits;
+    memcpy(&bits, from, sizeof bits);
+    return (chunk)(__builtin_convertvector(bits, words) << 16);
+#else
+    return load_chunk(from);
+#endif
+}
+INLINE chunk load_some(const weight *from, int64_t count) {
+    weight buffer[LANES] = {0};
+    memcpy(buffer, from, sizeof(weight) * (size_t)count);
+    return load_weights(buffer);
+}
+INLINE floats madd(floats sum, chunk a, chunk b) { return sum + a * b; }
+#endif
+
+/* Sums over the lanes of four vectors. The order of additions is the same for each, so that a product does not depend on
+   which others are made with it. */
+INLINE void sum4(floats a, floats b, floats c, floats d, float *out) {
+#ifdef __AVX512F__
+    __m512 A = (__m512)a, B = (__m512)b, C = (__m512)c, D = (__m512)d;
+    __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(A, B), _mm512_unpackhi_ps(A, B));
+    __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(C, D), _mm512_unpackhi_ps(C, D));
+    __m512 sums = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xEE));
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(sums), _mm512_castps512_ps256(_mm512_shuffle_f32x4(sums, sums, 0x0E)));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+#else
+    floats all[4] = {a, b, c, d};
+    for (int i = 0; i < 4; i++) {
+        float sum[8];
+        for (int lane = 0; lane < 8; lane++) sum[lane] = all[i][lane] + all[i][lane + 8];
+        out[i] = ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
+    }
+#endif
+}
+
+/* e^x within 2 units in the last place, without branches so that compilers vectorise it (Cephes' polynomial). */
+INLINE float exponential(float x) {
+    x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
+    float n = rintf(x * 1.44269504f);
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    int32_t bits = ((int32_t)n + 127) << 23;
+    float scale;
+    memcpy(&scale, &bits, 4);
+    return p * scale;
+}
+
+/* x / sqrt(mean(x²) + epsilon) · gain; `out` may be `x`. */
+static inline void rms_norm(const float *x, const weight *gain, int64_t count, float epsilon, float *out) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < count; i++) sum += x[i] * x[i];
+    float scale = 1.0f / sqrtf(sum / (float)count + epsilon);
+    for (int64_t i = 0; i < count; i++) out[i] = x[i] * scale * load(gain[i]);
+}
