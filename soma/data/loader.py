@@ -127,7 +127,9 @@ class TokenLoader:
     """Batches of packed sequences of one split.
 
     `batch_size` is this rank's. `pack`: "concat" joins documents and cuts; "whole" never splits a document that fits
-    (chat documents that do not fit are left out and counted in `left_out`); None takes "whole" for masked data.
+    (chat documents that do not fit are left out and counted in `left_out`; with `truncate` they end after the last
+    answer that fits whole, are counted in `truncated`, and only those without one are left out); None takes "whole" for
+    masked data.
     `epochs=None` goes on for ever; else iteration ends after that many, the last batch filled up with rows of padding,
     on all ranks at the same step. `verify` checks the shards' sha256 on opening.
 
@@ -137,11 +139,14 @@ class TokenLoader:
     def __init__(
         self, tokens_dir: Path, split: str, sequence_length: int, batch_size: int, rank: int = 0, world_size: int = 1,
         seed: int = 0, pack: Pack | None = None, epochs: int | None = None, verify: bool = True,
+        truncate: bool = False,
     ) -> None:  # fmt: skip
         self.store = TokenStore(Path(tokens_dir), split, verify)
         self.sequence_length, self.batch_size = sequence_length, batch_size
         self.pack: Pack = pack or ("whole" if self.store.masked else "concat")
-        pairs = _pairs(self.store)
+        pairs, self.truncated = _pairs(self.store), 0
+        if truncate and self.store.masked and self.pack == "whole":
+            pairs, self.truncated = whole_answers(self.store, pairs, sequence_length)
         packer: ConcatPacker | WholePacker = (
             ConcatPacker(pairs, sequence_length)
             if self.pack == "concat"
@@ -150,8 +155,13 @@ class TokenLoader:
         _require_sequences(packer, self.store, sequence_length)
         identity = {
             "tokens_hash": self.store.hash, "split": split, "sequence_length": sequence_length, "pack": self.pack,
-            "seed": seed,
+            "seed": seed, **({"truncate": True} if truncate else {}),
         }  # fmt: skip
+        if self.truncated:
+            progress.current().note(
+                f"{self.truncated} of {self.store.documents} {split} conversations are longer than {sequence_length} "
+                "tokens and end after the last answer that fits"
+            )
         self._order = _Order(packer, identity, batch_size, rank, world_size, epochs)
         self.sequences_per_epoch = packer.sequences
         self.left_out = packer.left_out
@@ -231,6 +241,23 @@ class PreferenceLoader:
 def _pairs(store: TokenStore) -> np.ndarray:
     """(input, target) pairs in each document."""
     return np.maximum(np.diff(store.starts) - (1 if store.masked else 0), 0)
+
+
+def whole_answers(store: TokenStore, pairs: np.ndarray, sequence_length: int) -> tuple[np.ndarray, int]:
+    """The pairs of each conversation, where one that is too long ends after its last answer that fits whole, and how
+    many were shortened so. Without such an answer its length stays, so that it is left out.
+
+    Worked example: mask 0 1 1 0 1 1 (5 pairs) at T = 4: the second answer would be cut, so 2 pairs stay.
+    """
+    pairs, shortened = pairs.copy(), 0
+    for document in np.flatnonzero(pairs > sequence_length):
+        start = int(store.starts[document])
+        _, mask = store.gather(np.arange(start, start + sequence_length + 2))  # one more, to see an answer's end
+        ends = np.flatnonzero((mask[1:-1] != 0) & (mask[2:] == 0)) + 1
+        if len(ends):
+            pairs[document] = ends[-1]
+            shortened += 1
+    return pairs, shortened
 
 
 def _require_sequences(

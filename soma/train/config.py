@@ -40,6 +40,11 @@ class TrainConfig(BaseModel):
         description="concat: cut the stream of documents into full sequences; whole: never cut a document. "
         "auto: whole where there are loss masks.",
     )
+    long_conversations: Literal["drop", "truncate"] = Field(
+        "drop",
+        description="Conversations longer than sequence_length. drop: leave them out; truncate: end them after the "
+        "last answer that fits, and leave out those without one. An answer is never cut. Counted in train.json.",
+    )
     isolate_documents: bool = Field(
         True, description="Attention stays within a document. False: a packed sequence is one text (plain causal)."
     )
@@ -186,6 +191,7 @@ class PreferenceConfig(TrainConfig):
         0.0, ge=0, description="DeepSeek-V3's routers: step of the expert bias towards balance. 0: it stays."
     )
     warmup: float = Field(0.1, ge=0, description="Linear warm-up: share of the steps (<1) or steps.")
+    long_conversations: Literal["drop"] = Field("drop", description="Pairs longer than sequence_length are left out.")
     pack: Literal["whole"] = Field("whole", description="A pair is never cut across sequences.")
 
 

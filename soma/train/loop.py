@@ -57,6 +57,8 @@ class TrainResult:
     matmul_peak: float
     mfu: float
     peak_memory_bytes: int
+    documents_left_out: int  # longer than sequence_length
+    documents_truncated: int  # ended after the last answer that fits
 
 
 @dataclass
@@ -355,6 +357,8 @@ class Trainer:
             matmul_peak=self.peak,
             mfu=speed * self.flops / (self.peak * self.world.size),
             peak_memory_bytes=peak_memory(),
+            documents_left_out=self.loader.left_out,
+            documents_truncated=getattr(self.loader, "truncated", 0),
         )
 
 

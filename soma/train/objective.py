@@ -46,7 +46,8 @@ def make_loader(
     if isinstance(config, PreferenceConfig):
         return PreferenceLoader(tokens, split, config.sequence_length, rows, rank, size, config.seed, epochs)
     pack = None if config.pack == "auto" else config.pack
-    return TokenLoader(tokens, split, config.sequence_length, rows, rank, size, config.seed, pack, epochs)
+    return TokenLoader(tokens, split, config.sequence_length, rows, rank, size, config.seed, pack, epochs,
+                       truncate=config.long_conversations == "truncate")  # fmt: skip
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:

@@ -196,7 +196,8 @@ def write_artefact(
     network.eval()
     save_model(network, result.model, tokenizer_dir=tokenizer)
     facts = {key: value for key, value in asdict(result).items() if key != "model"}
-    stable = ("steps", "planned_steps", "limited", "stopped_early", "tokens", "loss", "validation_loss", "parameters")
+    stable = ("steps", "planned_steps", "limited", "stopped_early", "tokens", "loss", "validation_loss", "parameters",
+              "documents_left_out", "documents_truncated")  # fmt: skip
     write_json(
         out / "train.json",
         {

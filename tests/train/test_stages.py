@@ -10,6 +10,7 @@ import torch
 
 from soma.base.artefact import content_hash
 from soma.base.errors import UserError
+from soma.data.tokens import SplitWriter, write_index
 from soma.model.config import ModelConfig
 from soma.model.hub import load_model, save_model
 from soma.model.tokenizer import Tokenizer
@@ -159,3 +160,26 @@ def test_a_tuned_model_ends_at_the_end_of_its_turn(run: Run, small: dict, tokens
         loaded = transformers.AutoModelForCausalLM.from_pretrained(result.model)
         assert loaded.generation_config.eos_token_id == [end_of_text, im_end]
         assert Tokenizer.load(result.model).eos_ids == (end_of_text, im_end)
+
+
+def test_long_conversations(run: Run, small: dict, tokenizer: Path, tmp_path: Path) -> None:
+    """Two turns of which the second does not fit, and one whose only answer does not fit."""
+    runtime, folder = Tokenizer.load(tokenizer), tmp_path / "long"
+    folder.mkdir()
+    ask = {"role": "user", "content": "a"}
+    short, long = ({"role": "assistant", "content": text} for text in ("yes", "n" * 90))
+    splits = {}
+    for split in ("train", "validation"):
+        with SplitWriter(folder, split, runtime.vocab_size, masked=True) as writer:
+            for talk in ([ask, short], [ask, short, ask, long], [ask, long]):
+                writer.add(*runtime.encode_chat_masked(talk))
+        splits[split] = writer.entry()
+    write_index(folder, runtime.vocab_size, runtime.hash, runtime.eos_ids[0], masked=True, splits=splits)
+    settings = small | {"steps": 1, "warmup": 0, "sequence_length": 64}
+    for setting, left_out, truncated in (("drop", 2, 0), ("truncate", 1, 1)):
+        config = TuneConfig(**settings, long_conversations=setting)
+        facts = json.loads((run(setting, config, tokens=folder).model.parent / "train.json").read_text())
+        assert (facts["documents_left_out"], facts["documents_truncated"]) == (left_out, truncated)
+        batch = next(make_loader(config, World(), folder, "train", epochs=1))
+        learned = runtime.decode(batch.targets[batch.targets != loss.IGNORE].tolist(), skip_special=False)
+        assert learned == "yes<|im_end|>" * (1 + truncated)
