@@ -7,6 +7,9 @@ import time
 from typing import Any
 from urllib.parse import urlsplit
 
+LONG = {"model": "tiny", "prompt": "hello", "max_tokens": 4000, "ignore_eos": True}
+JSON = {"Content-Type": "application/json"}
+
 
 def connection(url: str) -> http.client.HTTPConnection:
     parts = urlsplit(url)
@@ -32,6 +35,16 @@ def post(url: str, path: str, value: Any, **headers: str) -> tuple[int, Any]:
     text = value if isinstance(value, str | bytes) else json.dumps(value)
     status, _, data = call(url, "POST", path, text, {"Content-Type": "application/json", **headers})
     return status, json.loads(data)
+
+
+def open_stream(url: str, **changes: object) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+    """A stream that has said something, or whose requests wait."""
+    link = connection(url)
+    link.request("POST", "/v1/completions", json.dumps({**LONG, "stream": True, **changes}), JSON)
+    answer = link.getresponse()
+    assert answer.status == 200
+    assert answer.readline().startswith(b"data: ")
+    return link, answer
 
 
 def metric(url: str, name: str, **labels: str) -> float:

@@ -1,12 +1,14 @@
 """The page at / in a real browser."""
 
+import json
 import re
+import socket
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from browser import open_browser
-from http_tools import call, metric, wait_for
+from http_tools import JSON, LONG, call, connection, metric, open_stream, wait_for
 
 pytestmark = pytest.mark.page
 
@@ -161,6 +163,43 @@ def test_widths_and_schemes(service_url: str, width: int, dark: bool) -> None:
         back = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
         assert (int(re.findall(r"\d+", back)[0]) < 100) == dark
         assert problems(driver) == []
+
+
+def test_live_figures(page: Any, service_url: str) -> None:
+    """What the page shows while requests run, and that it goes back to rest."""
+    visit(page, service_url)
+    assert wait_for(lambda: texts(page, "#running") == ["0"])
+    links = [open_stream(service_url, n=4)[0], connection(service_url)]
+    links[1].request("POST", "/v1/completions", json.dumps({**LONG, "n": 3}), JSON)  # 4 places: 3 wait
+    assert wait_for(lambda: texts(page, "#running, #waiting") == ["4", "3"], 10)
+    assert wait_for(lambda: float(texts(page, "#rate")[0]) > 1, 10)
+    assert wait_for(lambda: float(texts(page, "#cache")[0].removesuffix(" %")) > 0, 10)
+    for link in links:
+        assert link.sock is not None
+        link.sock.shutdown(socket.SHUT_RDWR)
+        link.close()
+    assert wait_for(lambda: texts(page, "#running, #waiting") == ["0", "0"], 10)
+    assert wait_for(lambda: texts(page, "#rate") == ["0.0"], 10)
+    assert all(re.fullmatch(r"[\d.]+ m?s", text) for text in texts(page, "#ttft, #itl"))
+    assert len(page.find_element("id", "curve").get_attribute("points").split()) > 3
+    assert problems(page) == []
+
+
+def test_live_figures_are_computed_right(page: Any, base_url: str) -> None:
+    """Of a histogram's growth by 4, 3 lie below 0.1: the median is two thirds into that bucket."""
+    visit(page, base_url)
+
+    def buckets(*counts: int) -> str:
+        bounds = zip(("0.1", "0.2", "+Inf"), counts, strict=True)
+        return "\\n".join(f'vllm:x_bucket{{le="{bound}",model_name="m"}} {count}' for bound, count in bounds)
+
+    text, before = buckets(12, 14, 14), buckets(9, 10, 10)
+    value = page.execute_script(f"return median('vllm:x', read('{text}'), read('{before}'))")
+    assert value == pytest.approx(0.1 * 2 / 3)
+    assert page.execute_script(f"return median('vllm:x', read('{text}'), read('{text}'))") is None
+    assert page.execute_script("return [seconds(0.0301), seconds(0.00123), seconds(2.34), seconds(null)]") == [
+        "30.1 ms", "1.2 ms", "2.3 s", "–",
+    ]  # fmt: skip
 
 
 def test_the_page_stands_alone(service_url: str) -> None:

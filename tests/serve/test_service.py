@@ -1,6 +1,5 @@
 """The service as a process: metrics, clients that leave, a full queue, SIGTERM, ports, hosts, the probe."""
 
-import http.client
 import json
 import os
 import signal
@@ -14,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from http_tools import call, connection, metric, post, wait_for
+from http_tools import JSON, LONG, call, connection, metric, open_stream, post, wait_for
 
 from soma.base.errors import UserError
 from soma.engine.engine import Engine
@@ -24,19 +23,6 @@ from soma.model.tokenizer import Tokenizer
 from soma.serve.app import create_app
 from soma.serve.probe import percentile, probe
 from soma.serve.server import check_host, listen, running_service, serve
-
-LONG = {"model": "tiny", "prompt": "hello", "max_tokens": 4000, "ignore_eos": True}
-JSON = {"Content-Type": "application/json"}
-
-
-def open_stream(url: str, **changes: object) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
-    """A stream that has said something."""
-    link = connection(url)
-    link.request("POST", "/v1/completions", json.dumps({**LONG, "stream": True, **changes}), JSON)
-    answer = link.getresponse()
-    assert answer.status == 200
-    assert answer.readline().startswith(b"data: ")
-    return link, answer
 
 
 def idle(url: str) -> bool:
