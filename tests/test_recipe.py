@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -141,3 +142,21 @@ def test_schema_is_json_and_knows_the_blocks() -> None:
     schema = json.loads(json.dumps(json_schema()))
     assert {"data", "tokenizer", "model", "train", "tune", "evaluate", "probe"} <= set(schema["properties"])
     assert schema["properties"]["seed"]["description"]
+
+
+def test_registry_is_where_the_run_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from soma.base.registry import default_uri
+    from soma.cli.recipes import _name_registry
+
+    recipe = SimpleNamespace(tracking=SimpleNamespace(uri=None))
+    for name in ("SOMA_RUNS", "SOMA_REGISTRY", "MLFLOW_TRACKING_URI"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    _name_registry(recipe, tmp_path)
+    assert default_uri() == f"sqlite:///{tmp_path / 'mlflow.db'}"
+    recipe.tracking.uri = "http://mlflow.example:5000"
+    _name_registry(recipe, tmp_path / "other")
+    assert default_uri() == "http://mlflow.example:5000"
+    recipe.tracking.uri = "http://ignored"
+    _name_registry(recipe, tmp_path)
+    assert default_uri() == "http://mlflow.example:5000"  # what the environment says stays

@@ -130,8 +130,9 @@ def resolve(ref: str, uri: str | None = None) -> Path:
     uri = uri or default_uri()
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
         raise UserError(
-            f"registry:{ref}: there is no registry at {uri}. Run this where your runs folder is, or set SOMA_REGISTRY "
-            "to sqlite:////path/to/runs/mlflow.db or to the address of an MLflow server"
+            f"registry:{ref}: there is no registry at {uri}. Run this where your runs folder is; or, if the "
+            "model was made with `--runs DIR`, set SOMA_RUNS=DIR; if with `tracking.uri`, set SOMA_REGISTRY to the "
+            "same address (sqlite:////path/to/mlflow.db, or an MLflow server)"
         )
     with _answering(uri) as client:
         versions = _versions(client, name)

@@ -1,6 +1,7 @@
 """`soma run`, `soma recipe`, `soma adapt`."""
 
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -43,9 +44,17 @@ def run(
     _execute(loaded, runs, as_json, first=first, last=last, force=force)
 
 
+def _name_registry(recipe: Any, runs: Path) -> None:
+    """Let `registry:` look where this run registers its model, unless the environment says otherwise."""
+    os.environ.setdefault("SOMA_RUNS", str(runs))
+    if recipe.tracking.uri:
+        os.environ.setdefault("SOMA_REGISTRY", recipe.tracking.uri)
+
+
 def _explain(recipe: Any, runs: Path, as_json: bool) -> None:
     from soma.run import plan
 
+    _name_registry(recipe, runs)
     for item in plan(recipe, runs):
         if as_json:
             typer.echo(
@@ -60,6 +69,7 @@ def _explain(recipe: Any, runs: Path, as_json: bool) -> None:
 def _execute(recipe: Any, runs: Path, as_json: bool, **selection: Any) -> None:
     from soma.run import run as run_recipe
 
+    _name_registry(recipe, runs)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     with progress.use(progress.choose(as_json=as_json)) as reporter:
         result = run_recipe(recipe, runs, **selection)
