@@ -80,7 +80,7 @@ class ProcessRequest(Request):
             text = self.scanner.push(self.decoder.push(event.id))
             reason = "stop" if self.scanner.stopped else reason
         if reason in ("stop", "length", "abort"):
-            text += self.rest()
+            text += self.scanner.push(self.decoder.flush()) + self.scanner.flush()
             reason = "stop" if self.scanner.stopped else reason
         if reason is not None:
             self.finish_reason, self.ended = reason, time.monotonic()

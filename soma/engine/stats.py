@@ -8,7 +8,9 @@ EMPTY: dict[str, float] = {"running": 0, "waiting": 0, "kv_cache_usage": 0.0, **
 
 
 def stats_of(engine: Any) -> dict[str, float]:
-    """The figures of an engine in this process."""
+    """The figures of an engine in this process: its own `stats()` where it has them, else what can be seen."""
+    if (own := getattr(engine, "stats", None)) is not None:
+        return {**EMPTY, **own()}
     pool = engine.pool
     return {**EMPTY, "running": len(engine.running), "waiting": len(engine.waiting),
             "kv_cache_usage": pool.used / pool.budget}  # fmt: skip
