@@ -6,7 +6,7 @@ import sys
 import typer
 
 from soma.base.errors import UserError
-from soma.cli import models, recipes, upkeep
+from soma.cli import models, recipes, schedules, upkeep
 
 
 def _version(asked: bool) -> None:
@@ -41,6 +41,7 @@ app.command("adapt")(recipes.adapt)
 app.command("chat")(models.chat)
 app.command("serve")(models.serve)
 app.command("generate")(models.generate)
+app.command("schedule")(schedules.schedule)
 app.command("doctor")(upkeep.doctor)
 app.add_typer(upkeep.runs_app, name="runs")
 

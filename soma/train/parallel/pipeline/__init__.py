@@ -1,0 +1,1 @@
+"""Pipeline parallelism: a schedule is data, which others make, validate, simulate and draw."""
