@@ -8,8 +8,8 @@ def bubble(name: str, ranks: int, costs: Costs, chunks: int = 2) -> float | None
 
     F and W are a rank's whole forward and weight gradient, B its whole backward (input and weights), F&B the
     overlapped pair: gpipe, 1f1b (p-1)(F+B); interleaved (p-1)(F+B)/v; zb-h1 (p-1)(F+B-2W); zb-h2 (p-1)(F+B-3W), not
-    below 0; zb-v 0 for F = B-W = W; dualpipe (p/2-1)(F&B+B-3W); dualpipe-v (p-1)(F&B+B-3W)/2, since its 2p stages are half
-    as long; both for F = B-W. 8 ranks, F = 1, B = 2, W = 1: 21, 21, 10.5, 7, 0, 0, 6, 7.
+    below 0; zb-v 0 for F = B-W = W; dualpipe (p/2-1)(F&B+B-3W); dualpipe-v (p-1)(F&B+B-3W)/2, since its 2p stages are
+    half as long; both for F = B-W. 8 ranks, F = 1, B = 2, W = 1: 21, 21, 10.5, 7, 0, 0, 6, 7.
     """
     forward, weight = costs.forward, costs.weight
     assert isinstance(forward, int | float)
