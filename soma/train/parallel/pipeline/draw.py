@@ -68,10 +68,10 @@ def boxes(span: Span, y: float, scale: float, own: int) -> list[str]:
             f'<rect x="{x:.2f}" y="{top:.2f}" width="{width:.2f}" height="{height:.2f}" fill="{fill}" stroke="#ffffff" '
             f'stroke-width="0.7"><title>{escape(hint)}</title></rect>'
         )
-        if width > 7 * len(str(action.microbatch)) + 1:
-            size = 11 if len(actions) == 1 else 9
+        size = min(11.0 if len(actions) == 1 else 9.0, width / (0.62 * len(str(action.microbatch))))
+        if size > 5:
             parts.append(
-                f'<text x="{x + width / 2:.2f}" y="{top + height / 2 + size * 0.36:.2f}" font-size="{size}" '
+                f'<text x="{x + width / 2:.2f}" y="{top + height / 2 + size * 0.36:.2f}" font-size="{size:.1f}" '
                 f'text-anchor="middle" fill="#10151a">{action.microbatch}</text>'
             )
     return parts
