@@ -225,7 +225,8 @@ async def stream(
             chunks.append(shape.chunk(index, event))
             if event.finish_reason is not None:
                 chunks.append(shape.end(index, event.finish_reason))
-            yield b"".join(sse({**chunk, **more}) for chunk in chunks if chunk is not None)
+            if said := b"".join(sse({**chunk, **more}) for chunk in chunks if chunk is not None):
+                yield said
         if include_usage:
             yield sse(shape.envelope(shape.chunk_object, [], usage=generation.usage))
     except Exception as error:  # noqa: BLE001  (the status line is gone: an event is all that can still be said)
