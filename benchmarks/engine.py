@@ -101,11 +101,11 @@ def decode(bench: Bench) -> list[Case]:
 def prefill(bench: Bench) -> list[Case]:
     """One long prompt: tokens/s up to the first token, against the best of llama.cpp's formats."""
     cases = []
+    seeds = iter(range(10**6))
     for tokens in (512, 2048):
         sizes = {"length": tokens + 16, "sequences": 1}
         ours = {weights: bench.ours(weights, **sizes) for weights in ("bf16", "int8")}
         theirs = {f"llama.cpp {their}": bench.llama(their, **sizes) for their in FORMATS.values()}
-        seeds = iter(range(10**6))
 
         def speed(worker: Worker, tokens: int = tokens) -> float:
             prompts = bench.prompts(1, tokens, next(seeds))  # never seen before: no prefix cache helps
@@ -124,9 +124,9 @@ def prefill(bench: Bench) -> list[Case]:
 def concurrent(bench: Bench) -> list[Case]:
     """16 and 64 requests of 128 tokens in and 128 out: output tokens/s."""
     cases = []
+    seeds = iter(range(10**6))
     for requests, bar in PARALLEL_BARS.items():
         sizes = {"length": 256, "sequences": requests}
-        seeds = iter(range(10**6))
 
         def speed(worker: Worker, call: str = "generate", requests: int = requests) -> float:
             done = worker(call, prompts=bench.prompts(requests, 128, next(seeds)), count=128)

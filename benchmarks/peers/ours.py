@@ -71,11 +71,27 @@ class Ours:
             "decode": max(row[-1] for row in times) - first, "ids": ids,
         }  # fmt: skip
 
+    def weight_bytes(self) -> int:
+        """Bytes that a step reads: all matrices; of the embedding only where it is the output's too."""
+        return self.engine.weight_bytes
+
+    def read_bandwidth(self) -> float:
+        """GB/s of the fastest of five reads of 1 GiB of plain memory by torch's threads."""
+        memory = torch.ones(1 << 28, dtype=torch.float32)
+        best = 0.0
+        for _ in range(5):
+            start = time.perf_counter()
+            memory.sum()
+            best = max(best, memory.nbytes / (time.perf_counter() - start) / 1e9)
+        return best
+
 
 def main() -> None:
     folder, weights, threads, length, sequences = sys.argv[1:6]
     ours = Ours(folder, weights, int(threads), int(length), int(sequences))
-    answer_requests({"generate": ours.generate})
+    answer_requests(
+        {"generate": ours.generate, "weight_bytes": ours.weight_bytes, "read_bandwidth": ours.read_bandwidth}
+    )
     ours.engine.close()
 
 
