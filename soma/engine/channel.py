@@ -42,6 +42,8 @@ class Channel:
                 open_ = False
                 messages = messages[: messages.index(None)]
             wanted = [message for message in messages if message is not None]
+            if not wanted:
+                continue
             frame = pickle.dumps([self.prepare(message) for message in wanted] if self.prepare else wanted, 5)
             with suppress(OSError):
                 self.sock.sendall(len(frame).to_bytes(HEAD, "little") + frame)

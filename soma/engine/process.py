@@ -10,11 +10,8 @@ import asyncio
 import itertools
 import logging
 import math
-import os
 import queue
-import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -31,6 +28,7 @@ from soma.base.errors import UserError
 from soma.engine.channel import Channel, Message
 from soma.engine.check import check_embeddable, check_request
 from soma.engine.errors import EngineClosedError, EngineRestartingError, QueueFullError, RequestError
+from soma.engine.launch import Launched, launch
 from soma.engine.request import Completion, Request, TokenEvent
 from soma.engine.sampling import SamplingParams
 from soma.engine.stats import COUNTERS, EMPTY
@@ -39,7 +37,6 @@ from soma.model.tokenizer import Tokenizer
 
 log = logging.getLogger("soma.engine")
 
-PROGRAM = "import sys; from soma.engine.worker import main; main(int(sys.argv[1]))"
 LONGEST_DELAY = 30.0  # seconds between two attempts to start again
 MAX_EMBEDDINGS = 64  # requests for embeddings that may wait
 LOST = "the engine stopped in the middle of this request; it is being restarted, send the request again"
@@ -134,11 +131,15 @@ class RemoteEmbedder:
 class EngineProcess:
     """Starts an engine process for a model and keeps it running until `close()`.
 
-    Args: those of `soma.engine.load.load_engine`. Waits until the model is loaded.
+    Args: those of `soma.engine.load.load_engine`; launched: a process that was started before, by `launch()`.
+    Waits until the model is loaded.
     Raises UserError: what `load_engine` raises there; the process ended while loading.
     """
 
-    def __init__(self, model_ref: str | Path, *, precision: str = "auto", device: str = "auto", **options: Any) -> None:
+    def __init__(
+        self, model_ref: str | Path, *, precision: str = "auto", device: str = "auto", launched: Launched | None = None,
+        **options: Any,
+    ) -> None:  # fmt: skip
         self.options = {"model_ref": str(model_ref), "precision": precision, "device": device, **options}
         self.lock = threading.RLock()
         self.numbers = itertools.count()
@@ -149,7 +150,7 @@ class EngineProcess:
         self.restarts = 0
         self.load_seconds = 0.0
         self.next_start = 0.0
-        self.process, self.facts, channel, frames = self._start()
+        self.process, self.facts, channel, frames = self._start(launched)
         self.tokenizer = Tokenizer.load(self.facts["directory"])
         self.live, self.before = dict(EMPTY), dict.fromkeys(COUNTERS, 0.0)
         self.channel = channel
@@ -255,7 +256,7 @@ class EngineProcess:
         """The engine's figures as of a tenth of a second ago; counters go on over restarts."""
         with self.lock:
             values = dict(self.live) | {name: self.live[name] + self.before[name] for name in COUNTERS}
-            return values if self.requests else values | {"running": 0, "waiting": 0}
+            return values if self.requests else values | {"running": 0, "waiting": 0, "kv_cache_usage": 0.0}
 
     def close(self, *, drain: bool = False, timeout: float = 30.0) -> None:
         """Take no more requests; with `drain` finish those that are in, else cancel them. Ends the process."""
@@ -286,16 +287,12 @@ class EngineProcess:
 
     # Starting, watching, starting again:
 
-    def _start(self) -> "tuple[subprocess.Popen[bytes], dict[str, Any], Channel, Iterator[list[Message]]]":
+    def _start(
+        self, launched: Launched | None = None
+    ) -> "tuple[subprocess.Popen[bytes], dict[str, Any], Channel, Iterator[list[Message]]]":
         """A new process with its model loaded: the process, its facts, the way to it, and what it will say."""
         started = time.monotonic()
-        ours, theirs = socket.socketpair()
-        with theirs:
-            process = subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, str(theirs.fileno())], pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL, stdout=2,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            )  # fmt: skip
+        process, ours = launched or launch()
         channel = Channel(ours)
         channel.put("start", self.options)
         frames = iter(channel)

@@ -202,8 +202,9 @@ class Worker:
         """Figures while the engine is busy, and once more when it is idle. A dead engine ends the process."""
         while self.engine is not None:
             self.busy.wait()
-            if self.engine.idle:
-                self.busy.clear()
+            self.busy.clear()
+            if not self.engine.idle:
+                self.busy.set()
             self.channel.put("stats", stats_of(self.engine))
             if not self.engine.alive and not self.closing:
                 self._end(ENGINE_DIED)

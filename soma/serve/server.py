@@ -22,6 +22,7 @@ from fastapi import FastAPI
 
 from soma.base import progress
 from soma.base.errors import UserError
+from soma.engine.launch import Launched, launch
 
 if TYPE_CHECKING:
     from soma.engine.embed import Embedder
@@ -73,10 +74,11 @@ def serve(
     check_host(host, allow_public=allow_public)
     listener = listen(host, port)
     try:
-        from soma.serve.app import create_app
+        launched = None if in_process else launch()
+        from soma.serve.app import create_app  # heavy: the engine process imports its parts meanwhile
 
         engine, tokenizer, own_name, embedder = start_engine(
-            model_ref, in_process=in_process, precision=precision, device=device, max_length=max_length,
+            model_ref, launched, precision=precision, device=device, max_length=max_length,
             max_running=max_running, max_waiting=max_waiting,
         )  # fmt: skip
         try:
@@ -94,14 +96,14 @@ def serve(
 
 
 def start_engine(
-    model_ref: str | Path, *, in_process: bool, precision: str, device: str, **options: Any
+    model_ref: str | Path, launched: Launched | None, *, precision: str, device: str, **options: Any
 ) -> "tuple[Engine | EngineProcess, Tokenizer, str, Embedder | None]":
-    """The engine, in a process of its own or in this one, its tokenizer, the model's name, and who embeds (None: the
-    engine process itself)."""
-    if not in_process:
+    """The engine, in the process that was launched or in this one, its tokenizer, the model's name, and who embeds
+    (None: the engine process itself)."""
+    if launched is not None:
         from soma.engine.process import EngineProcess
 
-        process = EngineProcess(model_ref, precision=precision, device=device, **options)
+        process = EngineProcess(model_ref, precision=precision, device=device, launched=launched, **options)
         return process, process.tokenizer, process.model_name, None
     from soma.engine.embed import Embedder
     from soma.engine.engine import Engine

@@ -212,7 +212,7 @@ def test_notes_of_loading_come_through(tiny_folder: Path, monkeypatch: pytest.Mo
     site = "import soma.engine.worker as w; old = w.load_weights\n"
     site += "def new(*a, **k):\n    w.progress.current().note('it is late')\n    return old(*a, **k)\n"
     site += "w.load_weights = new\n"
-    monkeypatch.setattr("soma.engine.process.PROGRAM", site + "import sys; w.main(int(sys.argv[1]))")
+    monkeypatch.setattr("soma.engine.launch.PROGRAM", site + "import sys; w.main(int(sys.argv[1]))")
     with progress.use(Ear()):
         EngineProcess(tiny_folder).close()
     assert "it is late" in heard
