@@ -152,6 +152,17 @@ def test_killed_in_the_middle_of_50_streams(process: EngineProcess, caplog: pyte
     assert process.generate([5], SamplingParams(max_tokens=3, ignore_eos=True)).finish_reason == "length"
 
 
+def test_counters_go_on_over_a_restart(process: EngineProcess) -> None:
+    before = process.stats()["prefix_cache_hits"]
+    process._take("stats", {**process.live, "prefix_cache_hits": process.live["prefix_cache_hits"] + 5})
+    process.process.kill()
+    assert wait_for(lambda: not process.alive)
+    assert process.stats()["prefix_cache_hits"] == before + 5
+    assert wait_for(lambda: process.alive)
+    process._take("stats", {**process.live, "prefix_cache_hits": 3})
+    assert process.stats()["prefix_cache_hits"] == before + 8
+
+
 def test_killed_in_the_middle_of_embeddings(process: EngineProcess) -> None:
     process.process.send_signal(signal.SIGSTOP)
     future = process.embedder.submit([[5]])
