@@ -12,6 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCH = "2.13.0"
+TRITON = "triton==3.7.1; sys_platform == 'linux'"  # the one that this torch's CUDA build asks for; the tests need it too
 SKIP = ("somacube", "triton", "cuda-", "nvidia-")  # come with torch's CUDA build, where that is what is installed
 
 
@@ -45,6 +46,8 @@ def main() -> None:
     constraints = ["-c", str(chosen)] if chosen else []
     for extra, name in (("quickstart", "requirements.lock"), ("dev", "requirements-dev.lock")):
         lines = resolve(extra, constraints)
+        if extra == "dev":
+            lines = sorted([*lines, TRITON])
         python = f"{sys.version_info.major}.{sys.version_info.minor}"
         head = f"# Made by `make lock` for Python {python}: the extra `{extra}`.\n"
         (ROOT / name).write_text(head + "\n".join(lines) + "\n")

@@ -71,8 +71,8 @@ def forward_kernel(
             HEAD, BLOCK_E, BLOCK_M, BLOCK_N, CAUSAL, WINDOWED, True,
         )  # fmt: skip
     sum_ME, peak, total = attend_tiles(
-        sum_ME, peak, total, q_ME, keys, values, stride_kt, stride_vt, first, full_low, full_high, length, window, scale,
-        HEAD, BLOCK_E, BLOCK_M, BLOCK_N, CAUSAL, WINDOWED, False,
+        sum_ME, peak, total, q_ME, keys, values, stride_kt, stride_vt, first, full_low, full_high, length, window,
+        scale, HEAD, BLOCK_E, BLOCK_M, BLOCK_N, CAUSAL, WINDOWED, False,
     )  # fmt: skip
     sum_ME, peak, total = attend_tiles(
         sum_ME, peak, total, q_ME, keys, values, stride_kt, stride_vt, first, full_high, high, length, window, scale,
@@ -193,8 +193,12 @@ def flash_attention(
     """
     T, H, E = q_THE.shape
     assert unsupported(E, q_THE.dtype) is None, unsupported(E, q_THE.dtype)
-    assert k_TKE.shape == v_TKE.shape and k_TKE.size(0) == T and k_TKE.size(2) == E and H % k_TKE.size(1) == 0
-    assert q_THE.dtype == k_TKE.dtype == v_TKE.dtype and starts.dtype == torch.int32
+    assert k_TKE.shape == v_TKE.shape
+    assert k_TKE.size(0) == T
+    assert k_TKE.size(2) == E
+    assert H % k_TKE.size(1) == 0
+    assert q_THE.dtype == k_TKE.dtype == v_TKE.dtype
+    assert starts.dtype == torch.int32
     assert causal or window is None, "a window is for causal attention"
     assert q_THE.stride(2) == k_TKE.stride(2) == v_TKE.stride(2) == 1, "heads must be contiguous"
     if window is not None and window >= max_length:

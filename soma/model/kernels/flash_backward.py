@@ -1,8 +1,8 @@
 """FlashAttention-2 (arXiv:2307.08691), backward: weights are computed again from q, k and each row's logsumexp.
 
-With P the weights, dO the output's gradient and D = rowsum(dO ∘ O): dV = Pᵀ dO, dS = P ∘ (dO Vᵀ - D), dQ = dS K · scale,
-dK = dSᵀ Q · scale (section 2.3.2). One kernel walks over queries for each tile of keys and sums the gradients of all heads
-that share the key head; another walks over keys for each tile of queries. No atomics, so the result is deterministic.
+With P the weights, dO the output's gradient and D = rowsum(dO ∘ O): dV = Pᵀ dO, dS = P ∘ (dO Vᵀ - D), dQ = dS K·scale,
+dK = dSᵀ Q·scale (section 2.3.2). One kernel walks over queries for each tile of keys and sums the gradients of all
+heads that share the key head; another walks over keys for each tile of queries. No atomics: it is deterministic.
 """
 
 from typing import Any

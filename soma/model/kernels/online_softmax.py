@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def online_attention(tiles: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """softmax(scores) · values and the scores' logsumexp, from tiles of scores (M, N) and values (N, E) seen one by one.
+    """softmax(scores) · values and the scores' logsumexp, from tiles of scores (M, N) and values (N, E).
 
     Three things are kept for each row: the peak (largest score so far), the total of exp(score - peak), and the sum of
-    values so weighted. When a tile raises the peak, total and sum shrink by exp(old peak - new peak); the division comes
-    once, at the end. Rows whose scores are all -inf so far keep a total of 0.
+    values so weighted. When a tile raises the peak, total and sum shrink by exp(old peak - new peak); the division
+    comes once, at the end. Rows whose scores are all -inf so far keep a total of 0.
 
     Scores [1, 3 | 0, 2] in two tiles with values [1,0], [0,2] | [-1,1], [3,1]: after the first tile the peak is 3, the
     total 1 + e^-2 = 1.1353, the sum [0.1353, 2]; after the second 1.5530 and [0.1353 - 0.0498 + 1.1036, 2 + 0.4177]

@@ -63,7 +63,7 @@ def visible(rows, keys, length, window, CAUSAL: tl.constexpr, WINDOWED: tl.const
 def online_step(scores, peak, total, scale, MASKED: tl.constexpr):
     """One step of the online softmax (online_softmax.py) in base 2, before the values: weights, shrink, peak, total.
 
-    `scale` holds log2(e), so that exp2 can be used; scores are not yet scaled. A tile without any mask has a finite peak.
+    `scale` holds log2(e), so that exp2 can be used; scores are not yet scaled. Without a mask the peak is finite.
     """
     new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
     if MASKED:
