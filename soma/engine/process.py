@@ -201,6 +201,8 @@ class EngineProcess:
                            deliver[i] if deliver else None)
             for i, (ids, one) in enumerate(zip(prompts, each, strict=True))
         ]  # fmt: skip
+        if not requests:
+            return []
         with self.lock:
             channel = self.open_channel()
             if len(self.requests) + len(requests) > self.facts["places"]:

@@ -96,6 +96,7 @@ def test_bad_input_never_reaches_the_engine(process: EngineProcess, monkeypatch:
 
 
 def test_cancelling_and_the_bound(process: EngineProcess) -> None:
+    assert process.submit_all([]) == []
     requests = process.submit_all([[5]] * 64, LONG)
     with pytest.raises(QueueFullError) as caught:
         process.submit([5], LONG)
