@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCH = "2.13.0"
-TRITON = "triton==3.7.1; sys_platform == 'linux'"  # the one that this torch's CUDA build asks for; the tests need it too
+TRITON = "triton==3.7.1; sys_platform == 'linux'"  # what this torch's CUDA build asks for; tests need it too
 SKIP = ("somacube", "triton", "cuda-", "nvidia-")  # come with torch's CUDA build, where that is what is installed
 
 
