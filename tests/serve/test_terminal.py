@@ -103,7 +103,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(tiny_folder: Path) -> None:
     os.close(child)
     seen = b""
 
-    def until(wanted: bytes, seconds: float = 30) -> None:
+    def until(wanted: bytes, seconds: float = 120) -> None:
         """Wait for text and the prompt behind it: keys that come before the prompt may be lost."""
         nonlocal seen
         deadline = time.monotonic() + seconds
