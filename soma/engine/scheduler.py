@@ -1,0 +1,304 @@
+"""Who computes how much in the next step. Loads no torch.
+
+One rule: a sequence has `computed` tokens in the cache and `wanted` ones, and each step spends a budget of tokens on
+letting sequences catch up. A prompt, a chunk of it, the one token of a decode step, what the prefix cache already
+holds, and what was lost to a preemption are all the same case.
+
+The order: urgency first (a waiting sequence gains a class each `PATIENCE` seconds, up to the most urgent one there
+is), then the key that got the fewest tokens so far (Sheng et al. 2024, arXiv:2401.00588), then first come, first
+served, where a sequence that has used up `TURN` tokens of prompt goes behind the others.
+"""
+
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Sequence as Tokens
+from itertools import chain, count
+from typing import Generic, NamedTuple, TypeVar
+
+from soma.engine.blocks import BlockPool, chain_name
+
+PATIENCE = 10.0
+TURN = 2048
+
+
+class Sequence:
+    """What the scheduler knows of one sequence.
+
+    tokens: the prompt and what was made of it so far. needs_prompt_logits: the logits of the whole prompt are wanted,
+    so that it must be computed even where the prefix cache has it. priority: lower is more urgent. key: whose it is.
+    deadline: seconds on the clock of `Scheduler.schedule`. salt: sequences of different salts share no blocks.
+    """
+
+    def __init__(
+        self, tokens: Tokens[int], *, priority: int = 0, key: str = "", deadline: float | None = None,
+        needs_prompt_logits: bool = False, salt: bytes = b"",
+    ) -> None:  # fmt: skip
+        self.tokens, self.prompt_length = list(tokens), len(tokens)
+        self.priority, self.key, self.deadline, self.salt = priority, key, deadline, salt
+        self.needs_prompt_logits = needs_prompt_logits
+        self.computed = 0  # tokens whose keys and values are in the cache
+        self.scored = 0  # places of the prompt whose logits were taken
+        self.table = array("i")  # its blocks; 0 for those before `first_block`, which left the window
+        self.first_block = 0
+        self.published = 0  # blocks that were named, or found under their name
+        self.names: list[bytes] = []  # of its full blocks, as far as they were asked for
+        self.arrived = 0.0
+        self.number = -1  # order of arrival
+        self.ticket = -1  # place in the order among those of its key
+        self.turn = 0  # prompt tokens since it took its ticket
+        self.preemptions = 0
+
+    @property
+    def wanted(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def adoptable(self) -> int:
+        """Tokens that may come from the prefix cache: the last one must be computed, for its logits."""
+        return min(self.scored, self.wanted - 1) if self.needs_prompt_logits else self.wanted - 1
+
+
+S = TypeVar("S", bound=Sequence)
+
+
+class Work(NamedTuple, Generic[S]):
+    """One sequence's share of a step: `count` tokens from `start` on."""
+
+    sequence: S
+    start: int
+    count: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the sequence has caught up afterwards, so that its next token can be drawn."""
+        return self.start + self.count == self.sequence.wanted
+
+
+class Scheduler(Generic[S]):
+    """Plans steps over one pool of blocks.
+
+    max_running: sequences that hold blocks at once. step_tokens: tokens of a step, more than `max_running` so that
+    each decoding sequence gets its token in each step. prefill_chunk: of one sequence in a step. window: if all
+    layers have sliding windows, the widest of them: blocks that left it are given back.
+
+    Use: `add`, then `schedule` → compute → `commit` → append tokens, again and again; `remove` at any time between.
+    """
+
+    def __init__(
+        self, pool: BlockPool, *, max_running: int, step_tokens: int, prefill_chunk: int | None = None,
+        window: int | None = None,
+    ) -> None:  # fmt: skip
+        assert step_tokens > max_running > 0
+        self.pool, self.max_running, self.step_tokens, self.window = pool, max_running, step_tokens, window
+        self.prefill_chunk = prefill_chunk or step_tokens
+        self.waiting: list[S] = []
+        self.running: list[S] = []
+        self.spent: dict[str, float] = {}  # tokens computed for each key that has sequences here
+        self.members: Counter[str] = Counter()
+        self.numbers, self.tickets = count(), count()
+        self.prefix_queries = self.prefix_hits = self.preemptions = 0
+
+    def add(self, sequence: S, now: float = 0.0) -> None:
+        """Queue a sequence that fits into the pool alone."""
+        if not self.members[sequence.key]:  # who was away does not save up
+            self.spent[sequence.key] = min(self.spent.values(), default=0.0)
+        self.members[sequence.key] += 1
+        sequence.arrived, sequence.number, sequence.ticket = now, next(self.numbers), next(self.tickets)
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: S) -> None:
+        """Take a sequence out, finished or not, and free what it holds."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self._release(sequence)
+        else:
+            self.waiting.remove(sequence)
+        self.members[sequence.key] -= 1
+        if not self.members[sequence.key]:
+            del self.spent[sequence.key], self.members[sequence.key]
+
+    def expired(self, now: float) -> list[S]:
+        """Those whose deadline has passed."""
+        every = chain(self.running, self.waiting)
+        return [sequence for sequence in every if sequence.deadline is not None and sequence.deadline < now]
+
+    def schedule(self, now: float = 0.0) -> list[Work[S]]:
+        """The next step: shares of at most `step_tokens` tokens in all. Empty only if there is nothing to do."""
+        plan: list[Work[S]] = []
+        self.planned: set[S] = set()
+        self.in_step: set[bytes] = set()  # names of blocks that become full in this step
+        budget, short = self.step_tokens, False
+        order = self._order(self.running, now)
+        order.sort(
+            key=lambda sequence: sequence.wanted - sequence.computed > 1
+        )  # nobody's next token waits for prompts
+        for sequence in order:
+            if budget == 0:
+                return plan
+            if sequence in self.running:  # not preempted meanwhile
+                share = self._share(sequence, budget)
+                short |= share == 0 and not self._waits(sequence)
+                budget -= self._plan(plan, sequence, share)
+        if not short and self.waiting and len(self.running) < self.max_running:
+            self._admit(plan, budget, now)
+        return plan
+
+    def commit(self, plan: Iterable[Work[S]]) -> None:
+        """The keys and values of a step are in the cache."""
+        for sequence, start, tokens in plan:
+            assert sequence.computed == start
+            sequence.computed += tokens
+            self.spent[sequence.key] += tokens
+            if tokens > 1:
+                sequence.turn += tokens
+                if sequence.turn >= TURN:
+                    sequence.turn, sequence.ticket = 0, next(self.tickets)
+            for block in range(sequence.published, sequence.computed // self.pool.block_size):
+                self.pool.publish(sequence.table[block], self._name(sequence, block))
+                sequence.published = block + 1
+            self._leave_window(sequence)
+
+    # Order:
+
+    def _order(self, sequences: list[S], now: float) -> list[S]:
+        best = min((sequence.priority for sequence in (*self.running, *self.waiting)), default=0)
+        ahead: dict[tuple[int, str], int] = {}
+
+        def rank(sequence: S) -> tuple[int, float, int]:
+            level = max(best, sequence.priority - int((now - sequence.arrived) / PATIENCE))
+            before = ahead.get((level, sequence.key), 0)
+            ahead[level, sequence.key] = before + sequence.wanted - sequence.computed
+            return level, self.spent[sequence.key] + before, sequence.ticket
+
+        return sorted(sorted(sequences, key=lambda sequence: sequence.ticket), key=rank)
+
+    # Shares:
+
+    def _share(self, sequence: S, budget: int) -> int:
+        """Tokens that a sequence can compute now, its blocks taken; those that others have computed are adopted."""
+        self._count(sequence, self._adopt(sequence))
+        if self._waits(sequence):
+            return 0
+        share = min(sequence.wanted - sequence.computed, budget, self.prefill_chunk)
+        missing = self.pool.blocks_for(sequence.computed + share) - len(sequence.table)
+        for _ in range(missing):
+            block = self.pool.take()
+            while block is None and self._preempt_for(sequence):
+                block = self.pool.take()
+            if block is None:
+                break
+            sequence.table.append(block)
+        return min(share, len(sequence.table) * self.pool.block_size - sequence.computed)
+
+    def _plan(self, plan: list[Work[S]], sequence: S, share: int) -> int:
+        if share:
+            plan.append(Work(sequence, sequence.computed, share))
+            self.planned.add(sequence)
+            if self.pool.prefix_cache:
+                size = self.pool.block_size
+                ends = range(sequence.computed // size, (sequence.computed + share) // size)
+                self.in_step.update(self._name(sequence, block) for block in ends)
+        return share
+
+    def _adopt(self, sequence: S) -> int:
+        """Take over the blocks that come next and that are in the prefix cache; their tokens."""
+        size, found = self.pool.block_size, 0
+        while self._may_adopt(sequence):
+            block = self.pool.find(self._name(sequence, sequence.computed // size))
+            if block is None:
+                break
+            sequence.table.append(block)
+            sequence.computed += size
+            sequence.published += 1
+            found += size
+        if found:
+            self._leave_window(sequence)
+        return found
+
+    def _count(self, sequence: S, hits: int) -> None:
+        if sequence.preemptions == 0:  # after that it finds what it has computed itself
+            self.prefix_hits += hits
+
+    def _may_adopt(self, sequence: S) -> bool:
+        size, computed = self.pool.block_size, sequence.computed
+        return (
+            self.pool.prefix_cache and computed + size <= sequence.adoptable and computed == len(sequence.table) * size
+        )
+
+    def _waits(self, sequence: S) -> bool:
+        """Whether another sequence computes in this step what comes next: it can be adopted in the step after."""
+        if not self.in_step or not self._may_adopt(sequence):
+            return False
+        return self._name(sequence, sequence.computed // self.pool.block_size) in self.in_step
+
+    # Blocks:
+
+    def _admit(self, plan: list[Work[S]], budget: int, now: float) -> None:
+        """Let waiting sequences in while there are places, budget, and blocks for all that is in, and one each to go on."""
+        promised = sum(self._ahead(sequence) for sequence in self.running)
+        for sequence in self._order(self.waiting, now):
+            if budget == 0 or len(self.running) == self.max_running:
+                return
+            hits = self._adopt(sequence)
+            ahead = self._ahead(sequence)
+            if self.running and promised + ahead + len(self.running) > self.pool.available:
+                self._release(sequence)
+                return
+            self._count(sequence, hits)
+            if sequence.preemptions == 0:
+                self.prefix_queries += sequence.wanted
+            self.waiting.remove(sequence)
+            self.running.append(sequence)
+            had = len(sequence.table)
+            share = self._share(sequence, budget)
+            promised += ahead - (len(sequence.table) - had)
+            budget -= self._plan(plan, sequence, share)
+
+    def _ahead(self, sequence: S) -> int:
+        """Blocks that a sequence has still to take until it has caught up."""
+        ahead = self.pool.blocks_for(sequence.wanted) - len(sequence.table)
+        if self.window is not None:
+            ahead = min(ahead, self.pool.blocks_for(self.window + self.prefill_chunk) + 1)
+        return max(ahead, 0)
+
+    def _preempt_for(self, sequence: S) -> bool:
+        """Take all blocks from the running sequence that should come last, if it comes after `sequence`."""
+        others = [other for other in self.running if other not in self.planned]
+        victim = max(others, key=_standing, default=sequence)
+        if _standing(victim) <= _standing(sequence):
+            return False
+        self.preemptions += 1
+        victim.preemptions += 1
+        self.running.remove(victim)
+        self._release(victim)
+        self.waiting.append(victim)
+        return True
+
+    def _release(self, sequence: S) -> None:
+        for block in reversed(sequence.table[sequence.first_block :]):
+            self.pool.release(block)
+        sequence.table = array("i")
+        sequence.computed = sequence.first_block = sequence.published = 0
+
+    def _leave_window(self, sequence: S) -> None:
+        """Give back blocks of which the next token sees nothing: it sees the `window` last ones, itself included."""
+        if self.window is None:
+            return
+        past = max(0, sequence.computed - self.window + 1) // self.pool.block_size
+        for place in range(sequence.first_block, past):
+            self.pool.release(sequence.table[place])
+            sequence.table[place] = 0
+        sequence.first_block = max(past, sequence.first_block)
+
+    def _name(self, sequence: S, block: int) -> bytes:
+        """The name of a full block; those before it are made on the way."""
+        size, names = self.pool.block_size, sequence.names
+        while len(names) <= block:
+            before = names[-1] if names else sequence.salt
+            names.append(chain_name(before, sequence.tokens[len(names) * size : (len(names) + 1) * size]))
+        return names[block]
+
+
+def _standing(sequence: Sequence) -> tuple[int, int]:
+    """Who keeps blocks when they run out. It never changes, so that the first in it always gets on."""
+    return sequence.priority, sequence.number
