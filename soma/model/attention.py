@@ -4,6 +4,9 @@ Shape letters: B batch, T new tokens, S all tokens (cached and new), D model wid
 G query heads per key/value head, E head width, C latent width, R rotary width.
 """
 
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +15,16 @@ from soma.model.cache import FlatCache, KVCache
 from soma.model.config import ModelConfig
 from soma.model.layers import Fused, RMSNorm
 from soma.model.rope import rotate, yarn_mscale
+
+if TYPE_CHECKING:
+    from soma.model.kernels.packed import Packed
+
+
+def flash_supports(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether attention without a cache runs our Triton FlashAttention: on a CUDA GPU, in half precision."""
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or find_spec("triton") is None:
+        return False
+    return not config.is_mla and config.head_dim % 8 == 0 and config.head_dim <= 256
 
 
 def make_mask(
@@ -86,7 +99,7 @@ class Attention(Fused):
         self,
         x_BTD: Tensor,
         rope: tuple[Tensor, Tensor] | None,
-        mask: Tensor | None,
+        mask: "Tensor | Packed | None",
         cache: KVCache | FlatCache | None,
     ) -> Tensor:
         B, T, _ = x_BTD.shape
@@ -105,6 +118,10 @@ class Attention(Fused):
                 k_BKTE, v_BKTE = k_BKTE[:, :, -self.window :], v_BKTE[:, :, -self.window :]
         elif cache is not None:
             return self.o_proj(cache.attend(self.layer, q_BHTE, k_BKTE, v_BKTE, self.window))
+        if isinstance(mask, tuple):  # documents instead of a mask: `flash_supports` holds
+            from soma.model.kernels.packed import attend_packed
+
+            return self.o_proj(attend_packed(q_BHTE, k_BKTE, v_BKTE, mask, self.window))
         return self.o_proj(attend(q_BHTE, k_BKTE, v_BKTE, mask))
 
 

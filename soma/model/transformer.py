@@ -6,6 +6,7 @@ without the leading `model.`; `families.py` and `layout.py` know every family's 
 
 import hashlib
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -13,14 +14,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from soma.base.errors import UserError
-from soma.model.attention import Attention, LatentAttention, make_mask
+from soma.model.attention import Attention, LatentAttention, flash_supports, make_mask
 from soma.model.cache import FlatCache, KVCache
 from soma.model.config import ModelConfig
 from soma.model.layers import MLP, compute_dtype, make_norm
 from soma.model.moe import MoE
 from soma.model.rope import Rope
 
-Masks = dict[int | None, Tensor | None]
+if TYPE_CHECKING:
+    from soma.model.kernels.packed import Packed
+
+Masks = dict[int | None, "Tensor | Packed | None"]
 
 
 class Layer(nn.Module):
@@ -154,7 +158,11 @@ class Transformer(nn.Module):
                 self.check_length(offset + T)
             x_BTD = x_BTD + self.embed_positions(positions)
         masks: Masks = dict.fromkeys(self.windows)
-        if cache is None or isinstance(cache, KVCache):  # a flat cache masks by itself
+        if cache is None and flash_supports(self.config, x_BTD.device, compute_dtype(x_BTD)):
+            from soma.model.kernels.packed import pack
+
+            masks = dict.fromkeys(self.windows, pack(tokens_BT, document_ids_BT))
+        elif cache is None or isinstance(cache, KVCache):  # a flat cache masks by itself
             masks = {window: make_mask(T, offset, window, document_ids_BT, x_BTD.device) for window in self.windows}
         keep_BT = None if document_ids_BT is None else document_ids_BT >= 0
         losses = []
