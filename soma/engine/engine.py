@@ -1,70 +1,39 @@
-"""The engine: a thread that interleaves requests fairly over one model. No HTTP here.
+"""The engine: a thread that runs many requests over one model in steps. No HTTP here.
 
-Every round gives each decoding request one step and one prefilling request one chunk of its prompt, in turn, so that a
-long prompt holds nobody up for longer than a chunk takes. Each request has a key/value cache of its own while it runs;
-their total size is bounded, and so is the queue of those that wait.
+Each step the scheduler spends a budget of tokens on letting requests catch up: chunks of prompts and single tokens of
+those that are answering go through the model in one flat batch, over one paged cache. Equal beginnings are computed
+once.
 """
 
 import asyncio
 import logging
 import threading
-from collections import deque
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from soma.base.errors import UserError
 from soma.base.machine import memory_available
-from soma.engine.decode import Runner
-from soma.engine.errors import EngineClosedError, QueueFullError, RequestError
+from soma.engine.batch import Batch, make_batch
+from soma.engine.blocks import BlockPool
+from soma.engine.check import check_request
+from soma.engine.errors import EngineClosedError, QueueFullError
+from soma.engine.paged import PagedCache
 from soma.engine.request import Completion, Request, TokenEvent, Tokenizer
+from soma.engine.runner import Runner
 from soma.engine.sampling import SamplingParams, TokenLogprob, token_logprob
-from soma.model.cache import KVCache
-from soma.model.formulas import kv_cache_bytes
+from soma.engine.scheduler import Scheduler, Work
+from soma.model.quantized import quantize
 from soma.model.transformer import Transformer
 
 log = logging.getLogger("soma.engine")
 
 CACHE_SHARE = 0.25  # of the memory that is free at the start
-CAPACITY_STEP = 256  # cache capacities are multiples of this, so that free ones fit the next request
-
-
-class CachePool:
-    """Key/value caches, reused. `budget` bounds the tokens of all caches in use together."""
-
-    def __init__(self, make: Callable[[int], KVCache], budget: int, longest: int) -> None:
-        self.make, self.budget, self.longest = make, budget, longest
-        self.used = 0
-        self.free: list[KVCache] = []
-
-    def size(self, tokens: int) -> int:
-        """The capacity of the cache that `tokens` tokens get: a power of two times `CAPACITY_STEP`, or the longest."""
-        size = CAPACITY_STEP
-        while size < tokens:
-            size *= 2
-        return min(size, self.longest)
-
-    def take(self, tokens: int) -> KVCache | None:
-        """An empty cache for so many tokens, or None while there is no room."""
-        size = self.size(tokens)
-        if self.used + size > self.budget:
-            return None
-        fitting = [cache for cache in self.free if cache.capacity == size]
-        if fitting:
-            self.free.remove(fitting[0])
-            cache = fitting[0]
-        else:
-            while self.free and self.used + sum(cache.capacity for cache in self.free) + size > self.budget:
-                self.free.pop(0)
-            cache = self.make(size)
-        self.used += size
-        return cache
-
-    def give(self, cache: KVCache) -> None:
-        """Take a cache back."""
-        self.used -= cache.capacity
-        cache.reset()
-        self.free.append(cache)
+BITS = {"int8": 8, "int4": 4}
 
 
 class Engine:
@@ -76,61 +45,87 @@ class Engine:
         max_length: most tokens of a prompt and its answer together; None: the model's context, or what memory holds.
         max_running: requests that run at once.
         max_waiting: requests that wait at most; more raise `QueueFullError`.
-        prefill_chunk: prompt tokens computed in one go.
-        cache_tokens: tokens of all caches in use together; None: what a quarter of the free memory holds.
-        use_native: decode in C where that is possible (see `Runner`).
+        step_tokens: tokens that one step computes at most, over all requests.
+        prefill_chunk: prompt tokens of one request in a step.
+        cache_tokens: tokens of the cache; None: what a quarter of the free memory holds, but no more than
+            `max_running` requests of `max_length` can use.
+        block_size: tokens of a block of the cache, a power of two.
+        prefix_cache: keep what was computed, and reuse it for requests that begin with the same tokens.
+        weights: "int8" or "int4" rounds the linear layers at load (groups of 32); None leaves them.
+        use_native: compute in C where that is possible (see `Runner`).
     """
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, *, max_length: int | None = None, max_running: int = 8,
-        max_waiting: int = 64, prefill_chunk: int = 256, cache_tokens: int | None = None, use_native: bool = True,
+        self, model: Transformer, tokenizer: Tokenizer, *, max_length: int | None = None, max_running: int = 64,
+        max_waiting: int = 256, step_tokens: int = 512, prefill_chunk: int = 256, cache_tokens: int | None = None,
+        block_size: int = 16, prefix_cache: bool = True, weights: str | None = None, use_native: bool = True,
     ) -> None:  # fmt: skip
+        if weights is not None:
+            if weights not in BITS:
+                raise UserError(f"weights {weights!r}: expected one of {', '.join(BITS)}")
+            quantize(model, BITS[weights])
         self.config, self.tokenizer = model.config, tokenizer
         self.device = model.device
-        if cache_tokens is None:
-            token_bytes = kv_cache_bytes(self.config, 1, model.dtype.itemsize)
-            cache_tokens = max(CAPACITY_STEP, int(_free_bytes(self.device) * CACHE_SHARE) // token_bytes)
         context = self.config.max_position_embeddings
-        self.max_length = min(max_length or context, context, cache_tokens)
-        self.runner = Runner(model, self.max_length, use_native=use_native)
-        self.pool = CachePool(self._make_cache, cache_tokens, self.max_length)
-        self.max_running, self.max_waiting, self.prefill_chunk = max_running, max_waiting, prefill_chunk
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []
+        if cache_tokens is None:
+            token_bytes = PagedCache.block_bytes(self.config, block_size, model.dtype) / block_size
+            fitting = int(_free_bytes(self.device) * CACHE_SHARE / token_bytes)
+            cache_tokens = max(block_size, min(fitting, max_running * (min(max_length or context, context) + 1)))
+        blocks = max(1, cache_tokens // block_size)
+        self.max_length = min(max_length or context, context, blocks * block_size)
+        self.cache = PagedCache(self.config, blocks, block_size, model.dtype, self.device)
+        self.runner = Runner(model, self.cache, use_native=use_native)
+        self.pool = BlockPool(blocks, block_size, prefix_cache=prefix_cache)
+        windows = [self.config.window(layer) for layer in range(self.config.num_hidden_layers)]
+        widest = None if None in windows else max(window for window in windows if window is not None)
+        self.scheduler: Scheduler[Request] = Scheduler(
+            self.pool, max_running=max_running, step_tokens=max(step_tokens, max_running + 1),
+            prefill_chunk=prefill_chunk, window=widest,
+        )  # fmt: skip
+        self.max_running, self.max_waiting = max_running, max_waiting
+        self.inbox: list[Request] = []  # submitted, not yet seen by the engine's thread
         self.closing = False
         self.changed = threading.Condition()
         self.thread = threading.Thread(target=self._work, name="soma-engine", daemon=True)
         self.thread.start()
 
-    def _make_cache(self, capacity: int) -> KVCache:
-        return KVCache(self.config, 1, capacity, dtype=self.runner.dtype, device=self.device)
-
     # For those who ask:
+
+    @property
+    def waiting(self) -> list[Request]:
+        """Requests that have no place yet."""
+        return [*self.inbox, *self.scheduler.waiting]
+
+    @property
+    def running(self) -> list[Request]:
+        """Requests that hold a part of the cache."""
+        return list(self.scheduler.running)
+
+    def stats(self) -> dict[str, float]:
+        """Figures for metrics: see `soma.engine.stats`."""
+        return {
+            "running": len(self.scheduler.running), "waiting": len(self.inbox) + len(self.scheduler.waiting),
+            "kv_cache_usage": self.pool.used / self.pool.num_blocks,
+            "prefix_cache_queries": self.scheduler.prefix_queries, "prefix_cache_hits": self.scheduler.prefix_hits,
+            "preemptions": self.scheduler.preemptions,
+        }  # fmt: skip
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights that a step of one token reads: all but an embedding that is not the output's too."""
+        model = self.runner.model
+        tensors = [*model.parameters(), *(buffer for name, buffer in model.named_buffers() if "rope" not in name)]
+        unique = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
+        if model.lm_head is not None:
+            unique.pop(model.embed_tokens.weight.data_ptr(), None)
+        return sum(unique.values())
 
     def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> int:
         """Refuse what can never run, with the field's name; gives the most tokens that the request may make.
 
-        Raises RequestError: prompt empty, too long for the context, ids outside the vocabulary, max_tokens too large.
+        Raises RequestError: see `soma.engine.check.check_request`.
         """
-        vocab_size = self.config.vocab_size
-        if not prompt_ids:
-            raise RequestError("the prompt has no tokens", "prompt")
-        if (low := min(prompt_ids)) < 0 or (high := max(prompt_ids)) >= vocab_size:
-            bad = low if low < 0 else high
-            raise RequestError(f"token id {bad} is outside the vocabulary (0 to {vocab_size - 1})", "prompt")
-        params.check_vocabulary(vocab_size)
-        room = self.max_length - len(prompt_ids)
-        if room < 1:
-            raise RequestError(
-                f"the prompt has {len(prompt_ids)} tokens, the context holds {self.max_length} with the answer; "
-                "shorten the prompt", "prompt", "context_length_exceeded",
-            )  # fmt: skip
-        if params.max_tokens is not None and params.max_tokens > room:
-            raise RequestError(
-                f"max_tokens is {params.max_tokens}, but the prompt has {len(prompt_ids)} tokens and the context holds "
-                f"{self.max_length}: at most {room} are left", "max_tokens", "context_length_exceeded",
-            )  # fmt: skip
-        return params.max_tokens or room
+        return check_request(prompt_ids, params, self.config.vocab_size, self.max_length)
 
     def submit(
         self, prompt_ids: Sequence[int], params: SamplingParams | None = None,
@@ -141,24 +136,31 @@ class Engine:
 
     def submit_all(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None,
-        deliver: Sequence[Callable[[TokenEvent], None]] | None = None,
+        deliver: Sequence[Callable[[TokenEvent], None]] | None = None, *, priority: int = 0, key: str = "",
+        timeout: float | None = None,
     ) -> list[Request]:  # fmt: skip
-        """Queue several requests, all of them or none."""
+        """Queue several requests, all of them or none.
+
+        priority: lower runs first. key: whose they are; keys share the engine evenly. timeout: seconds after which
+        they end with an error.
+        """
         each = params if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
+        deadline = None if timeout is None else time.monotonic() + timeout
         requests = [
             Request(
                 list(ids), one, self.tokenizer, self.config.vocab_size, self.check(ids, one), self.device,
-                deliver[i] if deliver else None,
+                deliver[i] if deliver else None, priority=priority, key=key, deadline=deadline,
             )
             for i, (ids, one) in enumerate(zip(prompts, each, strict=True))
         ]  # fmt: skip
         with self.changed:
             if self.closing:
                 raise EngineClosedError("the engine is shutting down")
-            free = self.max_running - len(self.running)
-            if len(self.waiting) + len(requests) > self.max_waiting + max(free, 0):
-                raise QueueFullError(len(self.waiting), retry_after=1 + len(self.waiting) // self.max_running)
-            self.waiting.extend(requests)
+            waiting = len(self.inbox) + len(self.scheduler.waiting)
+            free = max(self.max_running - len(self.scheduler.running), 0)
+            if waiting + len(requests) > self.max_waiting + free:
+                raise QueueFullError(waiting, retry_after=1 + waiting // self.max_running)
+            self.inbox.extend(requests)
             self.changed.notify()
         return requests
 
@@ -190,21 +192,23 @@ class Engine:
     @property
     def idle(self) -> bool:
         with self.changed:
-            return not self.waiting and not self.running
+            return not self.waiting and not self.scheduler.running
 
     def close(self, *, drain: bool = False, timeout: float = 30.0) -> None:
         """Take no more requests; with `drain` finish those that are in, else cancel them. Ends the thread."""
         with self.changed:
             self.closing = True
             if not drain:
-                for request in [*self.waiting, *self.running]:
-                    request.cancel()
+                self._cancel_all()
             self.changed.notify()
         self.thread.join(timeout)
         if self.thread.is_alive():
-            for request in [*self.waiting, *self.running]:
-                request.cancel()
+            self._cancel_all()
             self.thread.join(timeout)
+
+    def _cancel_all(self) -> None:
+        for request in [*self.waiting, *self.running]:
+            request.cancel()
 
     # On the engine's thread:
 
@@ -212,104 +216,122 @@ class Engine:
         try:
             with torch.inference_mode():
                 while self._admit():
-                    self._round()
+                    self._step()
         except BaseException as error:  # our own fault; nobody may wait for ever on a thread that is gone
             with self.changed:
                 self.closing = True
                 requests = [*self.running, *self.waiting]
-                self.running.clear()
-                self.waiting.clear()
+                self.inbox.clear()
+                for request in [*self.scheduler.running, *self.scheduler.waiting]:
+                    self.scheduler.remove(request)
             for request in requests:
                 self._send(request, request.end("error", f"{type(error).__name__} in the engine"))
             raise
 
     def _admit(self) -> bool:
-        """Wait for work and give those who wait a cache while there is room; False when all is over."""
+        """Wait for work, hand what came to the scheduler, end what was cancelled or is too late; False at the end."""
         with self.changed:
-            while not self.waiting and not self.running:
+            while not self.waiting and not self.scheduler.running:
                 if self.closing:
                     return False
                 self.changed.wait()
-            for request in [request for request in self.waiting if request.cancelled]:
-                self.waiting.remove(request)
-                self._send(request, request.end("abort"))
-            while self.waiting and len(self.running) < self.max_running:
-                try:
-                    cache = self.pool.take(self.waiting[0].capacity)
-                except (MemoryError, RuntimeError):  # torch's out-of-memory errors are RuntimeErrors
-                    log.exception("no memory for a key/value cache")
-                    request = self.waiting.popleft()
-                    self._send(request, request.end("error", "out of memory"))
-                    continue
-                if cache is None:
-                    break
-                request = self.waiting.popleft()
-                request.cache = cache
-                self.running.append(request)
+            now = time.monotonic()
+            for request in self.inbox:
+                self.scheduler.add(request, now)
+            self.inbox.clear()
+        for request in [request for request in (*self.running, *self.waiting) if request.cancelled]:
+            self._finish(request, "abort")
+        for request in self.scheduler.expired(now):
+            self._finish(request, "error", "the request was not done in time")
         return True
 
-    def _round(self) -> None:
-        """One chunk for the prefilling request whose turn it is, one step for each decoding one."""
-        prefilled = False
-        for request in list(self.running):
-            prefilling = request.computed < len(request.prompt_ids)
-            if request.cancelled:
-                self._finish(request, "abort")
-            elif not prefilling:
-                self._step(request)
-            elif not prefilled:
-                prefilled = True
-                self._step(request)
-                if request in self.running:  # the next round is another prompt's turn
-                    with self.changed:
-                        self.running.remove(request)
-                        self.running.append(request)
+    def _step(self) -> None:
+        """One step: plan, compute, draw the next tokens, deliver them."""
+        now = time.monotonic()
+        with self.changed:
+            plan = self.scheduler.schedule(now)
+        if not plan:
+            return
+        for work in plan:
+            work.sequence.scheduled = work.sequence.scheduled or now
+        self._compute(plan)
 
-    def _step(self, request: Request) -> None:
-        """Let one request catch up; whatever goes wrong fails this request and no other."""
+    def _compute(self, plan: list[Work[Request]]) -> None:
+        """Run the shares of a step together; if that fails one by one, so that only those at fault end."""
         try:
-            logits_V = self._prefill(request) if request.computed < len(request.prompt_ids) else self._decode(request)
-            event = None if logits_V is None else request.accept(request.sampler(logits_V))
+            logits_RV = self.runner.step(self._batch(plan))
+        except Exception as error:
+            if len(plan) > 1:
+                for work in plan:
+                    self._compute([work])
+                return
+            log.exception("a step failed")
+            self._finish(plan[0].sequence, "error", f"{type(error).__name__} in the engine")
+            return
+        with self.changed:
+            self.scheduler.commit(plan)
+        greedy, first = self._greedy(plan, logits_RV), 0
+        for work in plan:
+            if rows := _rows(work):
+                likeliest = None if greedy is None else greedy[first + rows - 1]
+                self._accept(work, logits_RV[first : first + rows], likeliest)
+            first += rows
+
+    def _batch(self, plan: list[Work[Request]]) -> Batch:
+        """The step's tensors."""
+        starts, counts = [work.start for work in plan], [work.count for work in plan]
+        rows, end = [], 0
+        for work in plan:
+            end += work.count
+            rows.append(np.arange(end - _rows(work), end, dtype=np.int64))
+        return make_batch(
+            (work.sequence.tokens[work.start : work.start + work.count] for work in plan), starts, counts,
+            [np.frombuffer(work.sequence.table, dtype=np.int32) for work in plan], np.concatenate(rows),
+            self.pool.block_size, self.device,
+        )  # fmt: skip
+
+    def _greedy(self, plan: list[Work[Request]], logits_RV: Tensor) -> list[int] | None:
+        """The likeliest token of every row in one go, if all requests want no more than that."""
+        if len(logits_RV) == 0 or not all(work.sequence.sampler.wants_likeliest for work in plan):
+            return None
+        best_R = logits_RV.max(-1)
+        # a NaN carries through max; such a step is left to the samplers, which say so for each request
+        return None if bool(best_R.values.isnan().any()) else best_R.indices.tolist()
+
+    def _accept(self, work: Work[Request], logits_RV: Tensor, likeliest: int | None) -> None:
+        """Take a request's rows of logits; what goes wrong fails this request and no other."""
+        request = work.sequence
+        try:
+            if request.prompt_logprobs is not None and request.scored < request.prompt_length:
+                first, last = max(work.start, request.scored), min(work.start + work.count, request.prompt_length - 1)
+                rows_NV = logits_RV[first - work.start : last - work.start]
+                request.prompt_logprobs += self._score(request, rows_NV, request.tokens[first + 1 : last + 1])
+                request.scored = work.start + work.count
+            if not work.is_last:
+                return
+            chosen = request.sampler(logits_RV[-1]) if likeliest is None else request.sampler.take(likeliest)
+            event = request.accept(chosen)
         except Exception as error:
             log.exception("a request failed")
             self._finish(request, "error", f"{type(error).__name__} in the engine")
             return
-        if event is not None:
-            if event.finish_reason is not None:
-                self._release(request)
-            self._send(request, event)
+        if event.finish_reason is not None:
+            self._remove(request)
+        self._send(request, event)
 
-    def _prefill(self, request: Request) -> torch.Tensor | None:
-        """Compute one chunk of the prompt; the logits after its last token once it is whole."""
-        start = request.computed
-        chunk = request.prompt_ids[start : start + self.prefill_chunk]
-        x_TD = self.runner.prefill(chunk, request.cache)
-        request.computed += len(chunk)
-        if request.prompt_logprobs is not None:
-            following = request.prompt_ids[start + 1 : start + 1 + len(chunk)]
-            alternatives = request.params.prompt_logprobs or 0
-            request.prompt_logprobs += self._score(x_TD[: len(following)], following, alternatives)
-        if request.computed < len(request.prompt_ids):
-            return None
-        return self.runner.logits(x_TD[-1:])[0]
-
-    def _score(self, x_TD: torch.Tensor, ids: list[int], alternatives: int) -> list[TokenLogprob]:
-        logits_TV = self.runner.logits(x_TD).float()
-        return [token_logprob(logits_V, token, alternatives) for logits_V, token in zip(logits_TV, ids, strict=True)]
-
-    def _decode(self, request: Request) -> torch.Tensor:
-        request.computed += 1
-        return self.runner.decode(request.last_id, request.cache)
+    @staticmethod
+    def _score(request: Request, logits_NV: Tensor, ids: list[int]) -> list[TokenLogprob]:
+        alternatives = request.params.prompt_logprobs or 0
+        pairs = zip(logits_NV.float(), ids, strict=True)
+        return [token_logprob(logits_V, token, alternatives) for logits_V, token in pairs]
 
     def _finish(self, request: Request, reason: str, error: str | None = None) -> None:
-        self._release(request)
+        self._remove(request)
         self._send(request, request.end(reason, error))
 
-    def _release(self, request: Request) -> None:
+    def _remove(self, request: Request) -> None:
         with self.changed:
-            self.running.remove(request)
-            self.pool.give(request.cache)
-            request.cache = None
+            self.scheduler.remove(request)
 
     def _send(self, request: Request, event: TokenEvent) -> None:
         """Deliver an event; a listener that fails is cut off and takes nobody with it."""
@@ -318,6 +340,14 @@ class Engine:
         except Exception:
             log.exception("an event could not be delivered")
             request.cancel()
+
+
+def _rows(work: Work[Request]) -> int:
+    """Rows of logits that a share of a step needs: the last, if it catches up; all of a prompt that is scored."""
+    request = work.sequence
+    if request.needs_prompt_logits and work.start < request.prompt_length and request.scored < request.prompt_length:
+        return work.count
+    return int(work.is_last)
 
 
 def threadsafe(loop: asyncio.AbstractEventLoop, put: Callable[[TokenEvent], None]) -> Callable[[TokenEvent], None]:

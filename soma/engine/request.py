@@ -5,11 +5,12 @@ import queue
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from soma.engine.sampling import Sampler, SamplingParams, TokenLogprob
+from soma.engine.scheduler import Sequence
 from soma.engine.text import StopScanner
 
 FINISH_REASONS = ("stop", "length", "abort", "error")
@@ -61,17 +62,21 @@ class Tokenizer(Protocol):
     def stream_decoder(self) -> StreamDecoder: ...
 
 
-class Request:
+class Request(Sequence):
     """A handle for the one who asked: iterate over it for events, `cancel()` it, or `result()` for the whole.
 
     Events go to `deliver` on the engine's thread where given (an asyncio front passes `call_soon_threadsafe`),
-    otherwise into a thread-safe queue that iteration reads.
+    otherwise into a thread-safe queue that iteration reads. To the scheduler it is a `Sequence`.
+    `arrived`, `scheduled`, `first_token`, `ended`: when it came, got a place, made a token, was over (monotonic s).
     """
 
     def __init__(
         self, prompt_ids: list[int], params: SamplingParams, tokenizer: Tokenizer, vocab_size: int, max_tokens: int,
-        device: torch.device, deliver: Callable[[TokenEvent], None] | None = None,
+        device: torch.device, deliver: Callable[[TokenEvent], None] | None = None, *, priority: int = 0, key: str = "",
+        deadline: float | None = None,
     ) -> None:  # fmt: skip
+        wants_prompt = params.prompt_logprobs is not None
+        super().__init__(prompt_ids, priority=priority, key=key, deadline=deadline, needs_prompt_logits=wants_prompt)
         self.prompt_ids, self.params, self.max_tokens = prompt_ids, params, max_tokens
         self.end_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else {*tokenizer.eos_ids})
         self.sampler = Sampler(params, prompt_ids, vocab_size, device)
@@ -81,17 +86,16 @@ class Request:
         self.deliver = deliver or self.events.put
         self.cancelled = False
         self.finish_reason: str | None = None
-        self.computed = 0  # tokens whose keys and values are in the cache
-        self.generated = 0
-        self.last_id = -1
-        self.prompt_logprobs: list[TokenLogprob | None] | None = None if params.prompt_logprobs is None else [None]
-        self.cache: Any = None
+        self.prompt_logprobs: list[TokenLogprob | None] | None = [None] if wants_prompt else None
         self.arrived = time.monotonic()
+        self.scheduled: float | None = None
+        self.first_token: float | None = None
+        self.ended: float | None = None
 
     @property
-    def capacity(self) -> int:
-        """Tokens of cache that this request may come to need."""
-        return len(self.prompt_ids) + self.max_tokens
+    def generated(self) -> int:
+        """Tokens made so far."""
+        return len(self.tokens) - self.prompt_length
 
     def cancel(self) -> None:
         """Stop as soon as the step in flight is over; the last event says `abort`. Harmless after the end."""
@@ -123,8 +127,8 @@ class Request:
 
     def accept(self, chosen: TokenLogprob) -> TokenEvent:
         """Take the next token; its event, with a finish reason if it is the last."""
-        self.generated += 1
-        self.last_id = chosen.id
+        self.tokens.append(chosen.id)
+        self.first_token = self.first_token or time.monotonic()
         is_end = chosen.id in self.end_ids
         text, reason = "", None
         if is_end:
@@ -138,7 +142,8 @@ class Request:
         if reason is not None:
             text += self.rest()
             reason = "stop" if self.scanner.stopped else reason
-        self.finish_reason = reason
+        if reason is not None:
+            self.finish_reason, self.ended = reason, time.monotonic()
         return TokenEvent(chosen.id, text, chosen.logprob, chosen.top, reason, is_end=is_end)
 
     def rest(self) -> str:
@@ -147,6 +152,6 @@ class Request:
 
     def end(self, reason: str, error: str | None = None) -> TokenEvent:
         """Finish without a token: the last event."""
-        self.finish_reason = reason
+        self.finish_reason, self.ended = reason, time.monotonic()
         text = self.rest() if reason == "abort" else ""
         return TokenEvent(None, text, finish_reason=reason, error=error)

@@ -150,6 +150,16 @@ class Sampler:
             self.bias_ids = torch.tensor(list(params.logit_bias), dtype=torch.long, device=device)
             self.bias = torch.tensor([float(bias) for bias in params.logit_bias.values()], device=device)
 
+    @property
+    def wants_likeliest(self) -> bool:
+        """Whether the next token is simply the likeliest one, and nothing else is asked."""
+        return self.params.temperature == 0 and self.params.plain and self.params.logprobs is None
+
+    def take(self, token: int) -> TokenLogprob:
+        """Count a token that was chosen elsewhere, where `wants_likeliest`."""
+        self.position += 1
+        return TokenLogprob(token, math.nan)
+
     def __call__(self, logits_V: torch.Tensor) -> TokenLogprob:
         """Choose a token from the model's logits (V, any float type); counts as made from then on.
 

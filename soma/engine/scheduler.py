@@ -11,7 +11,8 @@ served, where a sequence that has used up `TURN` tokens of prompt goes behind th
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence as Tokens
+from collections.abc import Iterable
+from collections.abc import Sequence as Tokens
 from itertools import chain, count
 from typing import Generic, NamedTuple, TypeVar
 
@@ -66,7 +67,7 @@ class Work(NamedTuple, Generic[S]):
 
     sequence: S
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # a step has no use for tuple.count
 
     @property
     def is_last(self) -> bool:
@@ -234,7 +235,7 @@ class Scheduler(Generic[S]):
     # Blocks:
 
     def _admit(self, plan: list[Work[S]], budget: int, now: float) -> None:
-        """Let waiting sequences in while there are places, budget, and blocks for all that is in, and one each to go on."""
+        """Let waiting sequences in while there are places, budget, and blocks for all, and one each to go on."""
         promised = sum(self._ahead(sequence) for sequence in self.running)
         for sequence in self._order(self.waiting, now):
             if budget == 0 or len(self.running) == self.max_running:

@@ -1,7 +1,6 @@
 """The engine: the right tokens, whatever else runs; fair turns; nothing lost and nothing left behind."""
 
 import asyncio
-import itertools
 import random
 import threading
 import time
@@ -11,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from soma.engine.engine import CachePool, Engine
+from soma.base.errors import UserError
+from soma.engine.batch import Batch
+from soma.engine.engine import Engine
 from soma.engine.errors import EngineClosedError, QueueFullError, RequestError
 from soma.engine.request import Request, TokenEvent
 from soma.engine.sampling import Sampler, SamplingParams
-from soma.model.cache import KVCache
 from soma.model.hub import load_model
 from soma.model.tokenizer import Tokenizer
 from soma.model.transformer import Transformer
@@ -135,37 +135,31 @@ def test_streaming_is_safe_for_utf8(make_engine: Make, tokenizer: Tokenizer) -> 
 
 
 def test_fair_turns(make_engine: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between two chunks of a long prompt every decoding request gets a step; two long prompts take turns."""
+    """Every step with a chunk of a long prompt also holds a token of each decoding request; prompts share the steps."""
     engine = make_engine(prefill_chunk=8)
-    log: list[tuple[str, int]] = []
+    log: list[list[int]] = []
     started = threading.Event()
-    prefill, decode = engine.runner.prefill, engine.runner.decode
+    step = engine.runner.step
 
-    def slow_prefill(ids: list[int], cache: KVCache) -> torch.Tensor:
-        log.append(("prefill", id(cache)))
-        return prefill(ids, cache)
+    def logged(batch: Batch) -> torch.Tensor:
+        log.append(batch.query_starts_S1.diff().tolist())
+        if len(log) > 3:
+            started.set()
+        return step(batch)
 
-    def slow_decode(token: int, cache: KVCache) -> torch.Tensor:
-        log.append(("decode", id(cache)))
-        started.set()
-        return decode(token, cache)
-
-    monkeypatch.setattr(engine.runner, "prefill", slow_prefill)
-    monkeypatch.setattr(engine.runner, "decode", slow_decode)
-    decoding = [engine.submit([5, 6], greedy(2000)) for _ in range(2)]
+    monkeypatch.setattr(engine.runner, "step", logged)
+    decoding = engine.submit_all([[5, 6], [8, 9]], greedy(2000))
     assert started.wait(10)
-    long = [engine.submit([7] * 400, greedy(1)) for _ in range(2)]
+    long = engine.submit_all([[7] * 400, [10] * 400], greedy(1))
     for request in long:
         request.result()
     for request in decoding:
         request.cancel()
         request.result()
-    chunks = [place for place, (kind, _) in enumerate(log) if kind == "prefill"][4:-2]
-    assert len(chunks) > 80
-    for before, after in itertools.pairwise(chunks):
-        between = [who for kind, who in log[before + 1 : after] if kind == "decode"]
-        assert len(between) == len(set(between)) == 2
-        assert log[before][1] != log[after][1]
+    chunks = [counts for counts in log[2:] if max(counts) > 1]
+    assert len(chunks) >= 50
+    assert all(counts.count(1) == 2 for counts in chunks)
+    assert all(sorted(counts) == [1, 1, 8, 8] for counts in chunks[1:-2])
 
 
 def test_random_arrivals_and_cancellations(make_engine: Make) -> None:
@@ -193,8 +187,6 @@ def test_random_arrivals_and_cancellations(make_engine: Make) -> None:
     assert engine.idle
     assert engine.pool.used == 0
     assert max(used) <= 2048
-    assert sum(cache.capacity for cache in engine.pool.free) <= 2048
-    assert all(cache.length == 0 for cache in engine.pool.free)
 
 
 def test_cancelled_in_the_queue(make_engine: Make) -> None:
@@ -227,14 +219,14 @@ def test_all_or_none(make_engine: Make) -> None:
 
 def test_one_failing_request_fails_alone(make_engine: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine()
-    decode = engine.runner.decode
+    step = engine.runner.step
 
-    def broken(token: int, cache: KVCache) -> torch.Tensor:
-        if cache.length >= 20:
+    def broken(batch: Batch) -> torch.Tensor:
+        if batch.longest > 20:
             raise RuntimeError("secret inside")
-        return decode(token, cache)
+        return step(batch)
 
-    monkeypatch.setattr(engine.runner, "decode", broken)
+    monkeypatch.setattr(engine.runner, "step", broken)
     good, bad = engine.submit([5], greedy(10)), engine.submit([6] * 18, greedy(10))
     assert good.result().finish_reason == "length"
     done = bad.result()
@@ -246,21 +238,9 @@ def test_one_failing_request_fails_alone(make_engine: Make, monkeypatch: pytest.
     assert engine.alive
 
 
-def test_no_memory_for_a_cache(make_engine: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = make_engine()
-
-    def none(capacity: int) -> KVCache:
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(engine.pool, "make", none)
-    assert engine.generate([5], greedy(3)).finish_reason == "error"
-    monkeypatch.undo()
-    assert engine.generate([5], greedy(3)).finish_reason == "length"
-
-
 def test_a_dead_thread_leaves_nobody_waiting(make_engine: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine()
-    monkeypatch.setattr(engine, "_round", lambda: [][0])
+    monkeypatch.setattr(engine, "_step", lambda: [][0])
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     assert engine.generate([5], greedy(3)).finish_reason == "error"
     assert not engine.alive
@@ -341,19 +321,73 @@ def test_the_answer_ends_where_the_context_does(make_engine: Make) -> None:
     assert (len(done.ids), done.finish_reason) == (4, "length")
 
 
-def test_cache_pool_reuses_and_respects_its_budget(tiny_folder: Path) -> None:
-    config = load_model(tiny_folder).config
-    pool = CachePool(lambda capacity: KVCache(config, 1, capacity), budget=1024, longest=700)
-    assert [pool.size(tokens) for tokens in (1, 256, 257, 600)] == [256, 256, 512, 700]
-    first, second = pool.take(200), pool.take(600)
-    assert first is not None
-    assert second is not None
-    assert pool.take(100) is None  # 256 + 700 + 256 are too many
-    pool.give(first)
-    assert pool.take(10) is first
-    pool.give(second)
-    third = pool.take(500)  # the free cache of 700 makes room
-    assert third is not None
-    assert third.capacity == 512
-    assert pool.used == 256 + 512
-    assert pool.free == []
+def alone(engine: Engine, prompts: list[list[int]], count: int) -> list[list[int]]:
+    return [engine.generate(prompt, greedy(count)).ids for prompt in prompts]
+
+
+@pytest.mark.parametrize("use_native", [True, False])
+def test_same_tokens_however_it_runs(make_engine: Make, use_native: bool) -> None:
+    """Alone, batched with others, in chunks of 5, behind a cached prefix, after preemption: the same greedy tokens."""
+    draw = random.Random(7)
+    prompts = [[draw.randrange(4, 300) for _ in range(draw.randrange(1, 90))] for _ in range(12)]
+    plain = make_engine(prefix_cache=False, use_native=use_native)
+    expected = alone(plain, prompts, 24)
+    batched = [request.result().ids for request in plain.submit_all(prompts, greedy(24))]
+    assert batched == expected
+    chunked = make_engine(prefill_chunk=5, use_native=use_native)
+    assert [request.result().ids for request in chunked.submit_all(prompts, greedy(24))] == expected
+    hits = chunked.stats()["prefix_cache_hits"]
+    assert [request.result().ids for request in chunked.submit_all(prompts, greedy(24))] == expected
+    assert chunked.stats()["prefix_cache_hits"] > hits
+    tight = make_engine(cache_tokens=160, max_running=6, use_native=use_native)
+    assert [request.result().ids for request in tight.submit_all(prompts, greedy(24))] == expected
+    assert tight.stats()["preemptions"] > 0
+    assert tight.pool.used == chunked.pool.used == 0
+
+
+def test_equal_prompts_share_blocks(make_engine: Make) -> None:
+    """Eight answers to one prompt of 96 tokens: its full blocks are computed and held once."""
+    engine = make_engine()
+    prompt = [5 + place % 90 for place in range(96)]
+    used: list[int] = []
+    requests = engine.submit_all([prompt] * 8, greedy(20), [lambda event: used.append(engine.pool.used)] * 8)
+    while any(request.ended is None for request in requests):
+        time.sleep(0.01)
+    assert engine.stats()["prefix_cache_hits"] == 7 * 80  # the sixth block holds the last token, which is computed
+    assert max(used) <= 5 + 8 * 3
+
+
+def test_the_prompts_logprobs_survive_preemption(make_engine: Make) -> None:
+    draw = random.Random(3)
+    prompts = [[draw.randrange(4, 300) for _ in range(60)] for _ in range(4)]
+    params = greedy(30, prompt_logprobs=2)
+    roomy, tight = make_engine(), make_engine(cache_tokens=160, prefill_chunk=16)
+    expected = [roomy.generate(prompt, params) for prompt in prompts]
+    found = [request.result() for request in tight.submit_all(prompts, params)]
+    for one, other in zip(expected, found, strict=True):
+        assert one.ids == other.ids
+        assert one.prompt_logprobs is not None
+        assert other.prompt_logprobs is not None
+        assert len(one.prompt_logprobs) == len(other.prompt_logprobs) == 60
+        for a, b in zip(one.prompt_logprobs[1:], other.prompt_logprobs[1:], strict=True):
+            assert a is not None
+            assert b is not None
+            assert (a.id, a.logprob) == (b.id, pytest.approx(b.logprob, abs=1e-4))
+
+
+def test_a_request_that_is_late_ends(make_engine: Make) -> None:
+    engine = make_engine()
+    [request] = engine.submit_all([[5]], greedy(3000), timeout=0.05)
+    done = request.result()
+    assert (done.finish_reason, done.error) == ("error", "the request was not done in time")
+    assert engine.pool.used == 0
+
+
+def test_rounded_weights(tiny_folder: Path) -> None:
+    """int8 and int4 run; what is neither is refused."""
+    for weights in ("int8", "int4"):
+        engine = Engine(load_model(tiny_folder), Tokenizer.load(tiny_folder), cache_tokens=1024, weights=weights)
+        assert len(engine.generate([5, 6, 7], greedy(8)).ids) == 8
+        engine.close()
+    with pytest.raises(UserError, match="int3"):
+        Engine(load_model(tiny_folder), Tokenizer.load(tiny_folder), weights="int3")

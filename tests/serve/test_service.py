@@ -139,8 +139,8 @@ def test_an_engine_error_in_a_stream_is_an_event(tiny_folder: Path, monkeypatch:
     import uvicorn
 
     engine = Engine(load_model(tiny_folder), Tokenizer.load(tiny_folder), cache_tokens=8192)
-    decode = engine.runner.decode
-    monkeypatch.setattr(engine.runner, "decode", lambda *given: decode(*given) if given[1].length < 8 else [][0])
+    step = engine.runner.step
+    monkeypatch.setattr(engine.runner, "step", lambda batch: step(batch) if batch.longest <= 8 else [][0])
     app = create_app(engine, Tokenizer.load(tiny_folder), "tiny")
     listener = listen("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off"))
