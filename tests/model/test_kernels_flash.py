@@ -1,9 +1,5 @@
 """FlashAttention in Triton's interpreter against float64: outputs and all gradients; a broken mask must not pass."""
 
-import os
-
-os.environ.setdefault("TRITON_INTERPRET", "1")
-
 import pytest
 import torch
 

@@ -1,9 +1,5 @@
 """RMSNorm, RoPE with the cache write, and SwiGLU in Triton's interpreter against float64."""
 
-import os
-
-os.environ.setdefault("TRITON_INTERPRET", "1")
-
 import pytest
 import torch
 

@@ -1,9 +1,5 @@
 """Paged attention in Triton's interpreter against float64: mixed chunks, split-KV decode, windows, shuffled blocks."""
 
-import os
-
-os.environ.setdefault("TRITON_INTERPRET", "1")
-
 import pytest
 import torch
 

@@ -1,9 +1,5 @@
 """A Transformer that trains through FlashAttention gives the loss and gradients of the one with dense masks."""
 
-import os
-
-os.environ.setdefault("TRITON_INTERPRET", "1")
-
 import pytest
 import torch
 
