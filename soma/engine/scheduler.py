@@ -129,19 +129,22 @@ class Scheduler(Generic[S]):
         self.planned: set[S] = set()
         self.in_step: set[bytes] = set()  # names of blocks that become full in this step
         budget, short = self.step_tokens, False
-        order = self._order(self.running, now)
-        order.sort(
-            key=lambda sequence: sequence.wanted - sequence.computed > 1
-        )  # nobody's next token waits for prompts
+        waiting = set(self.waiting)
+        order = self._order([*self.running, *self.waiting], now)
+        # Nobody's next token waits for prompts; among prompts, new ones take turns with those that are in.
+        order.sort(key=lambda sequence: sequence in waiting or sequence.wanted - sequence.computed > 1)
         for sequence in order:
             if budget == 0:
-                return plan
-            if sequence in self.running:  # not preempted meanwhile
-                share = self._share(sequence, budget)
-                short |= share == 0 and not self._waits(sequence)
-                budget -= self._plan(plan, sequence, share)
-        if not short and self.waiting and len(self.running) < self.max_running:
-            self._admit(plan, budget, now)
+                break
+            if sequence in waiting:
+                short = short or not self._admit(sequence)
+                if short:
+                    continue
+            elif sequence not in self.running:  # preempted meanwhile
+                continue
+            share = self._share(sequence, budget)
+            short |= share == 0 and sequence.computed < sequence.wanted and not self._waits(sequence)
+            budget -= self._plan(plan, sequence, share)
         return plan
 
     def commit(self, plan: Iterable[Work[S]]) -> None:
@@ -234,26 +237,21 @@ class Scheduler(Generic[S]):
 
     # Blocks:
 
-    def _admit(self, plan: list[Work[S]], budget: int, now: float) -> None:
-        """Let waiting sequences in while there are places, budget, and blocks for all, and one each to go on."""
-        promised = sum(self._ahead(sequence) for sequence in self.running)
-        for sequence in self._order(self.waiting, now):
-            if budget == 0 or len(self.running) == self.max_running:
-                return
-            hits = self._adopt(sequence)
-            ahead = self._ahead(sequence)
-            if self.running and promised + ahead + len(self.running) > self.pool.available:
-                self._release(sequence)
-                return
-            self._count(sequence, hits)
-            if sequence.preemptions == 0:
-                self.prefix_queries += sequence.wanted
-            self.waiting.remove(sequence)
-            self.running.append(sequence)
-            had = len(sequence.table)
-            share = self._share(sequence, budget)
-            promised += ahead - (len(sequence.table) - had)
-            budget -= self._plan(plan, sequence, share)
+    def _admit(self, sequence: S) -> bool:
+        """Let a waiting sequence in if there is a place, and blocks for all that is in and one each to go on."""
+        if len(self.running) == self.max_running:
+            return False
+        hits = self._adopt(sequence)
+        promised = sum(self._ahead(other) for other in self.running)
+        if self.running and promised + self._ahead(sequence) + len(self.running) > self.pool.available:
+            self._release(sequence)
+            return False
+        self._count(sequence, hits)
+        if sequence.preemptions == 0:
+            self.prefix_queries += sequence.wanted
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+        return True
 
     def _ahead(self, sequence: S) -> int:
         """Blocks that a sequence has still to take until it has caught up."""
