@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from soma.engine import scheduler as scheduler_module
 from soma.engine.blocks import BlockPool, chain_name
@@ -174,7 +175,8 @@ def test_the_checks_see_faults(fault: str, monkeypatch: pytest.MonkeyPatch) -> N
 
         monkeypatch.setattr(BlockPool, "find", find)
     draw = random.Random(0)
-    with pytest.raises(AssertionError):
+
+    def run() -> None:
         for _ in range(100):
             made = world(16, window=9 if fault == "window" else None)
             if fault == "window":  # gives back one block too early
@@ -192,6 +194,9 @@ def test_the_checks_see_faults(fault: str, monkeypatch: pytest.MonkeyPatch) -> N
                 made.step()
             while made.live and made.steps < 1000:
                 made.step()
+
+    with pytest.raises(AssertionError):
+        run()
 
 
 def test_decoding_never_waits_for_prompts() -> None:
