@@ -25,6 +25,7 @@ EXTRAS = {  # extra → a module that only it brings, and what is off without it
     "train": (("mlflow", "sqlalchemy"), "experiment tracking and registry:NAME references"),
     "quickstart": (("openai",), "the quickstart's requests through the openai client"),
     "cloud": (("s3fs", "gcsfs"), "s3:// and gs:// sources"),
+    "gpu": (("triton",), "FlashAttention on GPUs (torch for CUDA brings Triton by itself)"),
 }
 
 
