@@ -3,7 +3,13 @@
    the same order however many tokens there are, so a token's result does not depend on its company. */
 
 #define BLOCK 16  /* rows that a thread takes at a time */
-#define TOKENS 6  /* tokens of a tile: 6 x 4 sums leave registers for what is multiplied */
+#ifdef __AVX2__
+#define TOKENS 6 /* tokens of a tile: 6 x 4 sums leave registers for what is multiplied */
+#define QUANTIZED_TOKENS 8
+#else /* a vector takes four registers here; larger tiles spill, and take half a minute to compile */
+#define TOKENS 2
+#define QUANTIZED_TOKENS 2
+#endif
 #define GROUP 32  /* neighbouring numbers of a row, or of a token, that share a scale */
 
 /* bits 0: `values` are rows of `columns` weights. 8 or 4: blocks of 16 rows as soma/model/quantized.py packs them, with
@@ -96,7 +102,10 @@ static void dense_block(const Linear *linear, int64_t first, const Input *in, in
             dense_tile(row + r, linear->columns, x, in->stride, count, rows, (float(*)[BLOCK])(out[0] + r));           \
         break;
     switch (tokens) {
-        TILE(1, 8) TILE(2, 4) TILE(3, 4) TILE(4, 4) TILE(5, 4) TILE(6, 4)
+        TILE(1, 8) TILE(2, 4)
+#if TOKENS > 2
+        TILE(3, 4) TILE(4, 4) TILE(5, 4) TILE(6, 4)
+#endif
     }
 #undef TILE
 }

@@ -3,7 +3,6 @@
    halves of one). An instruction multiplies a vector with four numbers of a token and adds to 16 sums of 32 bits; after a
    group these are scaled into float32. The token's scale of the group comes in there, so 8 bits do for activations. */
 
-#define QUANTIZED_TOKENS 8
 #define STEPS (GROUP / 4) /* vectors of a group */
 
 /* `dot` adds u·x for vector `step` of a group; `start` is what a sum begins with to take the weights' offset back. */
@@ -124,7 +123,10 @@ static void quantized_block(const Linear *linear, int64_t index, const Input *in
         else quantized_tile(block, scales, groups, in, token, count, 4, out);                                          \
         break;
     switch (tokens) {
-        TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6) TILE(7) TILE(8)
+        TILE(1) TILE(2)
+#if QUANTIZED_TOKENS > 2
+        TILE(3) TILE(4) TILE(5) TILE(6) TILE(7) TILE(8)
+#endif
     }
 #undef TILE
 }
