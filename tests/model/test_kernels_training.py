@@ -28,7 +28,7 @@ def run(model: Transformer, document_ids: torch.Tensor | None) -> list[torch.Ten
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("window", [None, 6])
-@pytest.mark.parametrize("document_ids", [None, IDS], ids=["plain", "packed"])
+@pytest.mark.parametrize("document_ids", [IDS], ids=["packed"])
 def test_same_features_and_gradients(
     monkeypatch: pytest.MonkeyPatch, document_ids: torch.Tensor | None, window: int | None, checkpointing: bool
 ) -> None:
