@@ -1,6 +1,7 @@
 # make quickstart   install, then train, measure and serve a small model on the Python standard library
 # make test         install what the tests need, check style, types and layers, run the tests (under 15 minutes)
 # make test-full    the same with the long tests
+# make test-parallel  every layout and pipeline schedule against one process
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,16 +9,19 @@ BIN := $(VENV)/bin
 RUN_STAMP := $(VENV)/.installed-run
 DEV_STAMP := $(VENV)/.installed-dev
 
-.PHONY: quickstart test test-full check bench lock clean
+.PHONY: quickstart test test-full test-parallel check bench lock clean
 
 quickstart: $(RUN_STAMP)
 	$(BIN)/soma run recipes/quickstart.yaml
 
 test: $(DEV_STAMP) check
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not parallel"
 
 test-full: $(DEV_STAMP) check
 	$(BIN)/python -m pytest
+
+test-parallel: $(DEV_STAMP)
+	$(BIN)/python -m pytest -m parallel
 
 check: $(DEV_STAMP)
 	$(BIN)/ruff check soma tests benchmarks tools

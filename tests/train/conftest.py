@@ -1,7 +1,7 @@
 """Small data for the training tests, made here: a byte-level tokenizer, text that can be learned, chat pairs."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from soma.model.config import ModelConfig
 from soma.model.tokenizer import Tokenizer
 from soma.train.config import TrainConfig
 from soma.train.trainer import TrainResult, train
+from tests.train.pool import Pool
 
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
@@ -27,6 +28,14 @@ TEMPLATE = (
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)  # these models are too small for more, and threads that spin disturb each other
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pool]:
+    """Processes for tests on several ranks; they live through the session."""
+    ranks = Pool()
+    yield ranks
+    ranks.close()
 
 
 @pytest.fixture(scope="session")

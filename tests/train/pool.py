@@ -1,0 +1,157 @@
+"""Processes that live through the whole test session, for tests on several ranks.
+
+Starting four ranks takes seconds, a test on them tenths of one: so they are started once and every test gets them
+with a new Gloo process group.
+
+    def answer(rank: int, world_size: int, x: int) -> int:      # at the top level of a test module
+        return x + dist.get_rank()
+
+    def test_answer(pool: Pool) -> None:                        # the fixture of tests/train/conftest.py
+        assert pool.run(answer, 4, 10) == [10, 11, 12, 13]
+
+Arguments and results are pickled. `timeout` is in seconds. A rank that raises fails the test with that rank's
+traceback, a rank that does not come back with its number and the place where it stands; then all processes are killed
+and the next test gets new ones.
+"""
+
+import datetime
+import faulthandler
+import multiprocessing as mp
+import os
+import pickle
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+GRACE = 1.5  # seconds that the other ranks have to come back after one has failed
+
+
+class PoolError(AssertionError):
+    """A rank raised or did not come back: the message names the ranks and shows their tracebacks."""
+
+
+class Pool:
+    """Up to as many processes as the largest `world_size` asked for; each has one thread."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="soma-pool-"))
+        self.workers: list[tuple[Any, Connection]] = []
+        self.runs = 0
+
+    def run(self, fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
+        """`fn(rank, world_size, *args)` on every rank, in a process group of just these; the results in rank order."""
+        while len(self.workers) < world_size:
+            self.start()
+        self.runs += 1
+        store = self.folder / f"store-{self.runs}"
+        for rank in range(world_size):
+            # No pickler of multiprocessing: it would pass tensors through shared memory.
+            self.workers[rank][1].send_bytes(pickle.dumps((str(store), rank, world_size, fn, args)))
+        results, errors = self.collect(world_size, time.monotonic() + timeout)
+        store.unlink(missing_ok=True)
+        busy = [rank for rank in range(world_size) if rank not in results and rank not in errors]
+        if errors or busy:
+            message = self.describe(errors, busy, timeout)
+            self.close()
+            raise PoolError(message)
+        return [results[rank] for rank in range(world_size)]
+
+    def start(self) -> None:
+        """One more process. They are forked from a server that has imported torch: less time, shared memory."""
+        self.folder.mkdir(exist_ok=True)
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torch.distributed", "tests.train.pool"])
+        threads = os.environ.get("OMP_NUM_THREADS")
+        os.environ["OMP_NUM_THREADS"] = "1"
+        ours, theirs = context.Pipe()
+        place = self.folder / f"stack-{len(self.workers)}"
+        process = context.Process(target=work, args=(theirs, str(place)), daemon=True)
+        process.start()
+        theirs.close()
+        if threads is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = threads
+        self.workers.append((process, ours))
+
+    def collect(self, world_size: int, deadline: float) -> tuple[dict[int, Any], dict[int, str]]:
+        """Answers by rank and tracebacks by rank, until all are there or the time is over."""
+        results: dict[int, Any] = {}
+        errors: dict[int, str] = {}
+        open_: dict[Any, int] = {self.workers[rank][1]: rank for rank in range(world_size)}
+        while open_ and time.monotonic() < deadline:
+            for connection in wait(list(open_), timeout=max(0.0, deadline - time.monotonic())):
+                rank = open_.pop(connection)
+                try:
+                    is_well, value = pickle.loads(connection.recv_bytes())  # type: ignore[union-attr]
+                except (EOFError, ConnectionError):
+                    self.workers[rank][0].join(1)
+                    is_well, value = False, f"the process died (exit code {self.workers[rank][0].exitcode})"
+                if is_well:
+                    results[rank] = value
+                else:
+                    errors[rank] = value
+                    deadline = min(deadline, time.monotonic() + GRACE)
+        return results, errors
+
+    def describe(self, errors: dict[int, str], busy: list[int], timeout: float) -> str:
+        """What went wrong on which rank, and where those are that are still busy."""
+        parts = [f"rank {rank} failed:\n{text}" for rank, text in sorted(errors.items())]
+        if busy:
+            after = f"{GRACE:g} s after that" if errors else f"after {timeout:g} s"
+            parts.append(f"still busy {after}: ranks {', '.join(map(str, busy))}")
+        for rank in busy:
+            place = self.folder / f"stack-{rank}"
+            os.kill(self.workers[rank][0].pid, signal.SIGUSR1)
+            time.sleep(0.2)
+            parts.append(f"rank {rank} stands at:\n{place.read_text() if place.exists() else ''}")
+        return "\n".join(parts)
+
+    def close(self) -> None:
+        """End all processes."""
+        for process, connection in self.workers:
+            connection.close()
+            process.kill()
+        for process, _ in self.workers:
+            process.join(10)
+        self.workers.clear()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def work(connection: Connection, place: str) -> None:
+    """What a process does: take a call, run it in a process group of its own, answer."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the session's: it closes the pool
+    with open(place, "w") as stack:
+        faulthandler.register(signal.SIGUSR1, file=stack, all_threads=False)
+        while True:
+            try:
+                store, rank, world_size, fn, args = pickle.loads(connection.recv_bytes())
+            except EOFError:
+                os._exit(0)  # not by way of the interpreter: Gloo's threads may still free tensors then
+            except Exception:  # noqa: BLE001 - a function that cannot be imported here is the test's failure
+                connection.send_bytes(pickle.dumps((False, traceback.format_exc())))
+                continue
+            limit = datetime.timedelta(minutes=10)
+            try:
+                dist.init_process_group(
+                    "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=limit
+                )
+                answer = (True, fn(rank, world_size, *args))
+            except BaseException:  # noqa: BLE001 - SystemExit too is the rank's answer
+                answer = (False, traceback.format_exc())
+            sys.stdout.flush()
+            connection.send_bytes(pickle.dumps(answer))
+            if answer[0]:  # else the pool is closed
+                dist.barrier()
+                dist.destroy_process_group()

@@ -1,0 +1,46 @@
+"""The pool of ranks: results in order, errors with the rank's traceback, and no test waits for ever."""
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.train.pool import Pool, PoolError
+
+
+def total(rank: int, world_size: int, x: torch.Tensor) -> tuple[int, torch.Tensor, int]:
+    x = x * rank
+    dist.all_reduce(x)
+    return os.getpid(), x, torch.get_num_threads()
+
+
+def fail_on(rank: int, world_size: int, bad: int) -> None:
+    if rank == bad:
+        raise RuntimeError("one rank is ill")
+    dist.barrier()
+
+
+def hang_on(rank: int, world_size: int, bad: int) -> None:
+    if rank == bad:
+        time.sleep(60)
+
+
+def test_pool(pool: Pool) -> None:
+    first = pool.run(total, 3, torch.ones(2))
+    assert [x.tolist() for _, x, _ in first] == [[3.0, 3.0]] * 3
+    assert {threads for *_, threads in first} == {1}
+    again = pool.run(total, 2, torch.ones(2))
+    assert [pid for pid, *_ in again] == [pid for pid, *_ in first[:2]]
+    assert again[0][1].tolist() == [1.0, 1.0]
+
+
+def test_failures_name_the_rank() -> None:
+    own = Pool()
+    with pytest.raises(PoolError, match=r"(?s)rank 1 failed:.*one rank is ill.*still busy 1.5 s after that: ranks 0"):
+        own.run(fail_on, 2, 1)
+    with pytest.raises(PoolError, match=r"(?s)still busy after 1.5 s: ranks 1\n.*in hang_on"):
+        own.run(hang_on, 2, 1, timeout=1.5)
+    assert len(own.run(total, 2, torch.ones(1))) == 2
+    own.close()
