@@ -52,13 +52,13 @@ class Engine:
         block_size: tokens of a block of the cache, a power of two.
         prefix_cache: keep what was computed, and reuse it for requests that begin with the same tokens.
         weights: "int8" or "int4" rounds the linear layers at load (groups of 32); None leaves them.
-        use_native: compute in C where that is possible (see `Runner`).
+        backend: what computes the steps, "auto" for the fastest that can (see `soma.engine.backends`).
     """
 
     def __init__(
         self, model: Transformer, tokenizer: Tokenizer, *, max_length: int | None = None, max_running: int = 64,
         max_waiting: int = 256, step_tokens: int = 512, prefill_chunk: int = 256, cache_tokens: int | None = None,
-        block_size: int = 16, prefix_cache: bool = True, weights: str | None = None, use_native: bool = True,
+        block_size: int = 16, prefix_cache: bool = True, weights: str | None = None, backend: str = "auto",
     ) -> None:  # fmt: skip
         if weights is not None:
             if weights not in BITS:
@@ -74,7 +74,7 @@ class Engine:
         blocks = max(1, cache_tokens // block_size)
         self.max_length = min(max_length or context, context, blocks * block_size)
         self.cache = PagedCache(self.config, blocks, block_size, model.dtype, self.device)
-        self.runner = Runner(model, self.cache, use_native=use_native)
+        self.runner = Runner(model, self.cache, backend=backend)
         self.pool = BlockPool(blocks, block_size, prefix_cache=prefix_cache)
         windows = [self.config.window(layer) for layer in range(self.config.num_hidden_layers)]
         widest = None if None in windows else max(window for window in windows if window is not None)

@@ -16,18 +16,22 @@ from soma.model.formulas import kv_cache_bytes
 
 
 class PagedCache:
-    """Per layer keys and values (N, K, block_size, E). With MLA keys alone: (N, 1, block_size, latent + rotary)."""
+    """Per layer keys and values (N, K, block_size, E). With MLA keys alone: (N, 1, block_size, latent + rotary).
+
+    N is one more than `num_blocks`: rows that pad a batch write to the block `scratch`, which no sequence has.
+    """
 
     def __init__(
         self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:  # fmt: skip
         self.config, self.num_blocks, self.block_size = config, num_blocks, block_size
+        self.scratch = num_blocks
         if config.is_mla:
             assert config.kv_lora_rank is not None
-            shape = (num_blocks, 1, block_size, config.kv_lora_rank + config.qk_rope_head_dim)
+            shape = (num_blocks + 1, 1, block_size, config.kv_lora_rank + config.qk_rope_head_dim)
         else:
-            shape = (num_blocks, config.num_key_value_heads, block_size, config.head_dim)
+            shape = (num_blocks + 1, config.num_key_value_heads, block_size, config.head_dim)
         layers = range(config.num_hidden_layers)
         # On a CPU zeros are not real memory before they are written.
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]

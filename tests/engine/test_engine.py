@@ -325,21 +325,21 @@ def alone(engine: Engine, prompts: list[list[int]], count: int) -> list[list[int
     return [engine.generate(prompt, greedy(count)).ids for prompt in prompts]
 
 
-@pytest.mark.parametrize("use_native", [True, False])
-def test_same_tokens_however_it_runs(make_engine: Make, use_native: bool) -> None:
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_same_tokens_however_it_runs(make_engine: Make, backend: str) -> None:
     """Alone, batched with others, in chunks of 5, behind a cached prefix, after preemption: the same greedy tokens."""
     draw = random.Random(7)
     prompts = [[draw.randrange(4, 300) for _ in range(draw.randrange(1, 90))] for _ in range(12)]
-    plain = make_engine(prefix_cache=False, use_native=use_native)
+    plain = make_engine(prefix_cache=False, backend=backend)
     expected = alone(plain, prompts, 24)
     batched = [request.result().ids for request in plain.submit_all(prompts, greedy(24))]
     assert batched == expected
-    chunked = make_engine(prefill_chunk=5, use_native=use_native)
+    chunked = make_engine(prefill_chunk=5, backend=backend)
     assert [request.result().ids for request in chunked.submit_all(prompts, greedy(24))] == expected
     hits = chunked.stats()["prefix_cache_hits"]
     assert [request.result().ids for request in chunked.submit_all(prompts, greedy(24))] == expected
     assert chunked.stats()["prefix_cache_hits"] > hits
-    tight = make_engine(cache_tokens=160, max_running=6, use_native=use_native)
+    tight = make_engine(cache_tokens=160, max_running=6, backend=backend)
     assert [request.result().ids for request in tight.submit_all(prompts, greedy(24))] == expected
     assert tight.stats()["preemptions"] > 0
     assert tight.pool.used == chunked.pool.used == 0
