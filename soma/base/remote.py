@@ -4,6 +4,7 @@ HTTP is not read through fsspec because that neither resumes safely (no If-Range
 """
 
 import http.client
+import io
 import urllib.error
 import urllib.request
 from base64 import b64encode
@@ -168,7 +169,7 @@ def open_store(url: str) -> tuple[Any, str]:
 
 def list_store(url: str) -> list[str]:
     """Names of the files directly in a folder of an object store."""
-    with _store_errors(url):
+    with store_errors(url):
         store, path = open_store(url)
         if not store.exists(path):
             raise Absent(f"{redact_url(url)}: no such folder")
@@ -177,7 +178,7 @@ def list_store(url: str) -> list[str]:
 
 @contextmanager
 def _fsspec(url: str, known: str | None, offset: int, partial: str | None) -> Iterator[Answer]:
-    with _store_errors(url):
+    with store_errors(url):
         store, path = open_store(url)
         info = store.info(path)
         if info.get("type") == "directory":
@@ -191,11 +192,12 @@ def _fsspec(url: str, known: str | None, offset: int, partial: str | None) -> It
         start = offset if partial == validator else 0
         file.seek(start)
         chunks = iter(lambda: file.read(CHUNK), b"")
-        yield Answer(False, start, info.get("size"), validator, _guarded(chunks, lambda: _store_errors(url)))
+        yield Answer(False, start, info.get("size"), validator, _guarded(chunks, lambda: store_errors(url)))
 
 
 @contextmanager
-def _store_errors(url: str) -> Iterator[None]:
+def store_errors(url: str) -> Iterator[None]:
+    """What a store's library raises, as Absent, UserError (access refused) or Unreachable."""
     shown = redact_url(url)
     try:
         yield
@@ -207,3 +209,43 @@ def _store_errors(url: str) -> Iterator[None]:
         raise UserError(f"{shown}: access refused ({scrub(str(error), url)}); check the store's credentials") from None
     except Exception as error:  # noqa: BLE001  every store's library has its own errors; all mean that it did not answer
         raise Unreachable(scrub(f"{type(error).__name__}: {error}", url)) from None
+
+
+class StoreFile(io.RawIOBase):
+    """A file of an object store, read where it lies. What breaks off is a UserError: it says nothing about the file."""
+
+    def __init__(self, store: Any, name: str, url: str) -> None:
+        self.url = url
+        with self._told():
+            self.file = store.open(name, "rb")
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            with store_errors(self.url):
+                yield
+        except Unreachable as error:
+            raise UserError(f"{redact_url(self.url)}: reading broke off ({error}); run this again") from None
+
+    def readinto(self, buffer: Any) -> int:
+        with self._told():
+            data = self.file.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return int(self.file.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self.file.tell())
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        if not self.closed and hasattr(self, "file"):
+            self.file.close()
+        super().close()

@@ -3,6 +3,7 @@
 import difflib
 import glob
 import hashlib
+import io
 import os
 import platform
 import stat
@@ -16,6 +17,8 @@ from typing import IO, Any
 from soma.base.artefact import hash_lines
 from soma.base.errors import UserError
 from soma.base.fetch import fetch
+from soma.base.remote import StoreFile, Unreachable, open_store, store_errors
+from soma.base.secrets import redact_url
 
 # The kinds that are read as something else than plain text are jsonl, parquet, html; `python` honours coding cookies.
 KINDS = {
@@ -29,6 +32,7 @@ COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 SKIPPED_FOLDERS = {"__pycache__", "node_modules", "site-packages", "dist-packages"}
 TEST_FOLDERS = {"test", "tests", "idle_test"}
 STDLIB = "stdlib:"
+BUFFER = 1 << 20  # bytes read at once from an object store
 
 
 @dataclass(frozen=True)
@@ -198,21 +202,9 @@ def _remote(source: str) -> Iterator[Item | Skipped]:
         path = fetch(source, kind="file")
         yield _file_item(path, PurePosixPath(source.split("?", 1)[0]).name)
         return
-    try:
-        system, root = _filesystem(source)
-        if glob.has_magic(source):
-            names, base = sorted(system.glob(root)), root.split("*", 1)[0].rsplit("/", 1)[0]
-        elif system.isdir(root):
-            names, base = sorted(system.find(root)), root.rstrip("/")
-        elif system.exists(root):
-            names, base = [root], root.rsplit("/", 1)[0]
-        else:
-            names, base = [], root
-        names = [name for name in names if system.isfile(name)]
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"{source}: cannot be listed ({type(error).__name__}: {error})") from None
+    names, base, system = _listed(source)
     if not names:
-        raise UserError(f"{source}: nothing there")
+        raise UserError(f"{redact_url(source)}: nothing there")
     for name in names:
         relative = name[len(base) :].lstrip("/")
         kind, compression = kind_of(relative)
@@ -223,10 +215,28 @@ def _remote(source: str) -> Iterator[Item | Skipped]:
                 "files of this kind are not read from folders; name the file to read it as text",
             )
         else:
-            yield Item(relative, kind or "text", compression, partial(system.open, name, "rb"))
+            yield Item(relative, kind or "text", compression, partial(_open_stored, system, name, source))
 
 
-def _filesystem(source: str) -> tuple[Any, str]:
-    from fsspec.core import url_to_fs
+def _open_stored(system: Any, name: str, source: str) -> IO[bytes]:
+    return io.BufferedReader(StoreFile(system, name, source), BUFFER)
 
-    return url_to_fs(source)
+
+def _listed(source: str) -> tuple[list[str], str, Any]:
+    """Names of the files that an address of an object store stands for, the folder part of them, the file system."""
+    try:
+        with store_errors(source):
+            system, root = open_store(source)
+            if glob.has_magic(source):
+                names, base = sorted(system.glob(root)), root.split("*", 1)[0].rsplit("/", 1)[0]
+            elif system.isdir(root):
+                names, base = sorted(system.find(root)), root.rstrip("/")
+            elif system.exists(root):
+                names, base = [root], root.rsplit("/", 1)[0]
+            else:
+                names, base = [], root
+            return [name for name in names if system.isfile(name)], base, system
+    except Unreachable as error:
+        raise UserError(
+            f"{redact_url(source)}: cannot be listed ({error}). Check the network and the address, or give a local path"
+        ) from None

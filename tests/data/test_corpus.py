@@ -213,6 +213,32 @@ def test_object_store(tmp_path: Path) -> None:
         memory.rm("/soma-test", recursive=True)
 
 
+def test_a_store_that_breaks_off_is_no_bad_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lost connection stops the stage: documents must not be missing from a corpus because of a bad minute."""
+    from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
+
+    class GoneError(Exception):  # as httpx's and botocore's: no OSError
+        pass
+
+    def gone(*_: object, **__: object) -> bytes:
+        raise GoneError("no route to host")
+
+    memory = fsspec.filesystem("memory")
+    for i in range(2):
+        memory.pipe(f"/soma-gone/{i}.txt", prose(i).encode())
+    try:
+        with monkeypatch.context() as broken:
+            broken.setattr(MemoryFile, "read", gone)
+            with pytest.raises(UserError, match=r"reading broke off \(GoneError: no route to host\)"):
+                build(tmp_path, "memory://soma-gone", min_documents=1)
+        with monkeypatch.context() as broken:
+            broken.setattr(MemoryFileSystem, "isdir", gone)
+            with pytest.raises(UserError, match=r"cannot be listed.*no route to host"):
+                build(tmp_path, "memory://soma-gone", name="unlisted", min_documents=1)
+    finally:
+        memory.rm("/soma-gone", recursive=True)
+
+
 def test_web_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOMA_CACHE", str(tmp_path / "cache"))
     root = folder_of(tmp_path, {"a.jsonl": "".join(json.dumps({"text": prose(i)}) + "\n" for i in range(3))})
