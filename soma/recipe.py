@@ -133,6 +133,19 @@ class Recipe(Strict):
                 "`evaluate` needs the block `data`, whose validation split is measured, or `tune` or `prefer`, whose "
                 "held-out answers are"
             )
+        if self.evaluate is not None and self.data is not None and self.data.validation_fraction == 0:
+            raise ValueError(
+                "`evaluate` measures the validation split of `data`: raise data.validation_fraction above 0, or take the "
+                "block `evaluate` away"
+            )
+        if self.model is not None:
+            for block in ("train", "tune", "prefer"):
+                config: TrainConfig | None = getattr(self, block)
+                if config is not None and config.sequence_length > self.model.max_position_embeddings:
+                    raise ValueError(
+                        f"{block}.sequence_length {config.sequence_length} is more than model.max_position_embeddings "
+                        f"{self.model.max_position_embeddings}: lower the one or raise the other"
+                    )
         return self
 
 

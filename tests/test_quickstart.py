@@ -140,6 +140,7 @@ def test_adapt_to_text(quickstart: Path) -> None:
         (["run", "small.yaml", "--from", "tune", "--to", "train"], "comes after"),
         (["run", "small.yaml", "--set", "data.sources=./nowhere"], "nowhere"),
         (["chat", "runs/nothing"], "runs/nothing"),
+        (["run", "small.yaml", "--runs", "small.yaml"], "small.yaml"),
         (["adapt", "runs/quickstart/train/model", "nowhere.jsonl"], "nowhere.jsonl"),
         (["runs", "compare", "quickstart", "quickstrat"], "did you mean"),
     ],

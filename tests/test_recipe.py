@@ -76,6 +76,14 @@ MISTAKES = {
     "needs a block": ("name: x\ndata: {sources: a}\ntrain: {steps: 1}\n", ["needs the blocks `tokenizer` and `model`"]),
     "extends nothing": ("extends: quickstar.yaml\n", ["quickstar.yaml", "no such recipe"]),
     "extends itself": ("extends: r.yaml\n", ["circle"]),
+    "nothing held out": (
+        GOOD.replace("./docs", "./docs\n  validation_fraction: 0") + "evaluate: {}\n",
+        ["`evaluate`", "data.validation_fraction"],
+    ),
+    "longer than the context": (
+        GOOD + "  sequence_length: 4096\n",
+        ["train.sequence_length 4096", "model.max_position_embeddings 2048"],
+    ),
     "bad name": (GOOD.replace("mine", "../evil"), ["r.yaml:1", "name"]),
 }
 

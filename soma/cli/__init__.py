@@ -8,6 +8,9 @@ import typer
 from soma.base.errors import UserError
 from soma.cli import models, recipes, schedules, upkeep
 
+# Mistakes about paths, not ours: no right to write there, a read-only disk, a file where a folder should be …
+NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
+
 
 def _version(asked: bool) -> None:
     if asked:
@@ -55,6 +58,8 @@ def main() -> None:
     except KeyboardInterrupt:
         fail("interrupted; the same command goes on from here", 130)
     except OSError as error:
+        if error.filename and error.errno in NOT_OURS:
+            fail(f"{error.filename}: {(error.strerror or '').lower()}; choose another path, or mend this one", 2)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = f" while writing {error.filename}" if error.filename else ""
