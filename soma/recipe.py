@@ -135,8 +135,8 @@ class Recipe(Strict):
             )
         if self.evaluate is not None and self.data is not None and self.data.validation_fraction == 0:
             raise ValueError(
-                "`evaluate` measures the validation split of `data`: raise data.validation_fraction above 0, or take the "
-                "block `evaluate` away"
+                "`evaluate` measures the validation split of `data`: raise data.validation_fraction above 0, or "
+                "take the block `evaluate` away"
             )
         if self.model is not None:
             for block in ("train", "tune", "prefer"):

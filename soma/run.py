@@ -231,7 +231,10 @@ class _Session:
         else:
             progress.current().note(f"{name}: {'; '.join(item.reasons) or 'asked for with --force'}")
             enforce_quota(self.runs)
-            make(item, inputs, self.tracking)
+            try:
+                make(item, inputs, self.tracking)
+            except UserError as error:
+                raise _blamed(error, inputs) from None
         lock.share()
         made = read_json(item.path / "run.json")
         entry |= {
@@ -273,6 +276,14 @@ class _Session:
         write_json(self.folder / "run.json", self.record)
         with open(self.folder / "history.jsonl", "a", encoding="utf-8") as history:
             history.write(json.dumps(self.record, default=str) + "\n")
+
+
+def _blamed(error: UserError, inputs: Mapping[str, Path]) -> UserError:
+    """The error of a stage, with what to do where one of its inputs is not what it was when it was made."""
+    for path in inputs.values():
+        if content_hash(path) != read_json(path / "run.json")["content_hash"]:
+            return UserError(f"{error}\n{path} was changed after it was made: remove that folder and run this again")
+    return error
 
 
 def make(item: Planned, inputs: Mapping[str, Path], tracking: Tracking) -> None:

@@ -73,6 +73,7 @@ class ReportFacts(Part):
     pairs: dict[str, Json] = {}
     training: list[Training] = []
     evaluations: list[Evaluation] = []
+    answers: dict[str, Json] = {}
     probe: Json | None = None
     recipe: str = ""
     versions: dict[str, str] = {}
@@ -92,6 +93,7 @@ def collect(folder: Path, artefacts: Mapping[str, Path]) -> ReportFacts:
         pairs={name: facts for name in ("instruct", "preferences")
                if (facts := collect_json(artefacts, name, "report.json"))},
         training=list(collect_training(artefacts)), evaluations=list(collect_evaluations(artefacts)),
+        answers={stage: facts for stage in artefacts if (facts := collect_json(artefacts, stage, "answers.json"))},
         probe=collect_json(artefacts, "probe", "logs/probe.json"),
         recipe=recipe.read_text(encoding="utf-8") if recipe.exists() else "", versions=record.get("versions", {}),
         machine=machine.facts().describe(), notices=list(collect_notices(stages)),

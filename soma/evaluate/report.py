@@ -31,6 +31,8 @@ TITLES = {
     "prefer": "Preference tuning",
     "evaluate": "Base model",
     "evaluate_tuned": "Tuned model",
+    "tune_scores": "Instruction tuning on held-out answers",
+    "prefer_scores": "Preference tuning on held-out pairs",
 }
 
 STEPS = {"clean": "cleaned", "exact": "no duplicates", "near": "no near-duplicates"}
@@ -73,6 +75,7 @@ def render(facts: ReportFacts) -> str:
         facts=facts, style=Markup(STYLE + source), headlines=list(headlines(facts)), provenance=provenance(facts),
         result=result_charts(facts), data=data_charts(facts.corpus), pairs=pair_charts(facts.pairs),
         training=[(one, training_charts(one)) for one in facts.training], exchanges=exchanges(facts.evaluations),
+        answers=answer_tables(facts.answers),
         service=service_charts(facts.probe), run=run_charts(facts), first=first_scores(facts),
     )  # fmt: skip
 
@@ -240,6 +243,43 @@ def pair_charts(pairs: Mapping[str, Json]) -> dict[str, list[Markup]]:
         ]
         for name, facts in pairs.items()
     }
+
+
+def answer_tables(answers: Mapping[str, Json]) -> list[tuple[str, list[tuple[str, str, str]]]]:
+    """What tuning did to held-out answers (`soma.evaluate.tuned`): title, and rows of (figure, before, after)."""
+    tables = []
+    for stage, facts in answers.items():
+        before, after = facts.get("before"), facts.get("after")
+        if not before or not after:
+            continue
+        if facts["kind"] == "answers":
+            rows = [
+                ("Nats per token", number(before["nats_per_token"], 4), number(after["nats_per_token"], 4)),
+                ("95 % interval", _between(before.get("interval")), _between(after.get("interval"))),
+                ("Perplexity", number(before["perplexity"], 4), number(after["perplexity"], 4)),
+                ("Conversations", number(before["conversations"]), number(after["conversations"])),
+            ]
+        else:
+            sides = [
+                (f"{side.capitalize()} answers, nats per token", before[key], after[key])
+                for side in ("chosen", "rejected")
+                if (key := f"{side}_nats_per_token") in before
+            ]
+            rows = [(name, number(left, 4), number(right, 4)) for name, left, right in sides]
+            rows += [
+                ("Pairs whose chosen answer is the likelier", percent(facts["start_plain_accuracy"]),
+                 percent(facts["plain_accuracy"])),
+                ("Pairs that moved towards the chosen answer", "–", percent(facts["accuracy"])),
+                ("Margin, nats", "0", f"{number(facts['margin'], 3)} ({_between(facts.get('interval'))})"),
+                ("DPO loss", number(facts["start_loss"], 4), number(facts["loss"], 4)),
+                ("Pairs", number(facts["pairs"]), number(facts["pairs"])),
+            ]  # fmt: skip
+        tables.append((stage_title(stage), rows))
+    return tables
+
+
+def _between(interval: Sequence[float] | None) -> str:
+    return f"{number(interval[0], 4)} to {number(interval[1], 4)}" if interval else "–"
 
 
 def training_charts(training: Training) -> dict[str, Any]:

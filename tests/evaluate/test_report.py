@@ -102,6 +102,34 @@ def test_one_file_that_loads_nothing(html: str) -> None:
     assert "<script" not in html
 
 
+def test_what_tuning_did_to_answers(tmp_path: Path) -> None:
+    folder, artefacts = make_run(tmp_path)
+    score = {"conversations": 40, "longer_than_window": 0, "tokens": 900, "interval": [1.5, 1.75]}
+    before, after = ({**score, "nats_per_token": nats, "perplexity": 9.0} for nats in (2.125, 1.625))
+    pairs = {
+        "kind": "pairs", "pairs": 25, "accuracy": 0.84, "margin": 3.5, "interval": [2.5, 4.5], "loss": 0.5,
+        "start_loss": 0.6931, "plain_accuracy": 0.76, "start_plain_accuracy": 0.52,
+        "after": {"chosen_nats_per_token": 1.25, "rejected_nats_per_token": 2.5},
+        "before": {"chosen_nats_per_token": 1.5, "rejected_nats_per_token": 1.75},
+    }  # fmt: skip
+    nothing = {"kind": "answers", "before": None, "after": None}
+    for name, facts in (
+        ("tune_scores", {"kind": "answers", "before": before, "after": after}), ("prefer_scores", pairs),
+        ("other_scores", nothing),
+    ):  # fmt: skip
+        artefacts[name] = tmp_path / name
+        artefacts[name].mkdir()
+        write_json(artefacts[name] / "answers.json", facts)
+    page = Page(render(collect(folder, artefacts)))
+    text = " ".join(page.text.split())
+    assert "answers" in page.ids
+    assert "Instruction tuning on held-out answers BeforeAfter Nats per token2.1251.625" in text
+    assert "Chosen answers, nats per token1.51.25" in text
+    assert "Pairs that moved towards the chosen answer–84 %" in text
+    assert "3.5 (2.5 to 4.5)" in text
+    assert "Other scores" not in text, "nothing was held out"
+
+
 def test_hostile_text_is_shown_and_not_run(html: str) -> None:
     assert EVIL not in html
     assert Page(html).text.count(EVIL) >= 4, "the sample, the excerpt, the answer"
