@@ -15,6 +15,7 @@ from soma.engine.batch import Batch
 from soma.engine.build import library
 from soma.model.attention import Attention
 from soma.model.layers import MLP
+from soma.model.lora import lora_layers
 from soma.model.quantized import QuantizedLinear
 from soma.model.transformer import Transformer
 
@@ -89,6 +90,8 @@ class NativeModel:
             return "latent attention or experts"
         if config.norm != "rmsnorm" or config.activation != "swiglu" or config.position_embedding != "rope":
             return "layers differ from a Llama's"
+        if lora_layers(model):
+            return "adapters that are not merged"
         if (config.rope_scaling or {}).get("rope_type", (config.rope_scaling or {}).get("type")) == "dynamic":
             return "rotary frequencies depend on the length"
         if library(model.dtype) is None:

@@ -1,0 +1,291 @@
+"""LoRA (arXiv:2106.09685): low-rank updates beside frozen linear layers, in PEFT's folders.
+
+Shape letters: K inputs of a layer, N outputs, R rank.
+"""
+
+# ruff: noqa: N815  (names carry their shape)
+
+import hashlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from soma.base.artefact import read_json, write_json
+from soma.base.errors import UserError
+from soma.model.config import ModelConfig
+from soma.model.layout import canonical_name, disk_layout
+from soma.model.lora_config import LoRAConfig, config_to_peft, parse_config
+from soma.model.safetensors_io import SafetensorsFile, write_safetensors
+from soma.model.transformer import Transformer
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear layer as transformers has it: ours that make it up (GPT-2 joins q, k and v), and its sizes."""
+
+    parts: tuple[str, ...]
+    rows: tuple[int, ...]
+    columns: int
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """An update of one of our layers: scale · B A."""
+
+    a_RK: Tensor
+    b_NR: Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter in memory: its settings, and its updates by our names of the layers."""
+
+    config: LoRAConfig
+    layers: dict[str, LowRank]
+
+
+class LoRALinear(nn.Module):
+    """base(x) + scale · (x Aᵀ) Bᵀ: a frozen linear layer (quantized or not) with an update that can be trained.
+
+    A and B are float32 over a base of lower precision, as in PEFT; what they make is rounded to the base's output.
+    """
+
+    def __init__(self, base: nn.Module, lora_A: nn.Parameter, lora_B: nn.Parameter, scale: float, dropout: float = 0.0):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.lora_A, self.lora_B, self.scale, self.dropout = lora_A, lora_B, scale, dropout
+        self.before: Tensor | None = None  # the base's weight, while the update is merged into it
+
+    @property
+    def in_features(self) -> int:
+        return self.lora_A.size(1)
+
+    @property
+    def out_features(self) -> int:
+        return self.lora_B.size(0)
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias = self.base.bias
+        assert bias is None or isinstance(bias, Tensor)
+        return bias
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the layer as a whole has (N, K), for who needs it as a matrix (MLA)."""
+        dequantize = getattr(self.base, "dequantize", None)
+        weight_NK = self.base.get_parameter("weight") if dequantize is None else dequantize(self.lora_A.dtype)
+        return weight_NK if self.before is not None else weight_NK + self.update().to(weight_NK.dtype)
+
+    def update(self) -> Tensor:
+        """scale · B A, (N, K)."""
+        return self.scale * (self.lora_B @ self.lora_A)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        if self.before is not None:
+            return y
+        h = F.dropout(x.to(self.lora_A.dtype), self.dropout, self.training)
+        return y + (F.linear(F.linear(h, self.lora_A), self.lora_B) * self.scale).to(y.dtype)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the update to the base's weight. The old weight is kept, so that `unmerge` gives back the same bits.
+
+        Raises UserError for a quantized base.
+        """
+        if not isinstance(self.base, nn.Linear):
+            raise UserError("an adapter cannot be merged into quantized weights: load the model unquantized")
+        if self.before is None:
+            weight_NK = self.base.weight
+            self.before = weight_NK.detach().clone()
+            weight_NK.copy_(weight_NK.float() + self.update().float())
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take the update out of the base's weight again."""
+        if self.before is not None:
+            self.base.get_parameter("weight").copy_(self.before)
+            self.before = None
+
+    def extra_repr(self) -> str:
+        return f"rank={self.lora_A.size(0)}, scale={self.scale:g}"
+
+
+def targets(config: ModelConfig) -> dict[str, Target]:
+    """The linear layers of a model by their names in transformers. Routed experts and routers are none there."""
+    meta = Transformer(config, device="meta")
+    linear = {name: module for name, module in meta.named_modules() if isinstance(module, nn.Linear)}
+    found = {}
+    for entry in disk_layout(config, meta.state_dict()):
+        parts = tuple(name.removesuffix(".weight") for name, _ in entry.parts)
+        if all(part in linear for part in parts):
+            rows = tuple(linear[part].out_features for part in parts)
+            found[entry.name.removesuffix(".weight")] = Target(parts, rows, linear[parts[0]].in_features)
+    return found
+
+
+def read_adapter(folder: str | Path, model: ModelConfig) -> Adapter:
+    """A PEFT folder (adapter_config.json, adapter_model.safetensors) for a model of this config, on the CPU.
+
+    Raises UserError: no such folder or file, a kind of adapter that we have not, layers that the model has not, shapes
+    that do not fit.
+    """
+    folder = Path(folder)
+    path, weights = folder / CONFIG, folder / WEIGHTS
+    if not path.is_file():
+        raise UserError(f"{folder}: no {CONFIG} there, so it is not an adapter's folder")
+    if not weights.is_file() and (folder / "adapter_model.bin").is_file():
+        raise UserError(f"{folder}: only pickled weights (adapter_model.bin) there; convert them to safetensors")
+    config = parse_config(read_json(path), path)
+    file = SafetensorsFile(weights)
+    try:
+        pairs = pair_up(file, model)
+        known, layers = targets(model), {}
+        for name, (a_name, b_name) in sorted(pairs.items()):
+            if name not in known:
+                raise UserError(f"{weights}: adapts {name!r}: {why_unknown(name, model)}")
+            target, rank = known[name], config.rank(name)
+            for tensor, shape in ((a_name, (rank, target.columns)), (b_name, (sum(target.rows), rank))):
+                if file.tensors[tensor][1] != shape:
+                    raise UserError(f"{weights}: tensor {tensor!r} has shape {list(file.tensors[tensor][1])}, expected "
+                                    f"{list(shape)} (rank {rank} on this model)")  # fmt: skip
+            a_RK, b_NR = file.read(a_name), file.read(b_name)
+            if a_RK.dtype not in FLOATS or b_NR.dtype not in FLOATS:
+                raise UserError(f"{weights}: tensor {a_name!r} or its lora_B is no float (dtype {a_RK.dtype})")
+            for part, piece_NR in zip(target.parts, b_NR.split(target.rows), strict=True):
+                layers[part] = LowRank(a_RK, piece_NR, config.scale(name))
+    finally:
+        file.close()
+    if not layers:
+        raise UserError(f"{weights}: there is no lora_A in it")
+    return Adapter(config, layers)
+
+
+def why_unknown(name: str, model: ModelConfig) -> str:
+    """What is wrong with a layer that is none of `targets`."""
+    if name == "lm_head":
+        return "this model's output layer is its embedding, which cannot be adapted"
+    if ".experts." in name:
+        return "routed experts cannot be adapted"
+    return f"a {model.family} of this config has no such linear layer"
+
+
+def pair_up(file: SafetensorsFile, model: ModelConfig) -> dict[str, tuple[str, str]]:
+    """The layers that a file adapts, each with its tensors A and B.
+
+    Beside an adapted output layer peft also saves the frozen base's own weight (`base_layer`): not read.
+    """
+    halves: dict[str, dict[str, str]] = {}
+    for tensor in file.tensors:
+        if tensor.endswith("lm_head.base_layer.weight"):
+            continue
+        layer, _, kind = tensor.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        if not tensor.startswith(PREFIX) or kind not in ("lora_A", "lora_B"):
+            raise UserError(f"{file.path}: tensor {tensor!r} is not supported: only lora_A and lora_B of linear layers")
+        halves.setdefault(canonical_name(model, layer + ".").removesuffix("."), {})[kind] = tensor
+    for layer, pair in halves.items():
+        if len(pair) < 2:
+            raise UserError(f"{file.path}: layer {layer!r} has {next(iter(pair))} alone")
+    return {layer: (pair["lora_A"], pair["lora_B"]) for layer, pair in halves.items()}
+
+
+def add_lora(model: Transformer, config: LoRAConfig, seed: int = 0) -> None:
+    """Freeze a model and give the layers that `config` selects an update that can be trained. It begins at 0.
+
+    A is uniform in ±1/sqrt(K) (Kaiming with a = sqrt(5), PEFT's default), drawn from (seed, layer); B is 0. A joint
+    layer of transformers (GPT-2's c_attn) has one A, which ours share. Raises UserError if no layer is selected.
+    """
+    chosen = {name: target for name, target in targets(model.config).items() if config.selects(name)}
+    if not chosen:
+        raise UserError(f"target_modules {config.target_modules!r} selects no linear layer of a {model.config.family}")
+    model.requires_grad_(False)
+    for name, target in chosen.items():
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        rank, bound = config.rank(name), 1 / math.sqrt(target.columns)
+        a_RK = (torch.rand(rank, target.columns, generator=generator) * 2 - 1) * bound
+        pieces = [torch.zeros(rows, rank) for rows in target.rows]
+        _attach(model, target, a_RK, pieces, config.scale(name), config.lora_dropout)
+
+
+def load_lora(model: Transformer, folder: str | Path) -> LoRAConfig:
+    """Freeze a model and put the updates of a PEFT folder beside its layers, to be used or trained further.
+
+    Raises UserError: see `read_adapter`.
+    """
+    adapter = read_adapter(folder, model.config)
+    model.requires_grad_(False)
+    for target in targets(model.config).values():
+        if target.parts[0] in adapter.layers:
+            updates = [adapter.layers[part] for part in target.parts]
+            pieces = [update.b_NR for update in updates]
+            _attach(model, target, updates[0].a_RK, pieces, updates[0].scale, adapter.config.lora_dropout)
+    return adapter.config
+
+
+def _attach(
+    model: Transformer, target: Target, a_RK: Tensor, pieces: list[Tensor], scale: float, dropout: float
+) -> None:
+    """Wrap the layers of a target; A is one parameter for all of them."""
+    lora_A: nn.Parameter | None = None
+    for part, b_NR in zip(target.parts, pieces, strict=True):
+        parent, _, name = part.rpartition(".")
+        base = model.get_submodule(part)
+        assert not isinstance(base, LoRALinear), f"{part} has an update already"
+        like = next(tensor for tensor in (*base.parameters(), *base.buffers()))
+        dtype = like.dtype if like.dtype in (torch.float32, torch.float64) else torch.float32
+        if lora_A is None:
+            lora_A = nn.Parameter(a_RK.to(like.device, dtype, copy=True))
+        lora_B = nn.Parameter(b_NR.to(like.device, dtype, copy=True))
+        setattr(model.get_submodule(parent), name, LoRALinear(base, lora_A, lora_B, scale, dropout))
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The layers that have an update, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def save_lora(model: Transformer, config: LoRAConfig, folder: str | Path) -> None:
+    """Write a model's updates as a PEFT folder. `config` is the one that they were made or loaded with."""
+    folder, layers = Path(folder), lora_layers(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {}
+    for name, target in targets(model.config).items():
+        if target.parts[0] in layers:
+            parts = [layers[part] for part in target.parts]
+            assert all(part.lora_A is parts[0].lora_A and part.scale == config.scale(name) for part in parts), name
+            tensors[f"{PREFIX}{name}.lora_A.weight"] = parts[0].lora_A.detach().cpu()
+            tensors[f"{PREFIX}{name}.lora_B.weight"] = torch.cat([part.lora_B.detach().cpu() for part in parts])
+    assert tensors, "the model has no updates"
+    specs = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    write_safetensors(folder / WEIGHTS, specs, tensors.values())
+    write_json(folder / CONFIG, config_to_peft(config, fan_in_fan_out=model.config.family == "gpt2"))
+
+
+def merge_lora(model: Transformer) -> None:
+    """Add all updates to the weights (`LoRALinear.merge`). Raises UserError for quantized layers."""
+    for layer in lora_layers(model).values():
+        layer.merge()
+
+
+def unmerge_lora(model: Transformer) -> None:
+    """Take all updates out of the weights again, to the same bits."""
+    for layer in lora_layers(model).values():
+        layer.unmerge()
+
+
+def remove_lora(model: Transformer) -> None:
+    """Put the plain layers back. Updates that were merged stay in the weights; the others are gone."""
+    for path, layer in lora_layers(model).items():
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, layer.base)
