@@ -10,15 +10,17 @@ SOMA_CACHE (~/.cache/soma)/
 import fnmatch
 import hashlib
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from soma.base import progress
-from soma.base.artefact import building, file_hash, hash_lines, read_json, write_json
+from soma.base.artefact import building, directory_bytes, file_hash, hash_lines, read_json, write_json
 from soma.base.errors import UserError
 from soma.base.locks import lock
 from soma.base.remote import Absent, Answer, Unreachable, is_http, list_store, reading
@@ -96,6 +98,67 @@ def fetch_model(url: str) -> Path:
                     os.link(path, folder / name)
         _write(reference, {"url": redact_url(plain), "tree": tree.name, "files": files})
         return tree
+
+
+@dataclass(frozen=True)
+class Cached:
+    """One remote file or model that is here. `url` carries no secret; `fetched` is empty for models."""
+
+    url: str
+    bytes: int
+    fetched: str
+    path: Path
+
+
+def list_cache() -> list[Cached]:
+    """What the cache holds, by address; the files of a model count as that model. What is gone is left out."""
+    root, found = cache_root(), []
+    for owner, _, record in _references():
+        blobs = record["files"].values() if "tree" in record else [_blob_name(record)]
+        paths = [path for blob in blobs for path in (root / "blobs").glob(blob if "/" in blob else f"{blob}/*")]
+        if paths and owner == record["url"]:
+            place = root / "trees" / record["tree"] if "tree" in record else paths[0]
+            size = sum(path.stat().st_size for path in paths)
+            found.append(Cached(owner, size, record.get("fetched", ""), place))
+    return sorted(found, key=lambda one: one.url)
+
+
+def clear_cache(pattern: str = "*") -> int:
+    """Forget the addresses that match a shell pattern, with what no other one refers to and (for `*`) unfinished
+    downloads; the bytes that this freed."""
+    root, kept = cache_root(), set[str]()
+    for owner, reference, record in list(_references()):
+        if fnmatch.fnmatch(owner, pattern):
+            reference.unlink()
+        else:
+            kept |= set(record["files"].values()) | {record["tree"]} if "tree" in record else {_blob_name(record)}
+    freed = 0
+    for blob in (root / "blobs").glob("*/*"):
+        if not kept & {blob.parent.name, f"{blob.parent.name}/{blob.name}"}:
+            freed += blob.stat().st_size
+            blob.unlink()
+            with suppress(OSError):  # another name of the same content is still in there
+                blob.parent.rmdir()
+    for tree in (root / "trees").glob("*"):  # links to blobs
+        if tree.name not in kept:
+            shutil.rmtree(tree)
+    if pattern == "*" and (root / "partial").is_dir():
+        freed += directory_bytes(root / "partial")
+        shutil.rmtree(root / "partial")
+    return freed
+
+
+def _blob_name(record: dict[str, Any]) -> str:
+    return f"{record['sha256']}/{record['name']}"
+
+
+def _references() -> Iterator[tuple[str, Path, dict[str, Any]]]:
+    """Each reference as (address of the model that it belongs to, or its own; its file; its record)."""
+    records = {path: read_json(path) for path in sorted((cache_root() / "refs").glob("*.json"))}
+    models = [record["url"] for record in records.values() if "tree" in record]
+    for path, record in records.items():
+        owner = next((model for model in models if record["url"].startswith(f"{model}/")), record["url"])
+        yield owner, path, record
 
 
 def _model_blobs(url: str) -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""`soma doctor`, `soma runs`."""
+"""`soma doctor`, `soma runs`, `soma cache`."""
 
 import json
 from dataclasses import asdict
@@ -11,6 +11,7 @@ from soma.base import runs as base_runs
 from soma.base.units import human_bytes
 
 runs_app = typer.Typer(no_args_is_help=True, help="List, compare and prune runs.")
+cache_app = typer.Typer(no_args_is_help=True, help="List and clear copies of remote files and models.")
 RunsFolder = Annotated[Path, typer.Option("--runs", help="Folder of runs and artefacts.", envvar="SOMA_RUNS")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of a table.")]
 SIGNS = {"ok": "ok ", "off": "off", "problem": "!! "}
@@ -85,3 +86,27 @@ def prune(
     for path, why in result.kept:
         typer.echo(f"kept {path.name}: {why}")
     typer.echo(f"{human_bytes(result.bytes)} {'would be ' if dry_run else ''}freed")
+
+
+@cache_app.command("list")
+def list_cached(as_json: AsJson = False) -> None:
+    """List the remote files and models that are here, with their sizes."""
+    from soma.base.cache import cache_root, list_cache
+
+    found = list_cache()
+    if as_json:
+        typer.echo(json.dumps([asdict(one) for one in found], default=str, indent=1))
+        return
+    for one in found:
+        typer.echo(f"{human_bytes(one.bytes):>10}  {one.fetched:<20}  {one.url}")
+    typer.echo(f"{len(found)} in {cache_root()}; models of the Hugging Face hub lie in the hub's own cache")
+
+
+@cache_app.command("clear")
+def clear_cached(
+    pattern: Annotated[str, typer.Argument(metavar="PATTERN", help="Addresses, e.g. 'https://example.org/*'.")] = "*",
+) -> None:
+    """Forget what was fetched from addresses that match PATTERN; left out, everything."""
+    from soma.base.cache import clear_cache
+
+    typer.echo(f"{human_bytes(clear_cache(pattern))} freed")
