@@ -369,6 +369,43 @@ def _description(key: Key) -> str:
 # --- For people and editors ---
 
 
+@dataclass(frozen=True)
+class FieldFacts:
+    """A field as `soma recipe explain` shows it."""
+
+    key: str
+    type: str
+    default: str
+    description: str
+    is_block: bool
+
+
+def explain(key: str = "") -> list[FieldFacts]:
+    """The field `key` with everything in it; of an empty key, the blocks. Raises UserError with the nearest key."""
+    parts: Key = tuple(key.split(".")) if key else ()
+    for depth, part in enumerate(parts):
+        valid = field_names(parts[:depth])
+        if part not in valid:
+            close = difflib.get_close_matches(str(part), valid, n=1, cutoff=0.5)
+            hint = f"did you mean `{dotted((*parts[:depth], close[0]))}`? " if close else ""
+            raise UserError(f"{key}: no such key; {hint}Valid here: {', '.join(valid) or 'nothing, it is a value'}")
+    inside = field_names(parts) if parts else sorted(Recipe.model_fields)
+    facts = {name: _facts((*parts, name)) for name in inside}
+    return ([_facts(parts)] if parts else []) + list(facts.values())
+
+
+def _facts(key: Key) -> FieldFacts:
+    model = next(model for model in _models_at(key[:-1]) if key[-1] in model.model_fields)
+    info = model.model_fields[str(key[-1])]
+    default = "required" if info.is_required() else repr(info.get_default(call_default_factory=True))
+    annotation = info.annotation.__name__ if isinstance(info.annotation, type) else str(info.annotation)
+    if is_block := bool(_models_in(info.annotation)):
+        default = "required" if info.is_required() else ""
+        annotation = "block"
+    shown = annotation.replace("typing.", "").replace("NoneType", "None")
+    return FieldFacts(dotted(key), shown, default, info.description or "", is_block)
+
+
 def json_schema() -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of a recipe, for editors."""
     schema = Recipe.model_json_schema()

@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel
 
 from soma.base.errors import UserError
-from soma.recipe import Recipe, _models_in, json_schema, load, to_yaml
+from soma.recipe import Recipe, _models_in, explain, json_schema, load, to_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 GOOD = """\
@@ -168,3 +168,19 @@ def test_registry_is_where_the_run_is(monkeypatch: pytest.MonkeyPatch, tmp_path:
     recipe.tracking.uri = "http://ignored"
     _name_registry(recipe, tmp_path)
     assert default_uri() == "http://mlflow.example:5000"  # what the environment says stays
+
+
+def test_explain() -> None:
+    blocks = {one.key: one for one in explain()}
+    assert blocks["train"].is_block
+    assert blocks["name"].default == "required"
+    inside = {one.key: one for one in explain("train")}
+    assert "train" in inside
+    assert "Optimizer steps" in inside["train.steps"].description
+    assert inside["train.learning_rate"].type == "float"
+    assert [one.key for one in explain("data.sources")] == ["data.sources"]
+    for key, nearest in (("trian", "`train`"), ("train.stepz", "`train.steps`")):
+        with pytest.raises(UserError, match=nearest):
+            explain(key)
+    with pytest.raises(UserError, match="it is a value"):
+        explain("train.steps.x")

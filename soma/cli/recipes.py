@@ -102,6 +102,21 @@ def schema() -> None:
     typer.echo(json.dumps(json_schema(), indent=2))
 
 
+@recipe_app.command("explain")
+def explain(
+    key: Annotated[
+        str, typer.Argument(metavar="KEY", help="A block or a field: train, data.sources. Left out: all.")
+    ] = "",
+) -> None:
+    """Say what a key means, its type and default, and what can stand below it."""
+    from soma.recipe import explain as facts_of
+
+    for one in facts_of(key):
+        kind = one.type if one.is_block or one.default == "required" else f"{one.type}, {one.default}"
+        typer.echo(f"{one.key}  ({kind}{', required' if one.default == 'required' else ''})")
+        typer.echo(f"    {one.description}")
+
+
 @recipe_app.command("show")
 def show(
     recipe: RecipePath,
