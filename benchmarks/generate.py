@@ -16,7 +16,7 @@ import torch
 from common import compare, finish, parser
 
 from soma.engine.engine import Engine
-from soma.engine.sampling import SamplingParams
+from soma.engine.params import SamplingParams
 from soma.model.config import ModelConfig
 from soma.model.hub import load_model, save_model
 from soma.model.transformer import Transformer

@@ -8,8 +8,8 @@ import torch
 from worker import answer_requests
 
 from soma.engine.engine import Engine
+from soma.engine.params import SamplingParams
 from soma.engine.request import TokenEvent
-from soma.engine.sampling import SamplingParams
 from soma.model.hub import load_model
 
 

@@ -69,7 +69,7 @@ def generate(
     """Answer every row of a file. Interrupted, the same command goes on where it was."""
     from soma.engine.load import load_engine
     from soma.engine.offline import generate_file
-    from soma.engine.sampling import SamplingParams
+    from soma.engine.params import SamplingParams
     from soma.serve.prompts import encode_prompt
 
     target = out or file.with_name(f"{file.stem}.answers{file.suffix}")

@@ -4,7 +4,7 @@ front whose engine is in another one, so that bad input never reaches an engine.
 from collections.abc import Sequence
 
 from soma.engine.errors import RequestError
-from soma.engine.sampling import SamplingParams
+from soma.engine.params import SamplingParams
 
 
 def check_ids(prompt_ids: Sequence[int], vocab_size: int, field: str = "prompt") -> None:

@@ -18,14 +18,16 @@ from torch import Tensor
 
 from soma.base.errors import UserError
 from soma.base.machine import memory_available
+from soma.engine.adjust import Row
 from soma.engine.batch import Batch, make_batch
 from soma.engine.blocks import BlockPool
 from soma.engine.check import check_request
 from soma.engine.errors import EngineClosedError, QueueFullError
 from soma.engine.paged import PagedCache
+from soma.engine.params import SamplingParams, TokenLogprob
 from soma.engine.request import Completion, Request, TokenEvent, Tokenizer
 from soma.engine.runner import Runner
-from soma.engine.sampling import SamplingParams, TokenLogprob, token_logprob
+from soma.engine.sampling import sample, token_logprobs
 from soma.engine.scheduler import Scheduler, Work
 from soma.model.quantized import quantize
 from soma.model.transformer import Transformer
@@ -148,8 +150,8 @@ class Engine:
         deadline = None if timeout is None else time.monotonic() + timeout
         requests = [
             Request(
-                list(ids), one, self.tokenizer, self.config.vocab_size, self.check(ids, one), self.device,
-                deliver[i] if deliver else None, priority=priority, key=key, deadline=deadline,
+                list(ids), one, self.tokenizer, self.check(ids, one), deliver[i] if deliver else None,
+                priority=priority, key=key, deadline=deadline,
             )
             for i, (ids, one) in enumerate(zip(prompts, each, strict=True))
         ]  # fmt: skip
@@ -270,12 +272,15 @@ class Engine:
             return
         with self.changed:
             self.scheduler.commit(plan)
-        greedy, first = self._greedy(plan, logits_RV), 0
-        for work in plan:
+        ends = np.cumsum([_rows(work) for work in plan])
+        drawing = [(work.sequence, int(end) - 1) for work, end in zip(plan, ends, strict=True) if work.is_last]
+        places = [place for _, place in drawing]
+        last_RV = logits_RV if len(places) == len(logits_RV) else logits_RV[places]
+        requests = [request for request, _ in drawing]
+        chosen = dict(zip(requests, self._sample(requests, last_RV), strict=True))
+        for work, end in zip(plan, ends.tolist(), strict=True):
             if rows := _rows(work):
-                likeliest = None if greedy is None else greedy[first + rows - 1]
-                self._accept(work, logits_RV[first : first + rows], likeliest)
-            first += rows
+                self._accept(work, logits_RV[end - rows : end], chosen.get(work.sequence))
 
     def _batch(self, plan: list[Work[Request]]) -> Batch:
         """The step's tensors."""
@@ -290,26 +295,30 @@ class Engine:
             self.pool.block_size, self.device,
         )  # fmt: skip
 
-    def _greedy(self, plan: list[Work[Request]], logits_RV: Tensor) -> list[int] | None:
-        """The likeliest token of every row in one go, if all requests want no more than that."""
-        if len(logits_RV) == 0 or not all(work.sequence.sampler.wants_likeliest for work in plan):
-            return None
-        best_R = logits_RV.max(-1)
-        # a NaN carries through max; such a step is left to the samplers, which say so for each request
-        return None if bool(best_R.values.isnan().any()) else best_R.indices.tolist()
+    def _sample(self, requests: list[Request], logits_RV: Tensor) -> list[TokenLogprob | None]:
+        """The next token of each request; None for those whose own fault it is that there is none."""
+        try:
+            return sample(logits_RV, [Row(request.sampling) for request in requests])
+        except Exception:
+            if len(requests) > 1:
+                return [self._sample([each], logits_RV[i : i + 1])[0] for i, each in enumerate(requests)]
+            log.exception("a token could not be drawn")
+            return [None]
 
-    def _accept(self, work: Work[Request], logits_RV: Tensor, likeliest: int | None) -> None:
-        """Take a request's rows of logits; what goes wrong fails this request and no other."""
+    def _accept(self, work: Work[Request], logits_RV: Tensor, chosen: TokenLogprob | None) -> None:
+        """Take a request's rows of logits and its next token; what goes wrong fails this request and no other."""
         request = work.sequence
         try:
             if request.prompt_logprobs is not None and request.scored < request.prompt_length:
                 first, last = max(work.start, request.scored), min(work.start + work.count, request.prompt_length - 1)
                 rows_NV = logits_RV[first - work.start : last - work.start]
-                request.prompt_logprobs += self._score(request, rows_NV, request.tokens[first + 1 : last + 1])
+                ids = request.tokens[first + 1 : last + 1]
+                request.prompt_logprobs += token_logprobs(rows_NV, ids, request.params.prompt_logprobs or 0)
                 request.scored = work.start + work.count
             if not work.is_last:
                 return
-            chosen = request.sampler(logits_RV[-1]) if likeliest is None else request.sampler.take(likeliest)
+            if chosen is None:
+                raise FloatingPointError("the logits are not numbers, or leave no token to choose")
             event = request.accept(chosen)
         except Exception as error:
             log.exception("a request failed")
@@ -318,12 +327,6 @@ class Engine:
         if event.finish_reason is not None:
             self._remove(request)
         self._send(request, event)
-
-    @staticmethod
-    def _score(request: Request, logits_NV: Tensor, ids: list[int]) -> list[TokenLogprob]:
-        alternatives = request.params.prompt_logprobs or 0
-        pairs = zip(logits_NV.float(), ids, strict=True)
-        return [token_logprob(logits_V, token, alternatives) for logits_V, token in pairs]
 
     def _finish(self, request: Request, reason: str, error: str | None = None) -> None:
         self._remove(request)

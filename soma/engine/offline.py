@@ -18,8 +18,8 @@ from typing import Any, TextIO
 from soma.base import progress
 from soma.base.errors import UserError
 from soma.engine.engine import Engine
+from soma.engine.params import MASK64, SamplingParams
 from soma.engine.request import Request, TokenEvent
-from soma.engine.sampling import MASK64, SamplingParams
 from soma.model.tokenizer import Tokenizer
 
 SUFFIXES = (".jsonl", ".parquet")

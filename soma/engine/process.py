@@ -29,8 +29,8 @@ from soma.engine.channel import Channel, Message
 from soma.engine.check import check_embeddable, check_request
 from soma.engine.errors import EngineClosedError, EngineRestartingError, QueueFullError, RequestError
 from soma.engine.launch import Launched, launch
+from soma.engine.params import SamplingParams
 from soma.engine.request import Completion, Request, TokenEvent
-from soma.engine.sampling import SamplingParams
 from soma.engine.stats import COUNTERS, EMPTY
 from soma.engine.text import StopScanner
 from soma.model.tokenizer import Tokenizer

@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import torch
-
-from soma.engine.sampling import Sampler, SamplingParams, TokenLogprob
+from soma.engine.adjust import SamplingState, bad_sequences
+from soma.engine.params import SamplingParams, TokenLogprob
 from soma.engine.scheduler import Sequence
 from soma.engine.text import StopScanner
 
@@ -61,6 +60,8 @@ class Tokenizer(Protocol):
 
     def stream_decoder(self) -> StreamDecoder: ...
 
+    def encode(self, text: str) -> list[int]: ...
+
 
 class Request(Sequence):
     """A handle for the one who asked: iterate over it for events, `cancel()` it, or `result()` for the whole.
@@ -71,15 +72,15 @@ class Request(Sequence):
     """
 
     def __init__(
-        self, prompt_ids: list[int], params: SamplingParams, tokenizer: Tokenizer, vocab_size: int, max_tokens: int,
-        device: torch.device, deliver: Callable[[TokenEvent], None] | None = None, *, priority: int = 0, key: str = "",
+        self, prompt_ids: list[int], params: SamplingParams, tokenizer: Tokenizer, max_tokens: int,
+        deliver: Callable[[TokenEvent], None] | None = None, *, priority: int = 0, key: str = "",
         deadline: float | None = None,
     ) -> None:  # fmt: skip
         wants_prompt = params.prompt_logprobs is not None
         super().__init__(prompt_ids, priority=priority, key=key, deadline=deadline, needs_prompt_logits=wants_prompt)
         self.prompt_ids, self.params, self.max_tokens = prompt_ids, params, max_tokens
         self.end_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else {*tokenizer.eos_ids})
-        self.sampler = Sampler(params, prompt_ids, vocab_size, device)
+        self.sampling = SamplingState(params, prompt_ids, bad_sequences(params, tokenizer.encode))
         self.decoder = tokenizer.stream_decoder()
         self.scanner = StopScanner(params.stop)
         self.events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
@@ -128,6 +129,7 @@ class Request(Sequence):
     def accept(self, chosen: TokenLogprob) -> TokenEvent:
         """Take the next token; its event, with a finish reason if it is the last."""
         self.tokens.append(chosen.id)
+        self.sampling.take(chosen.id)
         self.first_token = self.first_token or time.monotonic()
         is_end = chosen.id in self.end_ids
         text, reason = "", None

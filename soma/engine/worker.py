@@ -29,8 +29,8 @@ from soma.engine.embed import Embedder, load_embedder
 from soma.engine.engine import Engine
 from soma.engine.errors import EngineClosedError, QueueFullError
 from soma.engine.load import load_weights, model_name
+from soma.engine.params import SamplingParams, TokenLogprob
 from soma.engine.request import Request, TokenEvent
-from soma.engine.sampling import SamplingParams, TokenLogprob
 from soma.engine.stats import scheduled_at, stats_of
 from soma.model.encoder import is_encoder
 from soma.model.folder import local_folder

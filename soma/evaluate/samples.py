@@ -7,7 +7,7 @@ from typing import Any
 
 from soma.base import progress
 from soma.engine.engine import Engine
-from soma.engine.sampling import SamplingParams
+from soma.engine.params import SamplingParams
 from soma.evaluate.config import EvaluateConfig
 from soma.evaluate.perplexity import separator_id
 from soma.model.tokenizer import Tokenizer

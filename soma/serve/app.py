@@ -12,9 +12,9 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.types import Receive, Scope, Send
 
+from soma.engine.params import SamplingParams
 from soma.engine.process import EngineProcess
 from soma.engine.request import TokenEvent
-from soma.engine.sampling import SamplingParams
 from soma.model.tokenizer import Tokenizer
 from soma.serve import embeddings, errors, tokens
 from soma.serve.errors import ApiError

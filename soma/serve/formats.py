@@ -6,8 +6,8 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from soma.engine.params import TokenLogprob
 from soma.engine.request import Request, TokenEvent
-from soma.engine.sampling import TokenLogprob
 from soma.serve.prompts import TokenNames
 
 

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 
 from soma.engine.engine import Engine, threadsafe
+from soma.engine.params import MASK64, SamplingParams
 from soma.engine.request import Request, TokenEvent
-from soma.engine.sampling import MASK64, SamplingParams
 from soma.serve.metrics import Metrics
 
 

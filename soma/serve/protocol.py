@@ -9,7 +9,7 @@ from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import ClientDisconnect
 
-from soma.engine.sampling import SamplingParams
+from soma.engine.params import SamplingParams
 from soma.serve.errors import ApiError
 
 MAX_CHOICES = 128
@@ -59,6 +59,7 @@ class Sampling(BaseModel):
     min_p: float | None = None
     repetition_penalty: float | None = None
     stop_token_ids: list[int] | None = None
+    bad_words: list[str | list[int]] | None = None
     ignore_eos: bool | None = None
 
     @property
@@ -76,6 +77,9 @@ class Sampling(BaseModel):
         values: dict[str, Any] = {name: getattr(self, name) for name in names}
         values["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         values["stop_token_ids"] = tuple(self.stop_token_ids or ())
+        values["bad_words"] = tuple(
+            word if isinstance(word, str) else tuple(word) for word in self.bad_words or ()
+        )  # fmt: skip
         values["logit_bias"] = _biases(self.logit_bias or {})
         values |= more
         return SamplingParams(**{name: value for name, value in values.items() if value is not None})

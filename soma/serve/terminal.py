@@ -14,8 +14,8 @@ from soma.base.errors import UserError
 from soma.engine.engine import Engine
 from soma.engine.errors import RequestError
 from soma.engine.load import load_engine
+from soma.engine.params import SamplingParams
 from soma.engine.request import Request
-from soma.engine.sampling import SamplingParams
 from soma.model.tokenizer import Tokenizer
 from soma.serve.prompts import encode_prompt
 

@@ -5,17 +5,19 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from plain_sampler import PlainSampler
 
 from soma.base.errors import UserError
 from soma.engine.batch import Batch
 from soma.engine.engine import Engine
 from soma.engine.errors import EngineClosedError, QueueFullError, RequestError
+from soma.engine.params import SamplingParams, TokenLogprob
 from soma.engine.request import Request, TokenEvent
-from soma.engine.sampling import Sampler, SamplingParams
 from soma.model.hub import load_model
 from soma.model.tokenizer import Tokenizer
 from soma.model.transformer import Transformer
@@ -42,11 +44,11 @@ def reference(
 ) -> tuple[list[int], list[float]]:
     """Tokens and their log-probabilities, the whole text computed anew for every token."""
     ids, values = list(prompt), []
-    sampler = Sampler(params, prompt, model.config.vocab_size)
+    sampler = PlainSampler(params, prompt)
     for _ in range(count):
         with torch.no_grad():
             last_V = model(torch.tensor([ids]))[0, -1]
-        token = sampler(last_V).id
+        token = sampler(last_V)
         values.append(float(torch.log_softmax(last_V, 0)[token]))
         ids.append(token)
     return ids[len(prompt) :], values
@@ -117,19 +119,53 @@ def test_end_of_text_ends(make_engine: Make, tokenizer: Tokenizer) -> None:
     assert (len(done.ids), done.finish_reason) == (9, "length")
 
 
-def test_streaming_is_safe_for_utf8(make_engine: Make, tokenizer: Tokenizer) -> None:
-    """Bytes of one character come as one piece; the last, half character shows when the text ends."""
+def test_bad_words(make_engine: Make, tokenizer: Tokenizer) -> None:
+    """A text is not made, with or without a space before it; a sequence of ids is not, its parts are."""
     engine = make_engine()
+    prompt = tokenizer.encode("hello")
+    free = engine.generate(prompt, greedy(40))
+    first, second = free.ids[10:12]
+    held = engine.generate(prompt, greedy(40, bad_words=((first, second),)))
+    assert held.ids[:11] == free.ids[:11]
+    assert (first, second) in zip(free.ids, free.ids[1:], strict=False)
+    assert (first, second) not in zip(held.ids, held.ids[1:], strict=False)
+    fox = SamplingParams(temperature=0, max_tokens=5, logit_bias=dict.fromkeys(tokenizer.encode(" fox"), 90.0))
+    assert "fox" in engine.generate(prompt, fox).text
+    assert "fox" not in engine.generate(prompt, replace(fox, bad_words=("fox",))).text
+
+
+@pytest.mark.parametrize("fault", ["logits", "state"])
+def test_one_request_without_numbers_fails_alone(
+    make_engine: Make, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """NaN in one row of logits, or a fault while one request's token is drawn."""
+    engine = make_engine(prefix_cache=False)
+    alone = [engine.generate(prompt, greedy(6)).ids for prompt in prompts(3)]
+    real = engine.runner.step
+
+    def step(batch: Batch) -> torch.Tensor:
+        logits_RV = real(batch)
+        for row, request in enumerate(engine.running):
+            if request.prompt_ids == prompts(3)[1] and request.generated == 2:
+                if fault == "logits":
+                    logits_RV[row] = float("nan")
+                else:
+                    monkeypatch.setattr(request.sampling, "added", None)
+        return logits_RV
+
+    monkeypatch.setattr(engine.runner, "step", step)
+    results = [request.result() for request in engine.submit_all(prompts(3), greedy(6))]
+    assert [done.finish_reason for done in results] == ["length", "error", "length"]
+    assert [results[0].ids, results[2].ids] == [alone[0], alone[2]]
+    assert results[1].ids == alone[1][:2]
+
+
+def test_streaming_is_safe_for_utf8(tokenizer: Tokenizer) -> None:
+    """Bytes of one character come as one piece; the last, half character shows when the text ends."""
     wanted = tokenizer.encode("日本")
     for count in (1, 2, len(wanted)):
-        texts = []
-        for step in range(count):
-            bias = {wanted[step]: 100.0}
-            texts.append(bias)
-        request = Request(
-            [1], greedy(count), tokenizer, engine.config.vocab_size, count, engine.device, deliver=lambda _: None
-        )
-        pieces = [request.accept(Sampler(greedy(1, logit_bias=bias), [], 400)(torch.zeros(400))) for bias in texts]
+        request = Request([1], greedy(count), tokenizer, count, deliver=lambda _: None)
+        pieces = [request.accept(TokenLogprob(token, 0.0)) for token in wanted[:count]]
         assert "".join(piece.text for piece in pieces) == tokenizer.decode(wanted[:count])
         assert all("\ufffd" not in piece.text for piece in pieces[:-1])
 

@@ -20,7 +20,7 @@ from soma.base.errors import UserError
 from soma.engine import offline
 from soma.engine.engine import Engine
 from soma.engine.offline import Summary, generate_file
-from soma.engine.sampling import SamplingParams
+from soma.engine.params import SamplingParams
 from soma.model.tokenizer import Tokenizer
 
 PARAMS = SamplingParams(temperature=0.8, seed=5, max_tokens=12)

@@ -21,9 +21,9 @@ from soma.engine.channel import Channel
 from soma.engine.embed import Embedder
 from soma.engine.engine import Engine
 from soma.engine.errors import EngineClosedError, EngineRestartingError, QueueFullError, RequestError
+from soma.engine.params import SamplingParams
 from soma.engine.process import EngineProcess
 from soma.engine.request import TokenEvent
-from soma.engine.sampling import SamplingParams
 from soma.model.hub import load_model
 from soma.model.tokenizer import Tokenizer
 
@@ -234,7 +234,7 @@ def test_the_engine_ends_with_its_front(tiny_folder: Path) -> None:
     """Also when the front is killed while the engine is computing."""
     code = (
         "import sys, time; from soma.engine.process import EngineProcess;"
-        "from soma.engine.sampling import SamplingParams;"
+        "from soma.engine.params import SamplingParams;"
         "e = EngineProcess(sys.argv[1]); r = e.submit([5], SamplingParams(max_tokens=4000, ignore_eos=True));"
         "r.events.get(); print(e.process.pid, flush=True); time.sleep(60)"
     )

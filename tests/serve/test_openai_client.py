@@ -144,6 +144,11 @@ def test_stop_strings_and_penalties(client: openai.OpenAI) -> None:
     forced = client.completions.create(model=MODEL, prompt="hello", max_tokens=3, logit_bias={"70": 100}, logprobs=0)
     assert forced.choices[0].logprobs is not None
     assert len(set(forced.choices[0].logprobs.tokens or [])) == 1
+    held = client.completions.create(
+        model=MODEL, prompt="hello", max_tokens=3, logit_bias={"70": 100}, logprobs=0, extra_body={"bad_words": [[70]]}
+    )
+    assert held.choices[0].logprobs is not None
+    assert set(held.choices[0].logprobs.tokens or []).isdisjoint(forced.choices[0].logprobs.tokens or [])
 
 
 def test_messages_in_all_their_forms(client: openai.OpenAI) -> None:

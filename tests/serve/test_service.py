@@ -17,7 +17,7 @@ from http_tools import JSON, LONG, call, connection, metric, open_stream, post, 
 
 from soma.base.errors import UserError
 from soma.engine.engine import Engine
-from soma.engine.sampling import SamplingParams
+from soma.engine.params import SamplingParams
 from soma.model.hub import load_model
 from soma.model.tokenizer import Tokenizer
 from soma.serve.app import create_app

@@ -91,7 +91,7 @@ def test_answers_cannot_steer_the_terminal() -> None:
 def test_ctrl_c_stops_the_answer_and_not_the_chat(tiny_folder: Path) -> None:
     """In a real terminal: an endless answer, Ctrl-C, another question, Ctrl-D."""
     code = (
-        "import sys; from soma.serve import terminal; from soma.engine.sampling import SamplingParams as S;"
+        "import sys; from soma.serve import terminal; from soma.engine.params import SamplingParams as S;"
         "terminal.SamplingParams = lambda **given: S(ignore_eos=True, **given);"
         f"terminal.chat({str(tiny_folder)!r}, max_tokens=4000)"
     )
