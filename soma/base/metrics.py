@@ -17,6 +17,7 @@ PREFILL_TIME = "vllm:request_prefill_time_seconds"
 DECODE_TIME = "vllm:request_decode_time_seconds"
 
 MODEL_NAME = "model_name"  # label of all of them
+ENGINE = "engine"  # label of all of them: which of several engines behind one front, from "0" on
 FINISHED_REASON = "finished_reason"  # label of REQUEST_SUCCESS: stop, length, abort, error
 
 # Upper bounds of histogram buckets in seconds, as in vLLM so that its dashboards' quantiles come out the same.

@@ -23,6 +23,7 @@ def serve(
     weights: Annotated[
         str | None, typer.Option(help="int8 or int4: round the weights at load, in groups of 32.")
     ] = None,
+    replicas: Annotated[int, typer.Option(help="Engines with a copy of the model each, behind one address.")] = 1,
     allow_public: Annotated[
         bool, typer.Option("--allow-public", help="Let other machines reach the service. It asks nobody for a key.")
     ] = False,
@@ -37,7 +38,7 @@ def serve(
         serve_model(
             model, host, port, name=name, allow_public=allow_public, precision=precision, device=device,
             max_length=max_length, max_running=max_running, max_waiting=max_waiting, weights=weights,
-            in_process=in_process,
+            replicas=replicas, in_process=in_process,
         )  # fmt: skip
 
 

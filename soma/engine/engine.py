@@ -55,12 +55,14 @@ class Engine:
         prefix_cache: keep what was computed, and reuse it for requests that begin with the same tokens.
         weights: "int8" or "int4" rounds the linear layers at load (groups of 32); None leaves them.
         backend: what computes the steps, "auto" for the fastest that can (see `soma.engine.backends`).
+        share: engines that have the free memory between them.
     """
 
     def __init__(
         self, model: Transformer, tokenizer: Tokenizer, *, max_length: int | None = None, max_running: int = 64,
         max_waiting: int = 256, step_tokens: int = 512, prefill_chunk: int = 256, cache_tokens: int | None = None,
         block_size: int = 16, prefix_cache: bool = True, weights: str | None = None, backend: str = "auto",
+        share: int = 1,
     ) -> None:  # fmt: skip
         if weights is not None:
             if weights not in BITS:
@@ -71,7 +73,7 @@ class Engine:
         context = self.config.max_position_embeddings
         if cache_tokens is None:
             token_bytes = PagedCache.block_bytes(self.config, block_size, model.dtype) / block_size
-            fitting = int(_free_bytes(self.device) * CACHE_SHARE / token_bytes)
+            fitting = int(_free_bytes(self.device) * CACHE_SHARE / share / token_bytes)
             cache_tokens = max(block_size, min(fitting, max_running * (min(max_length or context, context) + 1)))
         blocks = max(1, cache_tokens // block_size)
         self.max_length = min(max_length or context, context, blocks * block_size)

@@ -55,6 +55,7 @@ class ProcessRequest(Request):
         self.deliver = deliver or self.events.put
         self.send_cancel = send_cancel
         self.number = -1
+        self.made: list[int] = []
         self.cancelled = False
         self.finish_reason: str | None = None
         self.prompt_logprobs = None
@@ -70,8 +71,9 @@ class ProcessRequest(Request):
 
     def with_text(self, event: TokenEvent) -> TokenEvent:
         """The event with what became safe to show; a stop string ends the request here."""
-        if event.id is not None and self.first_token is None:
-            self.first_token = time.monotonic()
+        if event.id is not None:
+            self.made.append(event.id)
+            self.first_token = self.first_token or time.monotonic()
         text, reason = "", event.finish_reason
         if event.id is not None and not event.is_end:
             text = self.scanner.push(self.decoder.push(event.id))
@@ -131,20 +133,23 @@ class RemoteEmbedder:
 class EngineProcess:
     """Starts an engine process for a model and keeps it running until `close()`.
 
-    Args: those of `soma.engine.load.load_engine`; launched: a process that was started before, by `launch()`.
+    Args: those of `soma.engine.load.load_engine`; launched: a process that was started before, by `launch()`;
+    cores_share: its argument when the process is started again.
     Waits until the model is loaded.
     Raises UserError: what `load_engine` raises there; the process ended while loading.
     """
 
     def __init__(
         self, model_ref: str | Path, *, precision: str = "auto", device: str = "auto", launched: Launched | None = None,
-        **options: Any,
+        cores_share: int = 1, **options: Any,
     ) -> None:  # fmt: skip
+        self.cores_share = cores_share
         self.options = {"model_ref": str(model_ref), "precision": precision, "device": device, **options}
         self.lock = threading.RLock()
         self.numbers = itertools.count()
         self.requests: dict[int, ProcessRequest] = {}
         self.embedder = RemoteEmbedder(self)
+        self.on_end: Callable[[ProcessRequest], None] = lambda request: None
         self.closing, self.closed = False, threading.Event()
         self.channel: Channel | None = None  # None while there is no engine to talk to
         self.restarts = 0
@@ -168,6 +173,11 @@ class EngineProcess:
     @property
     def vocab_size(self) -> int:
         return int(self.facts["vocab_size"])
+
+    @property
+    def room(self) -> int:
+        """Requests that can be submitted at this moment."""
+        return int(self.facts["places"]) - len(self.requests)
 
     @property
     def makes_text(self) -> bool:
@@ -205,7 +215,7 @@ class EngineProcess:
             return []
         with self.lock:
             channel = self.open_channel()
-            if len(self.requests) + len(requests) > self.facts["places"]:
+            if len(requests) > self.room:
                 waiting = max(0, len(self.requests) - self.facts["max_running"])
                 raise QueueFullError(waiting, retry_after=1 + waiting // self.facts["max_running"])
             for request in requests:
@@ -294,7 +304,7 @@ class EngineProcess:
     ) -> "tuple[subprocess.Popen[bytes], dict[str, Any], Channel, Iterator[list[Message]]]":
         """A new process with its model loaded: the process, its facts, the way to it, and what it will say."""
         started = time.monotonic()
-        process, ours = launched or launch()
+        process, ours = launched or launch(self.cores_share)
         channel = Channel(ours)
         channel.put("start", self.options)
         frames = iter(channel)
@@ -357,7 +367,7 @@ class EngineProcess:
             log.error("the engine process ended with status %d; %d requests end with an error", status, len(requests))
         for request in requests:
             if request.finish_reason is None:
-                self._deliver(request, TokenEvent(None, finish_reason="error", error=LOST))
+                self._deliver(request, TokenEvent(None, finish_reason="error", error=LOST, is_lost=True))
         for future in futures:
             if future.set_running_or_notify_cancel():
                 future.set_exception(EngineRestartingError(self.retry_after))
@@ -372,6 +382,7 @@ class EngineProcess:
             if event.finish_reason is not None:
                 with self.lock:
                     del self.requests[number]
+                self.on_end(request)
             if request.finish_reason is None:  # else a stop string ended it here, and this came after
                 self._deliver(request, event)
         elif kind == "stats":

@@ -30,6 +30,7 @@ class TokenEvent:
     finish_reason: str | None = None
     error: str | None = None
     is_end: bool = False  # the token is an end-of-text or stop id: it has no text of its own
+    is_lost: bool = False  # the engine itself went away; it comes back, and the request can be sent again
 
 
 @dataclass
@@ -69,7 +70,10 @@ class Request(Sequence):
     Events go to `deliver` on the engine's thread where given (an asyncio front passes `call_soon_threadsafe`),
     otherwise into a thread-safe queue that iteration reads. To the scheduler it is a `Sequence`.
     `arrived`, `scheduled`, `first_token`, `ended`: when it came, got a place, made a token, was over (monotonic s).
+    `replica`: which of several engines has it.
     """
+
+    replica = 0
 
     def __init__(
         self, prompt_ids: list[int], params: SamplingParams, tokenizer: Tokenizer, max_tokens: int,

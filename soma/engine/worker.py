@@ -134,14 +134,16 @@ class Worker:
         facts: dict[str, Any] = {"directory": str(directory), "name": model_name(model_ref, Path(directory))}
         if is_encoder(directory):
             self.embedder = load_embedder(directory, precision=precision, device=device)
-            facts |= {"max_length": self.embedder.max_length, "makes_text": False, "places": 0, "max_running": 1}
+            facts |= {"max_length": self.embedder.max_length, "makes_text": False, "places": 0, "max_running": 1,
+                      "blocks": 0, "block_size": 1}  # fmt: skip
         else:
             model, tokenizer = load_weights(directory, precision=precision, device=device)
             self.engine = engine = Engine(model, IdsOnly(tokenizer), **options)
             self.embedder = Embedder(model, directory, max_length=engine.max_length)
             places = engine.max_running + engine.max_waiting
             facts |= {"max_length": engine.max_length, "makes_text": True, "places": places,
-                      "max_running": engine.max_running}  # fmt: skip
+                      "max_running": engine.max_running, "blocks": engine.pool.num_blocks,
+                      "block_size": engine.pool.block_size}  # fmt: skip
         config = self.embedder.config
         return {**facts, "vocab_size": config.vocab_size, "dimensions": config.hidden_size}
 

@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from soma.engine.params import SamplingParams
 from soma.engine.process import EngineProcess
+from soma.engine.replicas import Replicas
 from soma.engine.request import TokenEvent
 from soma.model.tokenizer import Tokenizer
 from soma.serve import embeddings, errors, tokens
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from soma.engine.embed import Embedder
     from soma.engine.engine import Engine
 
+    AnyEngine = Engine | EngineProcess | Replicas
+
 MAX_BODY_BYTES = 4 << 20
 CLIENT_CLOSED_REQUEST = 499  # nginx's name for a client that left; nobody reads it
 PAGE_POLICY = (
@@ -40,14 +43,14 @@ class Service:
     """What the routes share: the engine, the model's name, and whether new requests are taken."""
 
     def __init__(
-        self, engine: "Engine | EngineProcess", tokenizer: Tokenizer, model_name: str, max_body_bytes: int,
+        self, engine: "AnyEngine", tokenizer: Tokenizer, model_name: str, max_body_bytes: int,
         embedder: "Embedder | None",
     ) -> None:  # fmt: skip
         self.engine, self.tokenizer, self.model_name, self.max_body_bytes = (
             engine, tokenizer, model_name, max_body_bytes,
         )  # fmt: skip
-        self.embedder = engine.embedder if isinstance(engine, EngineProcess) else embedder
-        self.makes_text = not isinstance(engine, EngineProcess) or engine.makes_text
+        self.embedder = engine.embedder if isinstance(engine, EngineProcess | Replicas) else embedder
+        self.makes_text = not isinstance(engine, EngineProcess | Replicas) or engine.makes_text
         self.metrics = Metrics(engine, model_name)
         self.names = TokenNames(tokenizer)
         self.created = int(time.time())
@@ -60,7 +63,7 @@ class Service:
             raise ApiError(503, "the service is shutting down; try again soon", code="shutting_down", retry_after=5)
         if self.engine.alive:
             return
-        if isinstance(self.engine, EngineProcess):
+        if isinstance(self.engine, EngineProcess | Replicas):
             raise ApiError(503, "the engine is being restarted; try again soon", code="engine_restarting",
                            retry_after=self.engine.retry_after)  # fmt: skip
         raise ApiError(503, "the engine has stopped; the service must be restarted", code="engine_stopped",
@@ -82,7 +85,7 @@ class Service:
 
 
 def create_app(
-    engine: "Engine | EngineProcess", tokenizer: Tokenizer, model_name: str, *, max_body_bytes: int = MAX_BODY_BYTES,
+    engine: "AnyEngine", tokenizer: Tokenizer, model_name: str, *, max_body_bytes: int = MAX_BODY_BYTES,
     embedder: "Embedder | None" = None,
 ) -> FastAPI:  # fmt: skip
     """The application. `app.state.service` is its `Service`; who runs it closes the engine afterwards.
@@ -205,7 +208,7 @@ async def collect(service: Service, generation: Generation, shape: ChatFormat) -
 def check(service: Service, event: TokenEvent) -> None:
     """Raises ApiError if the engine failed on the request: 503 if all of it is gone, else 500."""
     if event.finish_reason == "error":
-        if isinstance(service.engine, EngineProcess) and not service.engine.alive:
+        if event.is_lost and isinstance(service.engine, EngineProcess | Replicas):
             raise ApiError(503, event.error or "the engine is being restarted", code="engine_restarting",
                            retry_after=service.engine.retry_after)  # fmt: skip
         raise ApiError(500, event.error or "the engine failed on this request", code="engine_error")

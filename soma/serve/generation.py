@@ -38,7 +38,8 @@ class Generation:
         self.last: dict[int, float] = {}
         self.prompt_tokens = sum(len(prompt) for prompt in prompts)
         self.generated = 0
-        metrics.prompt_tokens.inc(self.prompt_tokens)
+        for request in self.requests[::n]:
+            metrics[request.replica].prompt_tokens.inc(len(request.prompt_ids))
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, TokenEvent]]:
         """Events with the number of their choice, until all choices ended."""
@@ -48,24 +49,25 @@ class Generation:
             yield index, event
 
     def _observe(self, index: int, when: float, event: TokenEvent) -> None:
+        metrics = self.metrics[self.requests[index].replica]
         if event.id is not None:
             self.generated += 1
-            self.metrics.generation_tokens.inc()
+            metrics.generation_tokens.inc()
             if index in self.last:
-                self.metrics.inter_token_latency.observe(when - self.last[index])
+                metrics.inter_token_latency.observe(when - self.last[index])
             else:
-                self.metrics.time_to_first_token.observe(when - self.started)
+                metrics.time_to_first_token.observe(when - self.started)
             self.last[index] = when
         if event.finish_reason is not None:
             self.open.discard(index)
-            self.metrics.finished[event.finish_reason].inc()
-            self.metrics.end_to_end_latency.observe(when - self.started)
+            metrics.finished[event.finish_reason].inc()
+            metrics.end_to_end_latency.observe(when - self.started)
 
     def cancel(self) -> None:
         """Stop what still runs. Counted here, since nobody reads its last events."""
         for index in self.open:
             self.requests[index].cancel()
-            self.metrics.finished["abort"].inc()
+            self.metrics[self.requests[index].replica].finished["abort"].inc()
         self.open.clear()
 
     @property

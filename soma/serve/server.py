@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -26,9 +26,8 @@ from soma.engine.launch import Launched, launch
 
 if TYPE_CHECKING:
     from soma.engine.embed import Embedder
-    from soma.engine.engine import Engine
-    from soma.engine.process import EngineProcess
     from soma.model.tokenizer import Tokenizer
+    from soma.serve.app import AnyEngine
 
 GRACE = 30.0  # seconds that running answers get after SIGTERM
 
@@ -60,21 +59,24 @@ class Server(uvicorn.Server):
 def serve(
     model_ref: str | Path, host: str = "127.0.0.1", port: int = 8000, *, name: str | None = None,
     allow_public: bool = False, precision: str = "auto", device: str = "auto", max_length: int | None = None,
-    max_running: int = 64, max_waiting: int = 256, weights: str | None = None,
+    max_running: int = 64, max_waiting: int = 256, weights: str | None = None, replicas: int = 1,
     grace: float = GRACE, in_process: bool = False, ready: Callable[[str], None] | None = None,
 ) -> None:  # fmt: skip
     """Serve a model until SIGTERM or SIGINT.
 
     port 0 takes a free one. `allow_public` lets `host` be reachable from other machines: there are no keys, so whoever
-    reaches the port uses the model. `grace`: seconds that running answers get at the end. `in_process`: no process of
-    its own for the engine (one process to debug; a crash of the engine ends the service). `ready` is called with the
-    base URL once requests are answered; without it a note says so.
-    Raises UserError: no such model, a public host without `allow_public`, a port in use.
+    reaches the port uses the model. `grace`: seconds that running answers get at the end. `replicas`: engine processes
+    with a copy of the model each, behind this one front. `in_process`: no process of its own for the engine (one
+    process to debug; a crash of the engine ends the service). `ready` is called with the base URL once requests are
+    answered; without it a note says so.
+    Raises UserError: no such model, a public host without `allow_public`, a port in use, no replicas.
     """
+    if replicas < 1 or (in_process and replicas > 1):
+        raise UserError(f"replicas {replicas}: expected 1 or more, and with in_process 1")
     check_host(host, allow_public=allow_public)
     listener = listen(host, port)
     try:
-        launched = None if in_process else launch()
+        launched = [] if in_process else [launch(replicas) for _ in range(replicas)]
         from soma.serve.app import create_app  # heavy: the engine process imports its parts meanwhile
 
         engine, tokenizer, own_name, embedder = start_engine(
@@ -96,14 +98,19 @@ def serve(
 
 
 def start_engine(
-    model_ref: str | Path, launched: Launched | None, *, precision: str, device: str, **options: Any
-) -> "tuple[Engine | EngineProcess, Tokenizer, str, Embedder | None]":
-    """The engine, in the process that was launched or in this one, its tokenizer, the model's name, and who embeds
+    model_ref: str | Path, launched: Sequence[Launched], *, precision: str, device: str, **options: Any
+) -> "tuple[AnyEngine, Tokenizer, str, Embedder | None]":
+    """The engine, in the processes that were launched or in this one, its tokenizer, the model's name, and who embeds
     (None: the engine process itself)."""
-    if launched is not None:
+    if launched:
         from soma.engine.process import EngineProcess
+        from soma.engine.replicas import Replicas
 
-        process = EngineProcess(model_ref, precision=precision, device=device, launched=launched, **options)
+        options |= {"precision": precision, "device": device}
+        process = (
+            EngineProcess(model_ref, launched=launched[0], **options) if len(launched) == 1
+            else Replicas(model_ref, launched, **options)
+        )  # fmt: skip
         return process, process.tokenizer, process.model_name, None
     from soma.engine.embed import Embedder
     from soma.engine.engine import Engine

@@ -16,7 +16,8 @@ def samples(metrics: Metrics) -> dict[str, float]:
 
 
 def request(**changes: Any) -> Any:
-    times = {"arrived": 100.0, "scheduled": 100.5, "first_token": 102.0, "ended": 110.0, "finish_reason": "stop"}
+    times = {"arrived": 100.0, "scheduled": 100.5, "first_token": 102.0, "ended": 110.0, "finish_reason": "stop",
+             "replica": 0}  # fmt: skip
     return SimpleNamespace(**{**times, **changes})
 
 
@@ -42,3 +43,22 @@ def test_where_the_time_of_a_request_went() -> None:
     for name, seconds in (("queue", 0.5), ("prefill", 1.5), ("decode", 8.0)):
         assert found[f"vllm:request_{name}_time_seconds_count"] == 1
         assert found[f"vllm:request_{name}_time_seconds_sum"] == pytest.approx(seconds)
+
+
+def test_several_engines_have_samples_of_their_own() -> None:
+    def engine(running: int) -> Any:
+        return SimpleNamespace(stats=lambda: {"running": running, "prefix_cache_hits": 10 * running})
+
+    metrics = Metrics(SimpleNamespace(engines=[engine(1), engine(2)]), "m")
+    metrics.observe_times([request(replica=1)])
+    metrics[1].finished["stop"].inc()
+    found = {
+        (sample.name, sample.labels["engine"]): sample.value
+        for family in text_string_to_metric_families(generate_latest(metrics.registry).decode())
+        for sample in family.samples
+        if sample.labels.get("finished_reason", "stop") == "stop"
+    }
+    assert [found["vllm:num_requests_running", each] for each in "01"] == [1, 2]
+    assert [found["vllm:prefix_cache_hits_total", each] for each in "01"] == [10, 20]
+    assert [found["vllm:request_queue_time_seconds_count", each] for each in "01"] == [0, 1]
+    assert [found["vllm:request_success_total", each] for each in "01"] == [0, 1]

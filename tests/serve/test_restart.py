@@ -37,11 +37,11 @@ def engine_of(url: str) -> psutil.Process:
     raise AssertionError("nobody listens there")
 
 
-async def stream(url: str, started: asyncio.Semaphore, stream: bool = True) -> bytes:
+async def stream(url: str, started: asyncio.Semaphore, stream: bool = True, **changes: Any) -> bytes:
     """All that one client gets, head and body."""
     parts = urlsplit(url)
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port, limit=1 << 24)
-    body = json.dumps({**LONG, "stream": stream}).encode()
+    body = json.dumps({**LONG, "stream": stream, **changes}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"  # noqa: E501
     writer.write(head.encode() + body)
     first = await reader.readuntil(b"data: ") if stream else b""
