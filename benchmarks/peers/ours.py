@@ -5,27 +5,13 @@ import time
 from typing import Any
 
 import torch
+from ids import Ids
 from worker import answer_requests
 
 from soma.engine.engine import Engine
 from soma.engine.params import SamplingParams
 from soma.engine.request import TokenEvent
 from soma.model.hub import load_model
-
-
-class Ids:
-    """A tokenizer for those who want ids alone."""
-
-    eos_ids: tuple[int, ...] = ()
-
-    def stream_decoder(self) -> "Ids":
-        return self
-
-    def push(self, token_id: int) -> str:
-        return ""
-
-    def flush(self) -> str:
-        return ""
 
 
 class Ours:

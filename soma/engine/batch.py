@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+ALIGNMENT = 64  # bytes, of each tensor in a packed transfer
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -65,11 +67,26 @@ def make_batch(
     lengths_S = starts_S + counts_S
     query_starts_S1 = np.concatenate(([0], ends_S)).astype(np.int32)
 
-    def put(array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor if str(device) == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
-
+    arrays = (tokens_T, positions_T, slots_T, logit_rows, query_starts_S1, lengths_S.astype(np.int32), tables_SB)
+    tokens, positions, slots, rows, query_starts, lengths, padded_tables = to_device(arrays, device)
     return Batch(
-        put(tokens_T), put(positions_T), put(query_starts_S1), put(lengths_S.astype(np.int32)), put(tables_SB),
-        put(slots_T), put(logit_rows), block_size, int(counts_S.max()), int(lengths_S.max()),
+        tokens, positions, query_starts, lengths, padded_tables, slots, rows, block_size, int(counts_S.max()),
+        int(lengths_S.max()),
     )  # fmt: skip
+
+
+def to_device(arrays: Sequence[np.ndarray], device: torch.device | str) -> list[Tensor]:
+    """The arrays as tensors on `device`: for a GPU in one asynchronous copy out of page-locked memory."""
+    if str(device) == "cpu":
+        return [torch.from_numpy(array) for array in arrays]
+    ends = np.cumsum([-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays]).tolist()
+    packed = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=True)
+    flat = packed.numpy()
+    starts = [0, *ends[:-1]]
+    for start, array in zip(starts, arrays, strict=True):
+        flat[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
+    there = packed.to(device, non_blocking=True)
+    return [
+        there[start : start + array.nbytes].view(torch.from_numpy(array).dtype).view(array.shape)
+        for start, array in zip(starts, arrays, strict=True)
+    ]

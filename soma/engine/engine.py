@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from soma.base.errors import UserError
-from soma.base.machine import memory_available
 from soma.engine.adjust import Row
 from soma.engine.batch import Batch, make_batch
 from soma.engine.blocks import BlockPool
 from soma.engine.check import check_request
 from soma.engine.errors import EngineClosedError, QueueFullError
+from soma.engine.memory import GPU_SHARE, fitting_tokens
 from soma.engine.paged import PagedCache
 from soma.engine.params import SamplingParams, TokenLogprob
 from soma.engine.request import Completion, Request, TokenEvent, Tokenizer
@@ -34,7 +34,6 @@ from soma.model.transformer import Transformer
 
 log = logging.getLogger("soma.engine")
 
-CACHE_SHARE = 0.25  # of the memory that is free at the start
 BITS = {"int8": 8, "int4": 4}
 
 
@@ -47,10 +46,12 @@ class Engine:
         max_length: most tokens of a prompt and its answer together; None: the model's context, or what memory holds.
         max_running: requests that run at once.
         max_waiting: requests that wait at most; more raise `QueueFullError`.
-        step_tokens: tokens that one step computes at most, over all requests.
-        prefill_chunk: prompt tokens of one request in a step.
-        cache_tokens: tokens of the cache; None: what a quarter of the free memory holds, but no more than
-            `max_running` requests of `max_length` can use.
+        step_tokens: tokens that one step computes at most, over all requests; None: 512 on a CPU, 8192 on a GPU.
+        prefill_chunk: prompt tokens of one request in a step; None: 256 on a CPU, 2048 on a GPU.
+        cache_tokens: tokens of the cache; None: what fits beside the largest step (see `soma.engine.memory`), but no
+            more than `max_running` requests of `max_length` can use.
+        gpu_memory_utilization: share of a GPU's memory for weights, steps and cache together.
+        cuda_graphs: replay decode steps as CUDA graphs, captured at the start (Triton backend).
         block_size: tokens of a block of the cache, a power of two.
         prefix_cache: keep what was computed, and reuse it for requests that begin with the same tokens.
         weights: "int8" or "int4" rounds the linear layers at load (groups of 32); None leaves them.
@@ -60,9 +61,9 @@ class Engine:
 
     def __init__(
         self, model: Transformer, tokenizer: Tokenizer, *, max_length: int | None = None, max_running: int = 64,
-        max_waiting: int = 256, step_tokens: int = 512, prefill_chunk: int = 256, cache_tokens: int | None = None,
-        block_size: int = 16, prefix_cache: bool = True, weights: str | None = None, backend: str = "auto",
-        share: int = 1,
+        max_waiting: int = 256, step_tokens: int | None = None, prefill_chunk: int | None = None,
+        cache_tokens: int | None = None, block_size: int = 16, prefix_cache: bool = True, weights: str | None = None,
+        backend: str = "auto", gpu_memory_utilization: float = GPU_SHARE, cuda_graphs: bool = True, share: int = 1,
     ) -> None:  # fmt: skip
         if weights is not None:
             if weights not in BITS:
@@ -71,20 +72,27 @@ class Engine:
         self.config, self.tokenizer = model.config, tokenizer
         self.device = model.device
         context = self.config.max_position_embeddings
+        usual_step, usual_chunk = (8192, 2048) if self.device.type == "cuda" else (512, 256)
+        step_tokens = max(step_tokens or usual_step, max_running + 1)
         if cache_tokens is None:
-            token_bytes = PagedCache.block_bytes(self.config, block_size, model.dtype) / block_size
-            fitting = int(_free_bytes(self.device) * CACHE_SHARE / share / token_bytes)
+            fitting = fitting_tokens(
+                model, block_size, step_tokens, max_running, backend=backend,
+                gpu_memory_utilization=gpu_memory_utilization, share=share,
+            )  # fmt: skip
             cache_tokens = max(block_size, min(fitting, max_running * (min(max_length or context, context) + 1)))
         blocks = max(1, cache_tokens // block_size)
         self.max_length = min(max_length or context, context, blocks * block_size)
         self.cache = PagedCache(self.config, blocks, block_size, model.dtype, self.device)
-        self.runner = Runner(model, self.cache, backend=backend)
+        graphs = (max_running, self.max_length) if cuda_graphs else None
+        self.runner = Runner(model, self.cache, backend=backend, graphs=graphs)
+        if self.runner.reason is not None:
+            log.info("steps run in plain PyTorch: %s", self.runner.reason)
         self.pool = BlockPool(blocks, block_size, prefix_cache=prefix_cache)
         windows = [self.config.window(layer) for layer in range(self.config.num_hidden_layers)]
         widest = None if None in windows else max(window for window in windows if window is not None)
         self.scheduler: Scheduler[Request] = Scheduler(
-            self.pool, max_running=max_running, step_tokens=max(step_tokens, max_running + 1),
-            prefill_chunk=prefill_chunk, window=widest,
+            self.pool, max_running=max_running, step_tokens=step_tokens,
+            prefill_chunk=prefill_chunk or usual_chunk, window=widest,
         )  # fmt: skip
         self.max_running, self.max_waiting = max_running, max_waiting
         self.inbox: list[Request] = []  # submitted, not yet seen by the engine's thread
@@ -363,9 +371,3 @@ def threadsafe(loop: asyncio.AbstractEventLoop, put: Callable[[TokenEvent], None
             loop.call_soon_threadsafe(put, event)
 
     return deliver
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return memory_available()

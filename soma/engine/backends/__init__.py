@@ -39,9 +39,12 @@ def why_not(name: str, model: Transformer) -> str | None:
     return None
 
 
-def make_backend(name: str, model: Transformer, cache: PagedCache) -> tuple[Backend, str, str | None]:
+def make_backend(
+    name: str, model: Transformer, cache: PagedCache, graphs: tuple[int, int] | None = None
+) -> tuple[Backend, str, str | None]:
     """The backend of that name ("auto": the fastest that can), its own name, and why it is the reference, if it is.
 
+    graphs: most sequences of a decode step and most tokens of each, where such steps should become CUDA graphs.
     Raises UserError for a name that is unknown, or that cannot run this model.
     """
     if name not in BACKENDS:
@@ -58,5 +61,5 @@ def make_backend(name: str, model: Transformer, cache: PagedCache) -> tuple[Back
     if name == "triton":
         from soma.engine.backends.triton import TritonModel
 
-        return TritonModel(model, cache), name, None
+        return TritonModel(model, cache, graphs if model.device.type == "cuda" else None), name, None
     return ReferenceModel(model, cache), name, reason

@@ -11,13 +11,15 @@ import logging
 import time
 from bisect import bisect_left
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from soma.engine.batch import Batch
 from soma.engine.paged import PagedCache
+
+PRIME = 7919  # scatters blocks
+TUNING_LENGTH = 1024  # tokens of the sequences that kernels are tuned with
 
 log = logging.getLogger("soma.engine")
 
@@ -37,12 +39,27 @@ class DecodeInputs:
     def __init__(self, most: int, width: int, scratch: int, block_size: int, device: torch.device) -> None:
         self.block_size, self.scratch = block_size, scratch
         self.tokens_T, self.positions_T, self.slots_T = (
-            torch.zeros(most, dtype=torch.int64, device=device) for _ in range(3)
+            torch.empty(most, dtype=torch.int64, device=device) for _ in range(3)
         )
-        self.lengths_S = torch.ones(most, dtype=torch.int32, device=device)
-        self.tables_SB = torch.full((most, width), scratch, dtype=torch.int32, device=device)
+        self.lengths_S = torch.empty(most, dtype=torch.int32, device=device)
+        self.tables_SB = torch.empty(most, width, dtype=torch.int32, device=device)
         self.query_starts_S1 = torch.arange(most + 1, dtype=torch.int32, device=device)
-        self.slots_T.fill_(scratch * block_size)
+        self.clear()
+
+    def clear(self) -> None:
+        """Make every row padding."""
+        self.tokens_T.zero_()
+        self.positions_T.zero_()
+        self.slots_T.fill_(self.scratch * self.block_size)
+        self.lengths_S.fill_(1)
+        self.tables_SB.fill_(self.scratch)
+
+    def fill(self, length: int, num_blocks: int) -> None:
+        """Make every row a sequence of `length` tokens in blocks all over the cache; writes still go to scratch."""
+        self.lengths_S.fill_(length)
+        self.positions_T.fill_(length - 1)
+        blocks = torch.arange(self.tables_SB.numel(), dtype=torch.int32, device=self.tables_SB.device)
+        self.tables_SB.copy_((blocks * PRIME % num_blocks).view_as(self.tables_SB))
 
     def rows(self, count: int) -> Batch:
         """The first `count` rows as a batch: views, so what is put in later is seen."""
@@ -82,22 +99,23 @@ class DecodeGraphs:
         self.inputs = DecodeInputs(max_sequences, self.width, cache.scratch, cache.block_size, self.device)
         self.out_SD = torch.empty(max_sequences, hidden_size, dtype=keys.dtype, device=self.device)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        begin, free = time.monotonic(), torch.cuda.mem_get_info(self.device)[0]
+        begin = time.monotonic()
+        self.inputs.fill(min(max_length, TUNING_LENGTH), cache.num_blocks)
+        for size in reversed(self.sizes):
+            features(self.inputs.rows(size))  # compiles and tunes what this size needs
+        torch.cuda.synchronize(self.device)
+        self.inputs.clear()
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info(self.device)[0]
         pool = torch.cuda.graph_pool_handle()
         for size in reversed(self.sizes):
-            self._capture(features, size, pool)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                self.out_SD[:size].copy_(features(self.inputs.rows(size)))
+            self.graphs[size] = graph
         self.seconds = time.monotonic() - begin
         self.nbytes = free - torch.cuda.mem_get_info(self.device)[0]
         log.info("%d CUDA graphs: %.1f s, %.2f GiB", len(self.sizes), self.seconds, self.nbytes / 2**30)
-
-    def _capture(self, features: Callable[[Batch], Tensor], size: int, pool: Any) -> None:
-        batch = self.inputs.rows(size)
-        features(batch)  # compiles and tunes what this size needs
-        torch.cuda.synchronize(self.device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            self.out_SD[:size].copy_(features(batch))
-        self.graphs[size] = graph
 
     def fits(self, batch: Batch) -> bool:
         """Whether a graph can run this step: one new token for every sequence, and the logits of each."""

@@ -20,8 +20,8 @@ from soma.model.transformer import Transformer
 class TritonModel:
     """One model and its paged cache on a GPU: per layer four matrix products and five kernels of our own.
 
-    The residual sum is part of the norm that follows it, RoPE of the write into the cache. After `capture` a step in
-    which every sequence has one new token is one replay of a CUDA graph.
+    The residual sum is part of the norm that follows it, RoPE of the write into the cache. With `graphs` (most
+    sequences, most tokens of each) a step in which every sequence has one new token replays a CUDA graph.
     """
 
     @staticmethod
@@ -36,11 +36,10 @@ class TritonModel:
             return "layers differ from a Llama's"
         return unsupported(config.head_dim, model.dtype)
 
-    def __init__(self, model: Transformer, cache: PagedCache) -> None:
+    def __init__(self, model: Transformer, cache: PagedCache, graphs: tuple[int, int] | None = None) -> None:
         assert self.supports(model) is None, self.supports(model)
         assert all(keys.dtype == model.dtype for keys in cache.keys)
         self.model, self.cache, self.eps = model, cache, model.config.norm_eps
-        self.graphs: DecodeGraphs | None = None
         self.layers: list[tuple[Attention, MLP, Tensor, Tensor]] = []
         norms = [layer.get_parameter("input_layernorm.weight") for layer in model.layers]
         norms.append(model.norm.get_parameter("weight"))
@@ -51,10 +50,9 @@ class TritonModel:
             assert isinstance(mlp, MLP)
             post_norm = layer.get_parameter("post_attention_layernorm.weight")
             self.layers.append((attention, mlp, post_norm, next_norm))
-
-    def capture(self, max_sequences: int, max_length: int) -> None:
-        """Capture decode steps of up to `max_sequences` sequences of `max_length` tokens as CUDA graphs."""
-        self.graphs = DecodeGraphs(self.features, self.cache, self.model.config.hidden_size, max_sequences, max_length)
+        self.graphs = None
+        if graphs is not None:
+            self.graphs = DecodeGraphs(self.features, cache, model.config.hidden_size, *graphs)
 
     def step(self, batch: Batch) -> Tensor:
         """Append the batch's tokens to the cache; the logits (R, V) of the rows that it asks for."""

@@ -40,7 +40,11 @@ def tuned(kernel: Any, tiles: tuple[Tile, ...], key: tuple[str, ...]) -> Any:
         triton.Config({"BLOCK_M": tile.rows, "BLOCK_N": tile.columns}, num_warps=tile.warps, num_stages=tile.stages)
         for tile in tiles
     ]
-    return triton.autotune(configs=configs, key=list(key))(kernel)
+
+    def bench(call: Callable[[], object], quantiles: list[float]) -> Any:
+        return triton.testing.do_bench(call, warmup=5, rep=25, quantiles=quantiles)
+
+    return triton.autotune(configs=configs, key=list(key), do_bench=bench)(kernel)
 
 
 def launch(

@@ -254,7 +254,7 @@ def decode(shared: dict[str, Any], out_SHE: Tensor, num_kv_heads: int, splits: i
         decode_kernel,
         lambda blocks: (num_kv_heads, splits, S),
         decode_tiles(H // num_kv_heads, out_SHE.dtype),
-        ("GROUP", "HEAD", "PAGE", "WINDOWED"),
+        ("GROUP", "HEAD", "PAGE", "WINDOWED", "num_splits"),
         {**shared, "parts": parts, "logsumexp": logsumexp, "num_splits": splits},
     )
     if not whole:
