@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from common import compare, finish, parser
+from peers.ids import Ids
 
 from soma.engine.engine import Engine
 from soma.engine.params import SamplingParams
@@ -27,21 +28,6 @@ SHAPE = ModelConfig(
     vocab_size=49152, hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
     intermediate_size=1536, max_position_embeddings=2048, tie_word_embeddings=True, rope_theta=100000.0,
 )  # fmt: skip
-
-
-class Ids:
-    """The engine's tokenizer for a benchmark that makes ids only."""
-
-    eos_ids: tuple[int, ...] = ()
-
-    def stream_decoder(self) -> "Ids":
-        return self
-
-    def push(self, token_id: int) -> str:
-        return ""
-
-    def flush(self) -> str:
-        return ""
 
 
 def main() -> None:

@@ -18,10 +18,10 @@ import torch
 
 from soma.engine.errors import EngineClosedError, EngineRestartingError, QueueFullError
 from soma.engine.launch import Launched
+from soma.engine.params import SamplingParams
 from soma.engine.process import EngineProcess, ProcessRequest
 from soma.engine.request import Completion, TokenEvent
 from soma.engine.router import Router
-from soma.engine.sampling import SamplingParams
 from soma.engine.stats import total
 
 
