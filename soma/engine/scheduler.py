@@ -118,6 +118,14 @@ class Scheduler(Generic[S]):
         if not self.members[sequence.key]:
             del self.spent[sequence.key], self.members[sequence.key]
 
+    def preempt(self, sequence: S) -> None:
+        """Take all blocks from a running sequence. It waits, and computes again what the prefix cache does not keep."""
+        self.preemptions += 1
+        sequence.preemptions += 1
+        self.running.remove(sequence)
+        self._release(sequence)
+        self.waiting.append(sequence)
+
     def expired(self, now: float) -> list[S]:
         """Those whose deadline has passed."""
         every = chain(self.running, self.waiting)
@@ -266,11 +274,7 @@ class Scheduler(Generic[S]):
         victim = max(others, key=_standing, default=sequence)
         if _standing(victim) <= _standing(sequence):
             return False
-        self.preemptions += 1
-        victim.preemptions += 1
-        self.running.remove(victim)
-        self._release(victim)
-        self.waiting.append(victim)
+        self.preempt(victim)
         return True
 
     def _release(self, sequence: S) -> None:

@@ -19,8 +19,15 @@ MLA: dict[str, Any] = {
     "first_k_dense_replace": 1, "n_shared_experts": 1,
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": BASE,
+    "llama-linear": {**BASE, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    "llama-dynamic": {**BASE, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+    "llama-llama3": {**BASE, "rope_scaling": LLAMA3},
     "llama-yarn": {**BASE, "rope_scaling": YARN},
     "gpt2": {"family": "gpt2", **{key: BASE[key] for key in BASE if key not in (
         "num_key_value_heads", "intermediate_size")}},
