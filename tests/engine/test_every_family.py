@@ -12,10 +12,10 @@ import pytest
 import torch
 from family_models import FAMILIES, V, make
 
-from soma.engine.engine import Engine
 from soma.engine.backends import why_not
+from soma.engine.engine import Engine
+from soma.engine.params import SamplingParams, TokenLogprob
 from soma.engine.request import Completion, Request
-from soma.engine.sampling import SamplingParams, TokenLogprob
 from soma.engine.worker import NoText
 from soma.model.transformer import Transformer
 

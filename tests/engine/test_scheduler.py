@@ -61,6 +61,9 @@ class World:
     def compute(self, sequence: Sequence, start: int, count: int) -> None:
         """Each token reads what its window shows before it and writes itself."""
         window = self.scheduler.window or 10**9
+        for block in set(sequence.table[start // SIZE : (start + count - 1) // SIZE + 1]):
+            assert self.scheduler.pool.references[block] == 1, "a block that is written has one owner"
+            assert self.scheduler.pool.name_of[block] is None, "a block that is written has no name"
         for place in range(start, start + count):
             mine = (sequence.salt, tuple(sequence.tokens[: place + 1]))
             self.content[sequence.table[place // SIZE], place % SIZE] = mine
@@ -100,7 +103,8 @@ def world(blocks: int = 16, *, prefix_cache: bool = True, **options: object) -> 
 PROMPT = st.tuples(st.integers(0, 2), st.integers(1, 40))  # which text, how much of it: many share beginnings
 ACTIONS = st.lists(
     st.one_of(
-        st.tuples(st.just("add"), PROMPT, st.integers(0, 20), st.integers(-1, 2), st.integers(0, 2), st.booleans()),
+        st.tuples(st.just("add"), PROMPT, st.integers(0, 20), st.integers(-1, 2), st.integers(0, 2), st.booleans(),
+                  st.sampled_from([None, None, 0.3, 20.0])),
         st.tuples(st.just("cancel"), st.integers(0, 100)),
         st.tuples(st.just("step"), st.integers(1, 4)),
         st.tuples(st.just("wait"), st.floats(0, 30)),
@@ -113,16 +117,18 @@ TEXTS = [[(place * place + which) % 7 for place in range(100)] for which in rang
 def play(made: World, actions: list[tuple]) -> None:  # type: ignore[type-arg]
     for action, *given_ in actions:
         if action == "add":
-            (which, length), answer, priority, key, needs = given_
+            (which, length), answer, priority, key, needs, time_left = given_
             made.add(
                 TEXTS[which][:length], answer, priority=priority, key=str(key), needs_prompt_logits=needs,
-                salt=b"x" if which == 2 else b"",
+                salt=b"x" if which == 2 else b"", deadline=None if time_left is None else made.clock + time_left,
             )  # fmt: skip
         elif action == "cancel" and made.live:
             made.finish(made.live[given_[0] % len(made.live)])
         elif action == "step":
             for _ in range(given_[0]):
                 made.step()
+                for late in made.scheduler.expired(made.clock):
+                    made.finish(late)
         elif action == "wait":
             made.clock += given_[0]
 
