@@ -157,12 +157,15 @@ class Experts(nn.Module):
         counts_E = torch.zeros(len(self.gate_proj), dtype=torch.int64, device=x_ND.device)
         counts_E = counts_E.index_add(0, chosen_NK.flatten(), one)
         x_PD = x_ND.to(dtype)[order_P // K]
-        gate_PI = grouped_linear(x_PD, self.gate_proj.to(dtype), counts_E)
-        up_PI = grouped_linear(x_PD, self.up_proj.to(dtype), counts_E)
-        out_PD = grouped_linear(F.silu(gate_PI) * up_PI, self.down_proj.to(dtype), counts_E)
+        gate_PI, up_PI = self.project("gate_proj", x_PD, counts_E), self.project("up_proj", x_PD, counts_E)
+        out_PD = self.project("down_proj", F.silu(gate_PI) * up_PI, counts_E)
         back_P = torch.empty_like(order_P).scatter(0, order_P, torch.arange(N * K, device=x_ND.device))
         out_NKD = out_PD[back_P].view(N, K, -1)
         return (out_NKD * weights_NK[..., None].to(dtype)).sum(1)
+
+    def project(self, name: str, x_P: Tensor, counts_E: Tensor) -> Tensor:
+        """Rows sorted by expert times their expert's matrix of the stack `name`."""
+        return grouped_linear(x_P, getattr(self, name).to(x_P.dtype), counts_E)
 
 
 class MoE(nn.Module):

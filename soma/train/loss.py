@@ -54,6 +54,22 @@ def backward(
 ) -> Tensor:  # fmt: skip
     """Backward pass of scale · (sum of cross-entropies) + aux_scale · aux; returns the sum, detached, float32.
 
+    Arguments are those of `head_backward`.
+    """
+    total, grad_BTD = head_backward(x_BTD, targets_BT, rows, chunk_loss, scale, size)
+    outputs, seeds = [x_BTD], [grad_BTD]
+    if aux.requires_grad:
+        outputs, seeds = [x_BTD, aux], [grad_BTD, aux_scale.to(aux.dtype)]
+    torch.autograd.backward(outputs, seeds)
+    return total
+
+
+def head_backward(
+    x_BTD: Tensor, targets_BT: Tensor, rows: Tensor | None, chunk_loss: ChunkLoss, scale: Tensor,
+    size: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Backward pass of scale · (sum of cross-entropies) through the head alone; the sum and the gradient of x_BTD.
+
     `rows` are the positions with a target (`kept_rows`); `chunk_loss(x_ND, targets_N)` is the head and its loss. These
     run piece by piece, forward and at once backward, so that no (N, V) tensor is ever whole: at 8,192 positions and a
     vocabulary of 8,192 that is 16 MiB of logits in place of 256 (and again as much for their gradient), and the pieces
@@ -74,11 +90,7 @@ def backward(
     grad_ND = torch.cat(gradients)
     if rows is not None:
         grad_ND = x_BTD.new_zeros(N, D).index_copy(0, rows, grad_ND[: len(rows)])
-    outputs, seeds = [x_BTD], [grad_ND.view_as(x_BTD)]
-    if aux.requires_grad:
-        outputs, seeds = [x_BTD, aux], [seeds[0], aux_scale.to(aux.dtype)]
-    torch.autograd.backward(outputs, seeds)
-    return total
+    return total, grad_ND.view_as(x_BTD)
 
 
 def loss_sum(x_BTD: Tensor, targets_BT: Tensor, rows: Tensor | None, chunk_loss: ChunkLoss) -> Tensor:

@@ -1,0 +1,268 @@
+"""Runs a schedule: each rank its own list of actions, over real transfers.
+
+The executor knows nothing of models. It asks `Worker`s for forwards and backwards and a `Transport` for what comes
+from other ranks. `PipelineStep` puts a `Transformer` in its hands: what a training loop calls in place of its own
+forward and backward passes.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from soma.model.moe import Router
+from soma.model.transformer import Transformer
+from soma.train import loss
+from soma.train.parallel.pipeline.replicas import Replicas
+from soma.train.parallel.pipeline.schedule import Action, Schedule, layers_of_stages
+from soma.train.parallel.pipeline.simulate import Span, Timeline, peak
+from soma.train.parallel.pipeline.stage import Microbatch, StageWorker, cut
+from soma.train.parallel.pipeline.transfers import forward_only, made_by, needed_by, reader_of
+from soma.train.parallel.pipeline.transport import Transport
+from soma.train.parallel.pipeline.validate import validate
+
+
+class Worker(Protocol):
+    """Computes one stage. Tensors that it gives away do not change any more."""
+
+    def forward(self, index: int, x: Tensor | None, /) -> Tensor:
+        """F of microbatch `index`; x is None on the first stage."""
+
+    def backward(self, index: int, grad: Tensor | None, /) -> Tensor | None:
+        """B: from the gradient of its output (None on the last stage) that of its input (unread on the first)."""
+
+    def weight(self, index: int, /) -> None:
+        """W. After every B: at once for a BW."""
+
+
+class Clock:
+    """Times of actions in seconds: a monotonic clock, or a GPU's events, which do not hold the stream up."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.marks: list[tuple[Action, torch.cuda.Event | float]] = []
+        self.zero: torch.cuda.Event | float = 0.0
+        self.zero_time = 0.0
+
+    def begin(self) -> None:
+        """Forget all marks."""
+        self.marks.clear()
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        self.zero_time = time.monotonic()
+        self.zero = self.now()
+
+    def now(self) -> "torch.cuda.Event | float":
+        """This moment, or the one when the GPU's stream gets here."""
+        if not self.on_gpu:
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def mark(self, action: Action) -> None:
+        """An action starts or ends here."""
+        self.marks.append((action, self.now()))
+
+    def spans(self) -> list[Span]:
+        """The actions that were marked twice, in order; times on the monotonic clock."""
+        times = [(action, self.seconds(mark)) for action, mark in self.marks]
+        return [Span(action, start, end) for (action, start), (_, end) in list(pairwise(times))[::2]]
+
+    def seconds(self, mark: "torch.cuda.Event | float") -> float:
+        """A mark on the monotonic clock."""
+        if isinstance(mark, float):
+            return mark
+        assert isinstance(self.zero, torch.cuda.Event)
+        mark.synchronize()
+        return self.zero_time + self.zero.elapsed_time(mark) / 1000
+
+
+def execute(
+    schedule: Schedule, rank: int, workers: Mapping[int, Worker], transport: Transport, clock: Clock
+) -> None:  # fmt: skip
+    """Run the rank's actions in the schedule's order. `workers` are this rank's stages by their index.
+
+    An action starts when its rank is free and what it needs has come; what it makes leaves while the next one runs. A
+    pair that a schedule overlaps runs one after the other here: that takes two streams of a GPU.
+    """
+    transport.begin()
+    clock.begin()
+    here: dict[Action, Tensor | None] = {}  # made on this rank for this rank: the turn of a V
+    for action in schedule.actions(rank):
+        need = needed_by(schedule, action)
+        value = None
+        if need is not None:
+            value = here.pop(need) if need in here else transport.receive(need)
+        worker = workers[action.stage]
+        clock.mark(action)
+        result = None
+        if action.kind == "F":
+            result = worker.forward(action.microbatch, value)
+        elif action.kind in ("B", "BW"):
+            result = worker.backward(action.microbatch, value)
+        if action.kind in ("W", "BW"):
+            worker.weight(action.microbatch)
+        clock.mark(action)
+        reader = reader_of(schedule, action)
+        if reader == rank:
+            here[made_by(action)] = result
+        elif reader is not None:
+            assert result is not None
+            transport.send(made_by(action), reader, result)
+    transport.finish()
+
+
+def gather_timeline(schedule: Schedule, clock: Clock, group: dist.ProcessGroup) -> Timeline:
+    """All ranks' spans of the last run, on every rank: seconds since the first of them. For ranks of one machine."""
+    rows: list[list[Span]] = [[] for _ in range(schedule.ranks)]
+    dist.all_gather_object(rows, clock.spans(), group=group)
+    zero = min(row[0].start for row in rows if row)
+    rows = [[Span(span.step, span.start - zero, span.end - zero) for span in row] for row in rows]
+    return Timeline(schedule, rows, [peak(schedule, row) for row in rows])
+
+
+class PipelineStep:
+    """One training step of a model that lies on the ranks of `group`, stage by stage.
+
+        pipeline = PipelineStep(model, SCHEDULES["1f1b"](ranks, microbatches), mesh["pp"].get_group())
+        optimizers = build_optimizers(model, …)         # after it: `model` now holds this rank's part alone
+        total = pipeline.step(microbatches, 1 / count, 1 / microbatches)
+        norm = pipeline.clip(1.0)
+
+    model: the whole `Transformer`, the same on every rank (or on the meta device: then allocate and load what is left
+    of it afterwards). It is cut in place (`stage.cut`); names stay. Apply layouts (tensor, FSDP) to what is left, layer
+    by layer, or to `pipeline.stages`.
+    schedule: is validated here. layers: those of every stage; default as even as can be.
+    group: the pipeline's ranks, one for each rank of the schedule; default: all.
+    chunk_loss: as in `soma.train.loss.backward`; default: the model's head and cross-entropy under `autocast`.
+    split: run B and W apart where the schedule has them apart. Without it a B does both (and W nothing): for layouts
+    whose gradients must come from autograd's own accumulation (FSDP).
+    dtype: of what is sent; default that of the parameters. It must be the dtype of the residual stream.
+
+    Raises ValueError where group and schedule have other numbers of ranks, and where the schedule is none.
+    """
+
+    def __init__(
+        self, model: Transformer, schedule: Schedule, group: dist.ProcessGroup | None = None, *,
+        layers: Sequence[Sequence[int]] | None = None, chunk_loss: loss.ChunkLoss | None = None,
+        autocast: Callable[[], AbstractContextManager[object]] = nullcontext, compiled: bool = False,
+        split: bool = True, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        validate(schedule)
+        group = dist.group.WORLD if group is None else group
+        assert group is not None
+        if dist.get_world_size(group) != schedule.ranks:
+            raise ValueError(
+                f"schedule {schedule.name} is for {schedule.ranks} ranks, the pipeline has {dist.get_world_size(group)}"
+            )
+        self.model, self.schedule, self.group, self.rank = model, schedule, group, dist.get_rank(group)
+        self.dtype = next(model.parameters()).dtype if dtype is None else dtype
+        self.width = model.config.hidden_size
+        layers = layers_of_stages(len(model.layers), schedule.stages) if layers is None else layers
+        tied = model.lm_head is None
+        self.stages = cut(model, schedule, self.rank, layers)
+        self.replicas = Replicas(model, schedule, layers, group, tied)
+        halves = split and any(action.kind == "B" for action in schedule.actions(self.rank))
+
+        def head(x_ND: Tensor, targets_N: Tensor) -> Tensor:
+            with autocast():
+                logits_NV = model.logits(x_ND)
+            return loss.cross_entropy_sum(logits_NV, targets_N)
+
+        if chunk_loss is None:
+            chunk_loss = torch.compile(head, dynamic=False) if compiled else head
+        self.workers = {
+            stage.index: StageWorker(
+                stage, chunk_loss, autocast, split=halves, recompute=model.activation_checkpointing, compiled=compiled
+            )
+            for stage in self.stages
+        }
+        self.microbatches: Sequence[Microbatch] = ()
+        self.transport = Transport(schedule, group, self.buffer)
+        self.forward_schedule = forward_only(schedule)
+        self.forward_transport: Transport | None = None
+        self.clock: Clock | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return next(self.model.parameters()).device
+
+    def buffer(self, index: int) -> Tensor:
+        """Room for what a microbatch sends from stage to stage: (B, T, D)."""
+        shape = self.microbatches[index].tokens.shape
+        return torch.empty(*shape, self.width, dtype=self.dtype, device=self.device)
+
+    def step(
+        self, microbatches: Sequence[Microbatch], scale: Tensor | float, aux_scale: Tensor | float
+    ) -> Tensor:  # fmt: skip
+        """Forward and backward of all microbatches; adds to `.grad` of this rank's parameters.
+
+        Every rank gives the same microbatches, as many as the schedule has. The gradient is that of
+        scale · (sum of cross-entropies over all targets) + aux_scale · (sum of the router's losses over microbatches):
+        with scale = 1 / targets of the whole batch, unequal numbers of targets weigh as in one process. Parameters that
+        lie on two ranks (a tied embedding, DualPipe's copies) have the whole gradient on both.
+        Returns the sum of cross-entropies in nats, float32, the same on all ranks.
+        """
+        self.begin(microbatches, scale, aux_scale)
+        self.clock = Clock(self.device)
+        execute(self.schedule, self.rank, self.workers, self.transport, self.clock)
+        self.replicas.sum_gradients()
+        return self.total()
+
+    @torch.no_grad()
+    def evaluate(self, microbatches: Sequence[Microbatch]) -> Tensor:
+        """The sum of cross-entropies without gradients, in whatever mode the model is; the same on all ranks."""
+        self.begin(microbatches, 0.0, 0.0)
+        if self.forward_transport is None:
+            self.forward_transport = Transport(self.forward_schedule, self.group, self.buffer)
+        execute(self.forward_schedule, self.rank, self.workers, self.forward_transport, Clock(self.device))
+        return self.total()
+
+    def begin(self, microbatches: Sequence[Microbatch], scale: Tensor | float, aux_scale: Tensor | float) -> None:
+        """Hand the microbatches to the stages."""
+        if len(microbatches) != self.schedule.microbatches:
+            name, planned = self.schedule.name, self.schedule.microbatches
+            raise ValueError(f"schedule {name} is for {planned} microbatches, got {len(microbatches)}")
+        self.microbatches = microbatches
+        for worker in self.workers.values():
+            worker.microbatches = microbatches
+            worker.scale = torch.as_tensor(scale, dtype=torch.float32, device=self.device)
+            worker.aux_scale = torch.as_tensor(aux_scale, dtype=torch.float32, device=self.device)
+            worker.total = torch.zeros((), device=self.device)
+
+    def total(self) -> Tensor:
+        """The loss that the last stages have seen, on every rank."""
+        total = torch.stack([worker.total for worker in self.workers.values()]).sum()
+        dist.all_reduce(total, group=self.group)
+        return total
+
+    def sum_loads(self) -> None:
+        """Make the tokens that each expert was sent (`Router.load`) those of the whole step, where a router has copies.
+
+        Call it once before the counts are used, which must then start anew (`RouterBalance.step`).
+        """
+        loads = {
+            f"{name}.load": module.load
+            for name, module in self.model.named_modules()
+            if isinstance(module, Router) and module.load is not None
+        }
+        self.replicas.sum_tensors(loads)
+
+    def clip(self, limit: float) -> Tensor:
+        """Scale the gradients so that the norm of the whole model's is at most `limit`; the norm as it was, float32.
+
+        A parameter that lies on two ranks counts once.
+        """
+        return self.replicas.clip(limit)
+
+    def timeline(self) -> Timeline:
+        """What the last step did in time, on every rank: to be drawn, or held against the simulation."""
+        assert self.clock is not None, "no step has been taken"
+        return gather_timeline(self.schedule, self.clock, self.group)

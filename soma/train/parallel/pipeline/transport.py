@@ -1,0 +1,102 @@
+"""Point-to-point transfers of a pipeline over `torch.distributed`."""
+
+from collections import deque
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from soma.train.parallel.pipeline.schedule import Action, Schedule
+from soma.train.parallel.pipeline.transfers import Channel, channels
+
+AHEAD = 2  # receives that a channel has posted before they are needed: one arrives while the other is worked on
+
+
+class Transport:
+    """One rank's ends of all channels of a schedule.
+
+    Sends are asynchronous and keep their tensor alive until it has left. Receives are posted in the channel's order,
+    `AHEAD` of them at any time, into buffers made by `buffer(microbatch)`: what comes over a wire has that shape. Over
+    NCCL every channel has a communicator of its own, since those of two directions on one would wait for each other.
+    """
+
+    def __init__(self, schedule: Schedule, group: dist.ProcessGroup, buffer: Callable[[int], Tensor]) -> None:
+        self.group, self.buffer, self.rank = group, buffer, dist.get_rank(group)
+        self.orders = channels(schedule)
+        self.reads = {channel: order for channel, order in self.orders.items() if channel[1] == self.rank}
+        self.groups = dict.fromkeys(self.orders, group)
+        self.number = {
+            (channel, message): place for channel, order in self.orders.items() for place, message in enumerate(order)
+        }
+        self.channel_of = {message: channel for channel, order in self.reads.items() for message in order}
+        if dist.get_backend(group) == "nccl":
+            self.open_channels()
+        self.sending: deque[tuple[dist.Work, Tensor]] = deque()
+        self.posted: dict[Action, tuple[dist.Work, Tensor]] = {}
+        self.next: dict[Channel, int] = {}
+
+    def open_channels(self) -> None:
+        """A communicator for each channel, used once in an order that is the same everywhere."""
+        device = torch.device("cuda", torch.cuda.current_device())
+        for channel in self.orders:
+            if self.rank in channel:
+                members = [dist.get_global_rank(self.group, rank) for rank in channel]
+                self.groups[channel] = dist.new_group(members, backend="nccl", use_local_synchronization=True)
+                word = torch.zeros(1, device=device)
+                move = dist.isend if channel[0] == self.rank else dist.irecv
+                other = members[1] if channel[0] == self.rank else members[0]
+                work = move(word, other, group=self.groups[channel])
+                assert work is not None
+                work.wait()
+        torch.cuda.synchronize()
+
+    def begin(self) -> None:
+        """A new step: post the first receives."""
+        assert not self.sending
+        assert not self.posted
+        self.next = dict.fromkeys(self.reads, 0)
+        for channel in self.reads:
+            self.post(channel, AHEAD)
+
+    def post(self, channel: Channel, until: int) -> None:
+        """Post the channel's receives up to the one numbered `until` (not included)."""
+        order = self.reads[channel]
+        for place in range(self.next[channel], min(until, len(order))):
+            message = order[place]
+            buffer = self.buffer(message.microbatch)
+            source = dist.get_global_rank(self.group, channel[0])
+            work = dist.irecv(buffer, source, group=self.groups[channel], tag=place)
+            assert work is not None
+            self.posted[message] = (work, buffer)
+        self.next[channel] = max(self.next[channel], min(until, len(order)))
+
+    def receive(self, message: Action) -> Tensor:
+        """What `message` names, as soon as it is here. Raises RuntimeError, with who waits for what, on a time-out."""
+        channel = self.channel_of[message]
+        self.post(channel, self.number[channel, message] + 1)
+        work, buffer = self.posted.pop(message)
+        try:
+            work.wait()
+        except RuntimeError as error:
+            who = f"pipeline rank {self.rank} waits for {message} of rank {channel[0]}"
+            raise RuntimeError(f"{who}: {error}") from error
+        self.post(channel, self.number[channel, message] + 1 + AHEAD)
+        return buffer
+
+    def send(self, message: Action, reader: int, value: Tensor) -> None:
+        """Start a transfer; `value` must not change any more."""
+        while self.sending and self.sending[0][0].is_completed():
+            self.sending.popleft()
+        channel = (self.rank, reader)
+        value = value.contiguous()
+        target = dist.get_global_rank(self.group, reader)
+        work = dist.isend(value, target, group=self.groups[channel], tag=self.number[channel, message])
+        assert work is not None
+        self.sending.append((work, value))
+
+    def finish(self) -> None:
+        """All has left and all has come."""
+        assert not self.posted, f"never read: {[str(message) for message in self.posted]}"
+        while self.sending:
+            self.sending.popleft()[0].wait()
