@@ -11,7 +11,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -30,7 +30,7 @@ from soma.base.units import human_bytes
 from soma.evaluate.report import write_report
 from soma.recipe import Recipe, to_yaml
 from soma.stages import Build, Stage, stages_of
-from soma.tracking import Tracking
+from soma.tracking import Trackers, Tracking
 
 KEY_LENGTH = 16
 VERSIONED = ("torch", "numpy", "tokenizers", "safetensors", "daft", "pyarrow")
@@ -221,7 +221,6 @@ class _Session:
     def step(self, item: Planned, *, force: bool) -> None:
         """Make one stage, or use its artefact; either way it is held until the run ends, so that no prune takes it."""
         name = item.stage.name
-        inputs = {role: self.artefacts[upstream] for role, upstream in item.stage.inputs.items()}
         lock = self.held.enter_context(hold(self.runs, item.path.name))
         cached = (item.path / "run.json").exists() and not force
         entry: dict[str, Any] = {"stage": name, "key": item.key, "cached": cached}
@@ -230,18 +229,14 @@ class _Session:
             progress.current().note(f"{name}: cached ({item.path.name})")
         else:
             progress.current().note(f"{name}: {'; '.join(item.reasons) or 'asked for with --force'}")
-            enforce_quota(self.runs)
-            try:
-                make(item, inputs, self.tracking)
-            except UserError as error:
-                raise _blamed(error, inputs) from None
+            make(item, self.artefacts, self.runs, self.tracking)
         lock.share()
+        self.artefacts[name] = item.path
         made = read_json(item.path / "run.json")
         entry |= {
             key: made[key]
             for key in ("seconds", "peak_memory_bytes", "bytes", "content_hash", "reproducible", "inputs")
         }
-        self.artefacts[name] = item.path
         self.record["stages"].append(entry)
         figures = item.stage.metrics(item.path)
         self.record["metrics"] |= figures
@@ -278,6 +273,35 @@ class _Session:
             history.write(json.dumps(self.record, default=str) + "\n")
 
 
+def build_until(
+    recipe: Recipe, runs: Path, is_enough: Callable[[dict[str, float]], bool], tracking: Trackers
+) -> dict[str, float]:  # fmt: skip
+    """Make a recipe's stages in order until their figures are enough; the figures. No named run is written."""
+    figures: dict[str, float] = {}
+    with ExitStack() as held:
+        artefacts: dict[str, Path] = {}
+        for item in plan(recipe, runs):
+            lock = held.enter_context(hold(runs, item.path.name))
+            if not (item.path / "run.json").exists():
+                make(item, artefacts, runs, tracking)
+            lock.share()
+            artefacts[item.stage.name] = item.path
+            figures |= item.stage.metrics(item.path)
+            if is_enough(figures):
+                break
+    return figures
+
+
+def make(item: Planned, artefacts: Mapping[str, Path], runs: Path, tracking: Trackers) -> None:
+    """Make a stage's artefact from those of the stages before it. The caller holds its lock."""
+    enforce_quota(runs)
+    inputs = {role: artefacts[upstream] for role, upstream in item.stage.inputs.items()}
+    try:
+        _build(item, inputs, tracking)
+    except UserError as error:
+        raise _blamed(error, inputs) from None
+
+
 def _blamed(error: UserError, inputs: Mapping[str, Path]) -> UserError:
     """The error of a stage, with what to do where one of its inputs is not what it was when it was made."""
     for path in inputs.values():
@@ -286,8 +310,8 @@ def _blamed(error: UserError, inputs: Mapping[str, Path]) -> UserError:
     return error
 
 
-def make(item: Planned, inputs: Mapping[str, Path], tracking: Tracking) -> None:
-    """Make a stage's artefact in its work folder, then publish it by one rename. The caller holds its lock."""
+def _build(item: Planned, inputs: Mapping[str, Path], tracking: Trackers) -> None:
+    """Fill the stage's work folder, then publish it by one rename."""
     stage = item.stage
     out = item.work / "out"
     shutil.rmtree(out, ignore_errors=True)

@@ -15,7 +15,7 @@ from soma.base.fetch import fetch
 from soma.data.config import DataConfig, InstructConfig, TokenizerConfig
 from soma.evaluate.config import EvaluateConfig
 from soma.recipe import ModelShape, ProbeConfig, Recipe
-from soma.tracking import Tracking
+from soma.tracking import Trackers
 from soma.train.config import PreferenceConfig, TrainConfig
 
 
@@ -26,7 +26,7 @@ class Build:
     out: Path
     state: Path
     inputs: Mapping[str, Path]
-    tracking: Tracking
+    tracking: Trackers
 
 
 def _nothing() -> str:

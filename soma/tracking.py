@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from soma.base import progress
 from soma.base.artefact import json_hash
@@ -11,6 +11,12 @@ from soma.base.registry import default_uri, register_model
 from soma.base.runs import flatten
 from soma.recipe import Recipe
 from soma.train.tracking import NullTracker, Tracker
+
+
+class Trackers(Protocol):
+    """Gives each training stage its tracker."""
+
+    def for_stage(self, stage: str) -> Tracker: ...
 
 
 class StageTracker:
