@@ -7,6 +7,7 @@ once.
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -23,6 +24,7 @@ from soma.engine.blocks import BlockPool
 from soma.engine.check import check_request
 from soma.engine.errors import EngineClosedError, QueueFullError
 from soma.engine.memory import GPU_SHARE, fitting_tokens
+from soma.engine.overlap import NOTHING, PLACEHOLDER, Flight, can_overlap, draw
 from soma.engine.paged import PagedCache
 from soma.engine.params import SamplingParams, TokenLogprob
 from soma.engine.request import Completion, Request, TokenEvent, Tokenizer
@@ -56,6 +58,7 @@ class Engine:
         prefix_cache: keep what was computed, and reuse it for requests that begin with the same tokens.
         weights: "int8" or "int4" rounds the linear layers at load (groups of 32); None leaves them.
         backend: what computes the steps, "auto" for the fastest that can (see `soma.engine.backends`).
+        overlap: plan and deliver while a step computes (see `soma.engine.overlap`); None: on a GPU.
         share: engines that have the free memory between them.
     """
 
@@ -63,7 +66,8 @@ class Engine:
         self, model: Transformer, tokenizer: Tokenizer, *, max_length: int | None = None, max_running: int = 64,
         max_waiting: int = 256, step_tokens: int | None = None, prefill_chunk: int | None = None,
         cache_tokens: int | None = None, block_size: int = 16, prefix_cache: bool = True, weights: str | None = None,
-        backend: str = "auto", gpu_memory_utilization: float = GPU_SHARE, cuda_graphs: bool = True, share: int = 1,
+        backend: str = "auto", gpu_memory_utilization: float = GPU_SHARE, cuda_graphs: bool = True,
+        overlap: bool | None = None, share: int = 1,
     ) -> None:  # fmt: skip
         if weights is not None:
             if weights not in BITS:
@@ -96,6 +100,8 @@ class Engine:
         )  # fmt: skip
         self.max_running, self.max_waiting = max_running, max_waiting
         self.inbox: list[Request] = []  # submitted, not yet seen by the engine's thread
+        self.overlap = self.device.type == "cuda" if overlap is None else overlap
+        self.flight: Flight | None = None
         self.closing = False
         self.changed = threading.Condition()
         self.thread = threading.Thread(target=self._work, name="soma-engine", daemon=True)
@@ -262,33 +268,73 @@ class Engine:
         now = time.monotonic()
         with self.changed:
             plan = self.scheduler.schedule(now)
-        if not plan:
-            return
         for work in plan:
             work.sequence.scheduled = work.sequence.scheduled or now
-        self._compute(plan)
+        if plan:
+            self._compute(plan)
+        else:
+            self._land()
 
     def _compute(self, plan: list[Work[Request]]) -> None:
-        """Run the shares of a step together; if that fails one by one, so that only those at fault end."""
+        """Run the shares of a step together; if that fails one by one, so that only those at fault end.
+
+        While it runs, the tokens of the step before it are read and delivered, if they are not yet: see `overlap`.
+        """
+        drawing = [work.sequence for work in plan if work.is_last]
+        overlaps = self.overlap and all(can_overlap(work.sequence.params) for work in plan)
         try:
             logits_RV = self.runner.step(self._batch(plan))
+            tokens_R = draw(logits_RV, drawing) if overlaps else None
         except Exception as error:
+            if self.flight is not None:  # whose requests may be at fault, or over
+                self._land()
+                plan = [work for work in plan if work.sequence.finish_reason is None]
             if len(plan) > 1:
                 for work in plan:
                     self._compute([work])
-                return
-            log.exception("a step failed")
-            self._finish(plan[0].sequence, "error", f"{type(error).__name__} in the engine")
+                    self._land()
+            elif plan:
+                log.exception("a step failed")
+                self._finish(plan[0].sequence, "error", f"{type(error).__name__} in the engine")
             return
+        self._land()
+        alive = [work for work in plan if work.sequence.finish_reason is None]
         with self.changed:
-            self.scheduler.commit(plan)
+            self.scheduler.commit(alive)
+        if tokens_R is None:
+            self._draw(plan, logits_RV)
+            return
+        self.flight = Flight(drawing, tokens_R)
+        for request in drawing:
+            if request.finish_reason is None and request.generated + 1 < request.max_tokens:
+                request.tokens.append(PLACEHOLDER)
+                request.pending = 1
+
+    def _land(self) -> None:
+        """Read the tokens of the step in flight and deliver them to those who still want them."""
+        flight, self.flight = self.flight, None
+        if flight is None:
+            return
+        for request, token in zip(flight.requests, flight.read(), strict=True):
+            if request.finish_reason is not None:
+                continue
+            if request.pending:
+                request.tokens.pop()
+                request.pending = 0
+            self._take(request, None if token == NOTHING else TokenLogprob(token, math.nan))
+
+    def _draw(self, plan: list[Work[Request]], logits_RV: Tensor) -> None:
+        """Draw the next tokens of a step's requests, but for those that have ended meanwhile, and deliver them."""
         ends = np.cumsum([_rows(work) for work in plan])
-        drawing = [(work.sequence, int(end) - 1) for work, end in zip(plan, ends, strict=True) if work.is_last]
+        alive = [
+            (work, int(end)) for work, end in zip(plan, ends, strict=True) if work.sequence.finish_reason is None
+        ]  # fmt: skip
+        drawing = [(work.sequence, end - 1) for work, end in alive if work.is_last]
         places = [place for _, place in drawing]
         last_RV = logits_RV if len(places) == len(logits_RV) else logits_RV[places]
         requests = [request for request, _ in drawing]
         chosen = dict(zip(requests, self._sample(requests, last_RV), strict=True))
-        for work, end in zip(plan, ends.tolist(), strict=True):
+        for work, end in alive:
             if rows := _rows(work):
                 self._accept(work, logits_RV[end - rows : end], chosen.get(work.sequence))
 
@@ -299,11 +345,17 @@ class Engine:
         for work in plan:
             end += work.count
             rows.append(np.arange(end - _rows(work), end, dtype=np.int64))
-        return make_batch(
+        batch = make_batch(
             (work.sequence.tokens[work.start : work.start + work.count] for work in plan), starts, counts,
             [np.frombuffer(work.sequence.table, dtype=np.int32) for work in plan], np.concatenate(rows),
             self.pool.block_size, self.device,
         )  # fmt: skip
+        unread = [(work.sequence, end - 1) for work, end in zip(plan, np.cumsum(counts), strict=True)
+                  if work.is_last and work.sequence.pending]  # fmt: skip
+        if unread:
+            assert self.flight is not None
+            self.flight.feed(batch.tokens_T, *zip(*unread, strict=True))
+        return batch
 
     def _sample(self, requests: list[Request], logits_RV: Tensor) -> list[TokenLogprob | None]:
         """The next token of each request; None for those whose own fault it is that there is none."""
@@ -325,8 +377,16 @@ class Engine:
                 ids = request.tokens[first + 1 : last + 1]
                 request.prompt_logprobs += token_logprobs(rows_NV, ids, request.params.prompt_logprobs or 0)
                 request.scored = work.start + work.count
-            if not work.is_last:
-                return
+        except Exception as error:
+            log.exception("a request failed")
+            self._finish(request, "error", f"{type(error).__name__} in the engine")
+            return
+        if work.is_last:
+            self._take(request, chosen)
+
+    def _take(self, request: Request, chosen: TokenLogprob | None) -> None:
+        """Append a request's next token and deliver it."""
+        try:
             if chosen is None:
                 raise FloatingPointError("the logits are not numbers, or leave no token to choose")
             event = request.accept(chosen)

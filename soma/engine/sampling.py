@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from soma.engine.adjust import Row, adjust
+from soma.engine.batch import to_device
 from soma.engine.params import MASK64, TokenLogprob
 
 # How many of the likeliest tokens to look for, until they decide what top-k and top-p keep; then all are sorted. For a
@@ -152,7 +153,7 @@ class Settings(NamedTuple):
         params = [row.state.params for row in rows]
         columns = [(max(one.temperature, COLDEST), max(one.top_k, 0), one.top_p, one.min_p) for one in params]
         table = np.concatenate((np.array(columns, dtype=np.float64), drawn[:, None]), 1)
-        return cls(*torch.from_numpy(table).to(device).split(1, 1))
+        return cls(*to_device([table], device)[0].split(1, 1))
 
 
 def kinds(rows: Sequence[Row]) -> tuple[list[int], list[int]]:

@@ -37,6 +37,7 @@ class Sequence:
         self.tokens, self.prompt_length = list(tokens), len(tokens)
         self.priority, self.key, self.deadline, self.salt = priority, key, deadline, salt
         self.needs_prompt_logits = needs_prompt_logits
+        self.pending = 0  # 1 while the last token is a placeholder for one that is being drawn
         self.computed = 0  # tokens whose keys and values are in the cache
         self.scored = 0  # places of the prompt whose logits were taken
         self.table = array("i")  # its blocks; 0 for those before `first_block`, which left the window
@@ -208,7 +209,8 @@ class Scheduler(Generic[S]):
             self.planned.add(sequence)
             if self.pool.prefix_cache:
                 size = self.pool.block_size
-                ends = range(sequence.computed // size, (sequence.computed + share) // size)
+                known = min(sequence.computed + share, sequence.wanted - sequence.pending)
+                ends = range(sequence.computed // size, known // size)
                 self.in_step.update(self._name(sequence, block) for block in ends)
         return share
 
