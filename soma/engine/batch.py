@@ -7,11 +7,13 @@ Shape letters: T new tokens of all sequences, S sequences, B blocks of the longe
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, groupby
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from soma.model.adapted import Segment
 
 ALIGNMENT = 64  # bytes, of each tensor in a packed transfer
 
@@ -35,6 +37,8 @@ class Batch:
     block_size: int
     longest_query: int  # most new tokens of one sequence
     longest: int  # most tokens of one sequence in the cache
+    adapters: tuple[Segment, ...] = ()  # of the tokens; those in no segment have none
+    row_adapters: tuple[Segment, ...] = ()  # of the rows of logits
 
     @property
     def num_tokens(self) -> int:
@@ -48,11 +52,13 @@ class Batch:
 def make_batch(
     tokens: Iterable[Sequence[int]], starts: Sequence[int], counts: Sequence[int], tables: Sequence[np.ndarray],
     logit_rows: np.ndarray, block_size: int, device: torch.device | str = "cpu",
+    adapters: Sequence[int | None] = (),
 ) -> Batch:  # fmt: skip
     """The batch of S sequences: `counts[s]` new tokens each, after `starts[s]` tokens that are in the cache.
 
     tokens: the new ones of each sequence. tables: int32 block ids of each sequence, the new tokens' blocks included.
-    logit_rows: int64 (R), places among the T tokens.
+    logit_rows: int64 (R), places among the T tokens, ascending. adapters: the slot of each sequence's adapter, those of
+    one adapter side by side; empty if no sequence has one.
     """
     starts_S, counts_S = np.asarray(starts, dtype=np.int64), np.asarray(counts, dtype=np.int64)
     ends_S = np.cumsum(counts_S)
@@ -71,7 +77,7 @@ def make_batch(
     tokens, positions, slots, rows, query_starts, lengths, padded_tables = to_device(arrays, device)
     return Batch(
         tokens, positions, query_starts, lengths, padded_tables, slots, rows, block_size, int(counts_S.max()),
-        int(lengths_S.max()),
+        int(lengths_S.max()), *segments_of(adapters, query_starts_S1, logit_rows),
     )  # fmt: skip
 
 
@@ -90,3 +96,17 @@ def to_device(arrays: Sequence[np.ndarray], device: torch.device | str) -> list[
         there[start : start + array.nbytes].view(torch.from_numpy(array).dtype).view(array.shape)
         for start, array in zip(starts, arrays, strict=True)
     ]
+
+
+def segments_of(
+    adapters: Sequence[int | None], starts_S1: np.ndarray, logit_rows: np.ndarray
+) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
+    """Segments of tokens and of rows: `adapters` of the sequences, whose tokens begin at `starts_S1`."""
+    tokens, first = [], 0
+    for slot, members in groupby(adapters):
+        after = first + len(list(members))
+        if slot is not None:
+            tokens.append(Segment(slot, int(starts_S1[first]), int(starts_S1[after])))
+        first = after
+    rows = [Segment(slot, *np.searchsorted(logit_rows, bounds).tolist()) for slot, *bounds in tokens]
+    return tuple(tokens), tuple(row for row in rows if row.first < row.end)

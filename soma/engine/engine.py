@@ -12,12 +12,14 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from soma.base.errors import UserError
+from soma.engine.adapters import Adapters
 from soma.engine.adjust import Row
 from soma.engine.batch import Batch, make_batch
 from soma.engine.blocks import BlockPool
@@ -91,6 +93,7 @@ class Engine:
         self.runner = Runner(model, self.cache, backend=backend, graphs=graphs)
         if self.runner.reason is not None:
             log.info("steps run in plain PyTorch: %s", self.runner.reason)
+        self.adapters = Adapters(model, self.runner.backend)
         self.pool = BlockPool(blocks, block_size, prefix_cache=prefix_cache)
         windows = [self.config.window(layer) for layer in range(self.config.num_hidden_layers)]
         widest = None if None in windows else max(window for window in windows if window is not None)
@@ -145,32 +148,57 @@ class Engine:
         """
         return check_request(prompt_ids, params, self.config.vocab_size, self.max_length)
 
+    def load_adapter(self, name: str, folder: str | Path) -> None:
+        """Load a PEFT folder that requests may choose by `name`. Raises UserError: see `Adapters.load`."""
+        self.adapters.load(name, folder)
+
+    def unload_adapter(self, name: str) -> None:
+        """Take no more requests for an adapter, wait for those that are in, and free it. Raises RequestError."""
+        self.adapters.unload(name)
+
+    @property
+    def adapter_folders(self) -> dict[str, str]:
+        """The adapters that requests may choose, and where each was loaded from."""
+        return self.adapters.folders
+
     def submit(
         self, prompt_ids: Sequence[int], params: SamplingParams | None = None,
-        deliver: Callable[[TokenEvent], None] | None = None,
+        deliver: Callable[[TokenEvent], None] | None = None, *, adapter: str | None = None,
     ) -> Request:  # fmt: skip
-        """Queue a request. Raises RequestError (see `check`), QueueFullError, EngineClosedError."""
-        return self.submit_all([prompt_ids], params, [deliver] if deliver else None)[0]
+        """Queue a request, for the base model or one of its adapters.
+
+        Raises RequestError (see `check`; an adapter that is not there), QueueFullError, EngineClosedError.
+        """
+        return self.submit_all([prompt_ids], params, [deliver] if deliver else None, adapter=adapter)[0]
 
     def submit_all(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None,
         deliver: Sequence[Callable[[TokenEvent], None]] | None = None, *, priority: int = 0, key: str = "",
-        timeout: float | None = None,
+        timeout: float | None = None, adapter: str | None = None,
     ) -> list[Request]:  # fmt: skip
         """Queue several requests, all of them or none.
 
         priority: lower runs first. key: whose they are; keys share the engine evenly. timeout: seconds after which
-        they end with an error.
+        they end with an error. adapter: the name of a loaded one; None is the base model.
         """
         each = params if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
         deadline = None if timeout is None else time.monotonic() + timeout
-        requests = [
-            Request(
-                list(ids), one, self.tokenizer, self.check(ids, one), deliver[i] if deliver else None,
-                priority=priority, key=key, deadline=deadline,
-            )
-            for i, (ids, one) in enumerate(zip(prompts, each, strict=True))
-        ]  # fmt: skip
+        chosen = self.adapters.acquire(adapter, len(prompts))
+        try:
+            requests = [
+                Request(
+                    list(ids), one, self.tokenizer, self.check(ids, one), deliver[i] if deliver else None,
+                    priority=priority, key=key, deadline=deadline, adapter=chosen,
+                )
+                for i, (ids, one) in enumerate(zip(prompts, each, strict=True))
+            ]  # fmt: skip
+            self._enqueue(requests)
+        except BaseException:
+            self.adapters.release(chosen, len(prompts))
+            raise
+        return requests
+
+    def _enqueue(self, requests: list[Request]) -> None:
         with self.changed:
             if self.closing:
                 raise EngineClosedError("the engine is shutting down")
@@ -180,7 +208,6 @@ class Engine:
                 raise QueueFullError(waiting, retry_after=1 + waiting // self.max_running)
             self.inbox.extend(requests)
             self.changed.notify()
-        return requests
 
     async def stream(
         self, prompt_ids: Sequence[int], params: SamplingParams | None = None
@@ -243,6 +270,7 @@ class Engine:
                 for request in [*self.scheduler.running, *self.scheduler.waiting]:
                     self.scheduler.remove(request)
             for request in requests:
+                self.adapters.release(request.adapter)
                 self._send(request, request.end("error", f"{type(error).__name__} in the engine"))
             raise
 
@@ -280,6 +308,7 @@ class Engine:
 
         While it runs, the tokens of the step before it are read and delivered, if they are not yet: see `overlap`.
         """
+        plan = sorted(plan, key=_slot)  # an adapter's rows side by side
         drawing = [work.sequence for work in plan if work.is_last]
         overlaps = self.overlap and all(can_overlap(work.sequence.params) for work in plan)
         try:
@@ -349,6 +378,7 @@ class Engine:
             (work.sequence.tokens[work.start : work.start + work.count] for work in plan), starts, counts,
             [np.frombuffer(work.sequence.table, dtype=np.int32) for work in plan], np.concatenate(rows),
             self.pool.block_size, self.device,
+            [work.sequence.adapter.slot if work.sequence.adapter else None for work in plan],
         )  # fmt: skip
         unread = [(work.sequence, end - 1) for work, end in zip(plan, np.cumsum(counts), strict=True)
                   if work.is_last and work.sequence.pending]  # fmt: skip
@@ -405,6 +435,7 @@ class Engine:
     def _remove(self, request: Request) -> None:
         with self.changed:
             self.scheduler.remove(request)
+        self.adapters.release(request.adapter)
 
     def _send(self, request: Request, event: TokenEvent) -> None:
         """Deliver an event; a listener that fails is cut off and takes nobody with it."""
@@ -421,6 +452,11 @@ def _rows(work: Work[Request]) -> int:
     if request.needs_prompt_logits and work.start < request.prompt_length and request.scored < request.prompt_length:
         return work.count
     return int(work.is_last)
+
+
+def _slot(work: Work[Request]) -> int:
+    """Where a share of a step goes: those without an adapter first, then by adapter."""
+    return -1 if work.sequence.adapter is None else work.sequence.adapter.slot
 
 
 def threadsafe(loop: asyncio.AbstractEventLoop, put: Callable[[TokenEvent], None]) -> Callable[[TokenEvent], None]:

@@ -6,13 +6,16 @@ Shape letters: T new tokens, R rows whose logits are wanted, D model width, V vo
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from soma.engine.batch import Batch
 from soma.engine.build import library
+from soma.model.adapted import LowRank, Segment
 from soma.model.attention import Attention
 from soma.model.layers import MLP
 from soma.model.lora import lora_layers
@@ -31,7 +34,11 @@ NORMS = ("input_norm", "post_norm", "q_norm", "k_norm")
 SIZES = (
     "layers", "width", "heads", "kv_heads", "head", "inner", "vocabulary", "block_size", "blocks", "positions",
 )  # fmt: skip
-WRONG = ("", "token", "position", "slot", "logit row", "query start", "length", "block of a table")
+WRONG = ("", "token", "position", "slot", "logit row", "query start", "length", "block of a table", "adapter")
+# The linear layers of a layer as an adapter calls them, in the order of LINEARS.
+PLACES = (
+    *(f"self_attn.{name}_proj" for name in "qkvo"), "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+)  # fmt: skip
 
 
 class Linear(ctypes.Structure):
@@ -67,7 +74,56 @@ class Tokens(ctypes.Structure):
     _fields_ = [
         *((name, Size) for name in ("tokens", "sequences", "rows", "table_width")),
         *((name, Pointer) for name in ("token", "position", "slot", "row", "start", "length", "table")),
+        *((name, Pointer) for name in ("adapter", "row_adapter", "updates")),
+        *((name, Size) for name in ("adapters", "most_rank")),
     ]  # fmt: skip
+
+
+class Update(ctypes.Structure):
+    """`Update` of lora.h."""
+
+    _fields_ = [("a", Pointer), ("b", Pointer), ("rank", Size)]
+
+
+class Updates:
+    """Adapters as C reads them: a table (slots, layers · 7 + 1) of what each does to each linear layer.
+
+    adapters: slot → layer name → update. Slots in between are empty. before: the table until now, whose tensors are
+    used again.
+    """
+
+    def __init__(
+        self, adapters: Mapping[int, Mapping[str, LowRank]], num_layers: int, before: "Updates | None" = None
+    ) -> None:
+        names = [f"layers.{layer}.{place}" for layer in range(num_layers) for place in PLACES] + ["lm_head"]
+        self.slots, self.most_rank = max(adapters, default=-1) + 1, 0
+        self.table = (Update * (self.slots * len(names)))()
+        self.tensors: dict[int, tuple[LowRank, Tensor, Tensor]] = {}
+        for slot, layers in adapters.items():
+            assert set(layers) <= set(names)
+            for place, name in enumerate(names):
+                if name in layers:
+                    update = layers[name]
+                    laid_out = before.tensors.get(id(update)) if before else None
+                    _, a_RK, blocks = self.tensors[id(update)] = laid_out or (update, *self._lay_out(update))
+                    into = self.table[slot * len(names) + place]
+                    into.a, into.b, into.rank = a_RK.data_ptr(), blocks.data_ptr(), len(a_RK)
+                    self.most_rank = max(self.most_rank, len(a_RK))
+
+    @staticmethod
+    def _lay_out(update: LowRank) -> tuple[Tensor, Tensor]:
+        """A, and scale · B in blocks of 16 rows."""
+        b_NR = update.b_NR.float() * update.scale
+        padded = F.pad(b_NR, (0, 0, 0, -len(b_NR) % 16))
+        return update.a_RK.float().contiguous(), padded.unflatten(0, (-1, 16)).transpose(1, 2).contiguous()
+
+
+def slots_of(segments: Sequence[Segment], count: int) -> np.ndarray:
+    """The adapter of each of `count` rows, int32, -1 for none."""
+    slots = np.full(count, -1, dtype=np.int32)
+    for slot, first, end in segments:
+        slots[first:end] = slot
+    return slots
 
 
 class NativeModel:
@@ -120,12 +176,13 @@ class NativeModel:
             self._pointer(model.norm.get_parameter("weight")), self._linear(head), None, None,
         )  # fmt: skip
         built.soma_scratch.restype, built.soma_step.restype = Size, ctypes.c_int
-        built.soma_scratch.argtypes = [ctypes.POINTER(Model), Size, Size, ctypes.c_int]
+        built.soma_scratch.argtypes = [ctypes.POINTER(Model), Size, Size, Size, ctypes.c_int]
         built.soma_step.argtypes = [
             ctypes.POINTER(Model), ctypes.POINTER(Tokens), Pointer, Pointer, Pointer, ctypes.c_int,
         ]  # fmt: skip
         self.built = built
         self.scratch = torch.empty(0, dtype=torch.uint8)
+        self.updates = Updates({}, config.num_hidden_layers)
         weights = [*model.parameters(), *model.buffers()]
         self.threads = 1 if sum(tensor.nbytes for tensor in weights) < SMALL_BYTES else torch.get_num_threads()
 
@@ -182,7 +239,13 @@ class NativeModel:
         tokens = Tokens(
             T, batch.num_sequences, R, tables_SB.size(1), *(tensor.data_ptr() for tensor in (*longs, *ints))
         )  # fmt: skip
-        size = self.built.soma_scratch(self.model, T, R, self.threads)
+        if batch.adapters:
+            updates = self.updates  # may be replaced meanwhile
+            chosen = slots_of(batch.adapters, T), slots_of(batch.row_adapters, R)
+            tokens.adapter, tokens.row_adapter = (slots.ctypes.data for slots in chosen)
+            tokens.updates = ctypes.cast(updates.table, Pointer)
+            tokens.adapters, tokens.most_rank = updates.slots, updates.most_rank
+        size = self.built.soma_scratch(self.model, T, R, tokens.most_rank, self.threads)
         if self.scratch.numel() < size + ALIGNMENT:
             self.scratch = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
         memory = -(-self.scratch.data_ptr() // ALIGNMENT) * ALIGNMENT
@@ -192,6 +255,10 @@ class NativeModel:
         )
         assert not wrong, f"a {WRONG[wrong]} of the batch is out of range"
         return logits_RV, hidden_RD
+
+    def set_adapters(self, adapters: Mapping[int, Mapping[str, LowRank]]) -> None:
+        """The adapters that segments of a batch may name: slot → layer name → update. From another thread too."""
+        self.updates = Updates(adapters, len(self.transformer.layers), self.updates)
 
     def _rotate_up_to(self, length: int) -> None:
         """Make the rotary table for at least `length` positions."""

@@ -5,12 +5,15 @@ import queue
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from soma.engine.adjust import SamplingState, bad_sequences
 from soma.engine.params import SamplingParams, TokenLogprob
 from soma.engine.scheduler import Sequence
 from soma.engine.text import StopScanner
+
+if TYPE_CHECKING:
+    from soma.engine.adapters import Loaded
 
 FINISH_REASONS = ("stop", "length", "abort", "error")
 
@@ -78,10 +81,14 @@ class Request(Sequence):
     def __init__(
         self, prompt_ids: list[int], params: SamplingParams, tokenizer: Tokenizer, max_tokens: int,
         deliver: Callable[[TokenEvent], None] | None = None, *, priority: int = 0, key: str = "",
-        deadline: float | None = None,
+        deadline: float | None = None, adapter: "Loaded | None" = None,
     ) -> None:  # fmt: skip
         wants_prompt = params.prompt_logprobs is not None
-        super().__init__(prompt_ids, priority=priority, key=key, deadline=deadline, needs_prompt_logits=wants_prompt)
+        super().__init__(
+            prompt_ids, priority=priority, key=key, deadline=deadline, needs_prompt_logits=wants_prompt,
+            salt=adapter.salt if adapter else b"",
+        )  # fmt: skip
+        self.adapter = adapter
         self.prompt_ids, self.params, self.max_tokens = prompt_ids, params, max_tokens
         self.end_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else {*tokenizer.eos_ids})
         self.sampling = SamplingState(params, prompt_ids, bad_sequences(params, tokenizer.encode))

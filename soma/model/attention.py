@@ -4,6 +4,7 @@ Shape letters: B batch, T new tokens, S all tokens (cached and new), D model wid
 G query heads per key/value head, E head width, C latent width, R rotary width.
 """
 
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from soma.model.adapted import AdaptedLinear
 from soma.model.cache import FlatCache, KVCache
 from soma.model.config import ModelConfig
 from soma.model.layers import Fused, RMSNorm
@@ -201,14 +203,29 @@ class LatentAttention(nn.Module):
     def absorb(self, q_nope: Tensor, q_rope: Tensor) -> Tensor:
         """Queries in the latent space, (B, H, T, C + R)."""
         up_k_HNC = self.up_weight(q_nope)[:, : self.nope]
-        return torch.cat((torch.einsum("bhtn,hnc->bhtc", q_nope, up_k_HNC), q_rope), dim=-1)
+        q_BHTC = torch.einsum("bhtn,hnc->bhtc", q_nope, up_k_HNC)
+        for first, end, a_RC, b_HER in self.up_updates():
+            low_BHTR = torch.einsum("bhtn,hnr->bhtr", q_nope[:, :, first:end], b_HER[:, : self.nope])
+            q_BHTC[:, :, first:end] += low_BHTR @ a_RC
+        return torch.cat((q_BHTC, q_rope), dim=-1)
 
     def expand(self, out_BTC: Tensor) -> Tensor:
         """Values from what attention gave in the latent space, (B, T, H·C) to (B, T, H·V)."""
         up_v_HVC = self.up_weight(out_BTC)[:, self.nope :]
         out_BTHC = out_BTC.view(*out_BTC.shape[:2], self.num_heads, self.latent)
-        return torch.einsum("bthc,hvc->bthv", out_BTHC, up_v_HVC).flatten(2)
+        out_BTHV = torch.einsum("bthc,hvc->bthv", out_BTHC, up_v_HVC)
+        for first, end, a_RC, b_HER in self.up_updates():
+            low_BTHR = out_BTHC[:, first:end] @ a_RC.T
+            out_BTHV[:, first:end] += torch.einsum("bthr,hvr->bthv", low_BTHR, b_HER[:, self.nope :])
+        return out_BTHV.flatten(2)
 
     def up_weight(self, like: Tensor) -> Tensor:
         """`kv_b_proj` by heads, (H, nope + V, C)."""
         return self.kv_b_proj.weight.view(self.num_heads, -1, self.latent).type_as(like)
+
+    def up_updates(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """Updates of `kv_b_proj` in a flat batch: first token, end, A (R, C), and B by heads (H, nope + V, R)."""
+        layer: nn.Module = self.kv_b_proj
+        if isinstance(layer, AdaptedLinear):
+            for first, end, a_RC, b_NR in layer.chosen():
+                yield first, end, a_RC, b_NR.view(self.num_heads, -1, b_NR.size(1))

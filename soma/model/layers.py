@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from soma.model.adapted import adapt
 from soma.model.config import ModelConfig
 
 
@@ -74,7 +75,8 @@ class Fused(nn.Module):
         """Outputs of the linear layers for x."""
         if self.fused is None:
             return [layer(x) for layer in layers]
-        return list(F.linear(x, self.fused, self.fused_bias).split(self.fused_sizes, dim=-1))
+        parts = F.linear(x, self.fused, self.fused_bias).split(self.fused_sizes, dim=-1)
+        return [adapt(layer, x, part) for layer, part in zip(layers, parts, strict=True)]
 
 
 class MLP(Fused):

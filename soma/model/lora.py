@@ -3,8 +3,6 @@
 Shape letters: K inputs of a layer, N outputs, R rank.
 """
 
-# ruff: noqa: N815  (names carry their shape)
-
 import hashlib
 import math
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 
 from soma.base.artefact import read_json, write_json
 from soma.base.errors import UserError
+from soma.model.adapted import LowRank
 from soma.model.config import ModelConfig
 from soma.model.layout import canonical_name, disk_layout
 from soma.model.lora_config import LoRAConfig, config_to_peft, parse_config
@@ -34,15 +33,6 @@ class Target:
     parts: tuple[str, ...]
     rows: tuple[int, ...]
     columns: int
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """An update of one of our layers: scale · B A."""
-
-    a_RK: Tensor
-    b_NR: Tensor
-    scale: float
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,11 @@ class QuantizedLinear(nn.Module):
         self.scales = self.scales.half()  # whatever dtype the model is cast to
         return self
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight (N, K) in float32, for who needs it as a matrix (MLA)."""
+        return self.dequantize()
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight (N, K)."""
         values = unpack(self.packed, self.bits, self.out_features, self.in_features).to(dtype)

@@ -118,9 +118,11 @@ class DecodeGraphs:
         log.info("%d CUDA graphs: %.1f s, %.2f GiB", len(self.sizes), self.seconds, self.nbytes / 2**30)
 
     def fits(self, batch: Batch) -> bool:
-        """Whether a graph can run this step: one new token for every sequence, and the logits of each."""
+        """Whether a graph can run this step: one new token for every sequence, the logits of each, no adapters."""
         rows, count = batch.logit_rows_R.numel(), batch.num_sequences
-        return batch.num_tokens == count == rows and count <= self.sizes[-1] and batch.tables_SB.size(1) <= self.width
+        if batch.adapters or not batch.num_tokens == count == rows:
+            return False
+        return count <= self.sizes[-1] and batch.tables_SB.size(1) <= self.width
 
     def features(self, batch: Batch) -> Tensor:
         """Hidden states (S, D) of a batch that fits; valid until the next call."""

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from soma.engine.batch import Batch
 from soma.engine.paged import PagedCache, PagedStep
+from soma.model.adapted import adapters
 from soma.model.transformer import Transformer
 
 
@@ -16,5 +17,7 @@ class ReferenceModel:
     def step(self, batch: Batch) -> Tensor:
         """Append the batch's tokens to the cache; the logits (R, V) of the rows that it asks for."""
         tokens_BT, positions_BT = batch.tokens_T[None], batch.positions_T[None]
-        x_BTD, _ = self.model.features(tokens_BT, positions_BT, cache=PagedStep(self.cache, batch))
-        return self.model.logits(x_BTD[0, batch.logit_rows_R])
+        with adapters(batch.adapters):
+            x_BTD, _ = self.model.features(tokens_BT, positions_BT, cache=PagedStep(self.cache, batch))
+        with adapters(batch.row_adapters):
+            return self.model.logits(x_BTD[0, batch.logit_rows_R])

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from soma.engine.backends.graphs import DecodeGraphs
 from soma.engine.batch import Batch
 from soma.engine.paged import PagedCache
+from soma.model.adapted import adapters
 from soma.model.attention import Attention
 from soma.model.kernels.fused import add_rms_norm, rms_norm, rope_write, swiglu
 from soma.model.kernels.launch import INTERPRETED, unsupported
@@ -58,7 +59,10 @@ class TritonModel:
         """Append the batch's tokens to the cache; the logits (R, V) of the rows that it asks for."""
         if self.graphs is not None and self.graphs.fits(batch):
             return self.model.logits(self.graphs.features(batch))
-        return self.model.logits(self.features(batch)[batch.logit_rows_R])
+        with adapters(batch.adapters):
+            h_TD = self.features(batch)
+        with adapters(batch.row_adapters):
+            return self.model.logits(h_TD[batch.logit_rows_R])
 
     def features(self, batch: Batch) -> Tensor:
         """Hidden states (T, D) after the final norm. Reads nothing on the host, so it can be captured."""

@@ -13,6 +13,8 @@
 
 #include "numbers.h"
 
+#include "lora.h"
+
 #include "linear.h"
 
 #include "attention.h"
@@ -35,11 +37,14 @@ typedef struct {
     const float *cosines, *sines;
 } Model;
 
-/* soma/engine/batch.py: tokens of all sequences one after the other. */
+/* soma/engine/batch.py: tokens of all sequences one after the other. adapter: of each token, row_adapter: of each row,
+   -1 for none, both NULL if there is none at all. updates: (adapters, layers * PLACES + 1), the last is lm_head's. */
 typedef struct {
     int64_t tokens, sequences, rows, table_width;
     const int64_t *token, *position, *slot, *row;
-    const int32_t *start, *length, *table;
+    const int32_t *start, *length, *table, *adapter, *row_adapter;
+    const Update *updates;
+    int64_t adapters, most_rank;
 } Batch;
 
 /* A tile of new tokens of one sequence: `count` tokens from `token` on. */
@@ -66,17 +71,19 @@ static char *take(char **at, int64_t bytes) {
     return here;
 }
 
-static Input take_input(char **at, int64_t tokens, int64_t columns) {
+static Input take_input(char **at, int64_t tokens, int64_t columns, int64_t most_rank) {
     int64_t padded = ROUND_UP(columns, GROUP);
-    Input in = {padded, 0, 0, 0, 0};
+    Input in = {padded, 0, 0, 0, 0, 0, 0, {0}};
     in.dense = (operand *)take(at, tokens * padded * (int64_t)sizeof(operand));
     in.values = (int8_t *)take(at, tokens * padded);
     in.scales = (float *)take(at, tokens * padded / GROUP * 4);
     in.sums = (int32_t *)take(at, tokens * padded / GROUP * 4);
+    in.low = (float *)take(at, tokens * 3 * most_rank * 4);
     return in;
 }
 
-static int64_t lay_out(const Model *m, int64_t tokens, int64_t rows, int threads, char *base, Scratch *s) {
+static int64_t lay_out(const Model *m, int64_t tokens, int64_t rows, int64_t most_rank, int threads, char *base,
+                       Scratch *s) {
     char *at = base;
     int64_t heads = m->heads * m->head, kv = m->kv_heads * m->head;
     int64_t widest = m->width > heads ? m->width : heads;
@@ -86,12 +93,12 @@ static int64_t lay_out(const Model *m, int64_t tokens, int64_t rows, int threads
     s->attended = (float *)take(&at, tokens * heads * 4);
     s->inner = (float *)take(&at, tokens * m->inner * 4);
     s->tiles = (Tile *)take(&at, tokens * (int64_t)sizeof(Tile));
-    s->shared = take_input(&at, tokens > rows ? tokens : rows, widest);
+    s->shared = take_input(&at, tokens > rows ? tokens : rows, widest, most_rank);
     Input *own = (Input *)take(&at, threads * (int64_t)sizeof(Input));
     Workspace *work = (Workspace *)take(&at, threads * (int64_t)sizeof(Workspace));
     int64_t padded = ROUND_UP(m->head, GROUP), most = tile_tokens(m) * (m->heads / m->kv_heads);
     for (int i = 0; i < threads; i++) {
-        Input in = take_input(&at, 1, widest);
+        Input in = take_input(&at, 1, widest, most_rank);
         Workspace w = {padded, 0, 0, 0, 0, 0, 0, 0, 0};
         w.q = (operand *)take(&at, most * padded * (int64_t)sizeof(operand));
         w.p = (operand *)take(&at, most * KEYS * (int64_t)sizeof(operand));
@@ -107,9 +114,9 @@ static int64_t lay_out(const Model *m, int64_t tokens, int64_t rows, int threads
     return at - base;
 }
 
-/* The input of `linear` (and of those that read the same) from rows of x, normed where there is a gain. */
+/* The input of `readers` from rows of x, normed where there is a gain. */
 static Input make_input(const Model *m, const Scratch *s, const Linear *const *readers, int count, int64_t tokens,
-                        const float *x, const weight *gain, int thread) {
+                        const float *x, const weight *gain, Shift shift, int thread) {
     int64_t columns = readers[0]->columns;
     int dense = 0, quantized = 0;
     for (int i = 0; i < count; i++) {
@@ -118,16 +125,20 @@ static Input make_input(const Model *m, const Scratch *s, const Linear *const *r
     }
     Input in = tokens == 1 ? s->own[thread] : s->shared;
     in.stride = ROUND_UP(columns, GROUP);
+    in.readers = count, in.shift = shift;
     float row[columns];
     if (tokens == 1) {
         if (gain) rms_norm(x, gain, columns, m->epsilon, row);
         prepare(&in, 0, gain ? row : x, columns, dense, quantized);
+        if (shift.of) shrink(&shift, 0, count, gain ? row : x, columns, in.low);
         return in;
     }
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < tokens; t++) {
         if (gain) rms_norm(x + t * columns, gain, columns, m->epsilon, row);
-        prepare(&in, t, gain ? row : x + t * columns, columns, dense, quantized);
+        const float *given = gain ? row : x + t * columns;
+        prepare(&in, t, given, columns, dense, quantized);
+        if (shift.of) shrink(&shift, t, count, given, columns, in.low + t * count * shift.most);
     }
     return in;
 }
@@ -183,9 +194,9 @@ static void attention(const Model *m, const Layer *layer, const Batch *b, const 
 }
 
 /* Bytes that `soma_step` works in. */
-int64_t soma_scratch(const Model *m, int64_t tokens, int64_t rows, int threads) {
+int64_t soma_scratch(const Model *m, int64_t tokens, int64_t rows, int64_t most_rank, int threads) {
     Scratch s;
-    return lay_out(m, tokens, rows, threads, 0, &s);
+    return lay_out(m, tokens, rows, most_rank, threads, 0, &s);
 }
 
 /* 0 if every number of the batch lies where it should, else which does not. */
@@ -194,9 +205,12 @@ static int check(const Model *m, const Batch *b) {
         if (b->token[t] < 0 || b->token[t] >= m->vocabulary) return 1;
         if (b->position[t] < 0 || b->position[t] >= m->positions) return 2;
         if (b->slot[t] < 0 || b->slot[t] >= m->blocks * m->block_size) return 3;
+        if (b->adapter && (b->adapter[t] < -1 || b->adapter[t] >= b->adapters)) return 8;
     }
     for (int64_t r = 0; r < b->rows; r++)
         if (b->row[r] < 0 || b->row[r] >= b->tokens) return 4;
+    for (int64_t r = 0; b->adapter && r < b->rows; r++)
+        if (b->row_adapter[r] != b->adapter[b->row[r]]) return 8;
     if (b->start[0] != 0 || b->start[b->sequences] != b->tokens) return 5;
     for (int64_t i = 0; i < b->sequences; i++) {
         int64_t used = ((int64_t)b->length[i] + m->block_size - 1) / m->block_size;
@@ -215,7 +229,7 @@ int soma_step(const Model *m, const Batch *b, char *memory, float *hidden, float
     int wrong = check(m, b);
     if (wrong) return wrong;
     Scratch scratch, *s = &scratch;
-    lay_out(m, b->tokens, b->rows, threads, memory, s);
+    lay_out(m, b->tokens, b->rows, b->most_rank, threads, memory, s);
     int64_t queries = m->heads * m->head, kv = m->kv_heads * m->head, T = b->tokens, tiles = 0;
     for (int64_t i = 0; i < b->sequences; i++)
         for (int64_t t = b->start[i]; t < b->start[i + 1]; t += tile_tokens(m))
@@ -231,31 +245,38 @@ int soma_step(const Model *m, const Batch *b, char *memory, float *hidden, float
             s->x[i] = load(m->embedding[b->token[i / m->width] * m->width + i % m->width]);
         for (int64_t l = 0; l < m->layers; l++) {
             const Layer *layer = &m->layer[l];
+            Shift shift = {b->adapter, b->updates, m->layers * PLACES + 1, l * PLACES, b->most_rank};
             Input in = make_input(m, s, (const Linear *[]){&layer->q, &layer->k, &layer->v}, 3, T, s->x,
-                                  layer->input_norm, thread);
-            multiply(&layer->q, &in, T, STORE, s->qkv, queries + 2 * kv);
-            multiply(&layer->k, &in, T, STORE, s->qkv + queries, queries + 2 * kv);
-            multiply(&layer->v, &in, T, STORE, s->qkv + queries + kv, queries + 2 * kv);
+                                  layer->input_norm, shift, thread);
+            multiply(&layer->q, &in, 0, T, STORE, s->qkv, queries + 2 * kv);
+            multiply(&layer->k, &in, 1, T, STORE, s->qkv + queries, queries + 2 * kv);
+            multiply(&layer->v, &in, 2, T, STORE, s->qkv + queries + kv, queries + 2 * kv);
 #pragma omp barrier
             rotate(m, layer, b, s->qkv);
             attention(m, layer, b, s, tiles, thread);
-            in = make_input(m, s, (const Linear *[]){&layer->out}, 1, T, s->attended, 0, thread);
-            multiply(&layer->out, &in, T, ADD, s->x, m->width);
+            shift.place = l * PLACES + 3;
+            in = make_input(m, s, (const Linear *[]){&layer->out}, 1, T, s->attended, 0, shift, thread);
+            multiply(&layer->out, &in, 0, T, ADD, s->x, m->width);
 #pragma omp barrier
-            in = make_input(m, s, (const Linear *[]){&layer->gate, &layer->up}, 2, T, s->x, layer->post_norm, thread);
-            multiply(&layer->gate, &in, T, STORE, s->inner, m->inner);
-            multiply(&layer->up, &in, T, GATED, s->inner, m->inner);
+            shift.place = l * PLACES + 4;
+            in = make_input(m, s, (const Linear *[]){&layer->gate, &layer->up}, 2, T, s->x, layer->post_norm, shift,
+                            thread);
+            multiply(&layer->gate, &in, 0, T, STORE, s->inner, m->inner);
+            multiply(&layer->up, &in, 1, T, GATED, s->inner, m->inner);
 #pragma omp barrier
-            in = make_input(m, s, (const Linear *[]){&layer->down}, 1, T, s->inner, 0, thread);
-            multiply(&layer->down, &in, T, ADD, s->x, m->width);
+            shift.place = l * PLACES + 6;
+            in = make_input(m, s, (const Linear *[]){&layer->down}, 1, T, s->inner, 0, shift, thread);
+            multiply(&layer->down, &in, 0, T, ADD, s->x, m->width);
 #pragma omp barrier
         }
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < b->rows; r++)
             rms_norm(s->x + b->row[r] * m->width, m->norm, m->width, m->epsilon, hidden + r * m->width);
         if (b->rows) {
-            Input in = make_input(m, s, (const Linear *[]){&m->lm_head}, 1, b->rows, hidden, 0, thread);
-            multiply(&m->lm_head, &in, b->rows, STORE, logits, m->vocabulary);
+            int64_t before = m->layers * PLACES;
+            Shift shift = {b->row_adapter, b->updates, before + 1, before, b->most_rank};
+            Input in = make_input(m, s, (const Linear *[]){&m->lm_head}, 1, b->rows, hidden, 0, shift, thread);
+            multiply(&m->lm_head, &in, 0, b->rows, STORE, logits, m->vocabulary);
         }
     }
     return 0;

@@ -22,13 +22,17 @@ typedef struct {
 } Linear;
 
 /* Activations as products read them: `dense` (tokens, stride), and for quantized weights `values` (tokens, stride) with
-   a scale for each group, and its sum, which takes the offset of unsigned weights back. The rest of a row is 0. */
+   a scale for each group, and its sum, which takes the offset of unsigned weights back. The rest of a row is 0.
+   `low` (tokens, readers, shift.most): what the tokens' adapters make of them, see lora.h. */
 typedef struct {
     int64_t stride;
     operand *dense;
     int8_t *values;
     float *scales;
     int32_t *sums;
+    float *low;
+    int readers;
+    Shift shift;
 } Input;
 
 /* Round one token to 8 bits, a scale for each 32 numbers: a large one spoils only its neighbours. */
@@ -128,8 +132,9 @@ static void finish(const Linear *linear, int64_t first, const float *result, enu
 }
 
 /* Shared by the threads of the region around it, without a barrier at its end. y: (tokens, stride). Calls with as many
-   rows give a thread the same rows. */
-static void multiply(const Linear *linear, const Input *in, int64_t tokens, enum Mode mode, float *y, int64_t stride) {
+   rows give a thread the same rows. `reader`: which of the products that read this input. */
+static void multiply(const Linear *linear, const Input *in, int reader, int64_t tokens, enum Mode mode, float *y,
+                     int64_t stride) {
     int most = linear->bits ? QUANTIZED_TOKENS : TOKENS;
 #pragma omp for schedule(static) nowait
     for (int64_t first = 0; first < linear->rows; first += BLOCK)
@@ -138,6 +143,10 @@ static void multiply(const Linear *linear, const Input *in, int64_t tokens, enum
             int count = (int)MIN(most, tokens - token);
             if (linear->bits) quantized_block(linear, first / BLOCK, in, token, count, out);
             else dense_block(linear, first, in, token, count, out);
+            if (in->shift.of)
+                for (int t = 0; t < count; t++)
+                    expand(&in->shift, token + t, reader, first / BLOCK,
+                           in->low + (token + t) * in->readers * in->shift.most, out[t]);
             for (int t = 0; t < count; t++) finish(linear, first, out[t], mode, y + (token + t) * stride + first);
         }
 }
