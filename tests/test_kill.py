@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -81,9 +82,14 @@ def check_kills(tmp_path: Path, kills: int, seed: int) -> None:
     seconds = run_whole(recipe, tmp_path / "whole")
     chance = random.Random(seed)
     killed = 0
-    while killed < kills and kill_once(recipe, tmp_path / "broken", chance.uniform(0.1, 0.8) * seconds):
-        killed += 1
-    assert killed > 0, "no run was killed: the test shows nothing"
+    while killed < kills:
+        if kill_once(recipe, tmp_path / "broken", chance.uniform(0.1, 0.8) * seconds):
+            killed += 1
+        elif killed:
+            break
+        else:  # the machine got quicker: that run was over before its moment came
+            shutil.rmtree(tmp_path / "broken")
+            seconds /= 2
     run_whole(recipe, tmp_path / "broken")
     assert hashes(tmp_path / "broken") == hashes(tmp_path / "whole")
     leftovers = {path.name for path in (tmp_path / "broken" / "store").iterdir() if path.name.startswith(".")}

@@ -32,7 +32,7 @@ def test_the_guides_stage_runs(guide: dict[str, Any], tmp_path: Path) -> None:
     stage = guide["words_stage"](guide["WordsConfig"](top=2))
     identity = {"stage": stage.name, "format": 1, "config": stage.config, "outside": "", "inputs": {"corpus": "x"}}
     item = Planned(stage, identity, tmp_path / "store" / "words-0")
-    make(item, {"corpus": corpus}, tracking=None)  # type: ignore[arg-type]
+    make(item, {"corpus": corpus}, tmp_path, tracking=None)  # type: ignore[arg-type]
     assert read_json(item.path / "words.json") == {"b": 3, "a": 2}
     assert read_json(item.path / "run.json")["config"] == {"top": 2}
     assert stage.metrics(item.path) == {"words_kept": 2}

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from soma.base.errors import UserError
-from soma.engine.backends import Backend
+from soma.engine.backends.choose import Backend
 from soma.engine.errors import RequestError
 from soma.engine.native import NativeModel
 from soma.model.adapted import AdaptedLinear, LowRank

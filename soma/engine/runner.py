@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from soma.engine.backends import make_backend
+from soma.engine.backends.choose import make_backend
 from soma.engine.batch import Batch
 from soma.engine.paged import PagedCache
 from soma.model.transformer import Transformer
@@ -12,7 +12,7 @@ from soma.model.transformer import Transformer
 class Runner:
     """One model over one paged cache. Call it under `torch.inference_mode()`, one step at a time.
 
-    backend: a name of `soma.engine.backends.BACKENDS`. `name` is that of the one in use, `reason` why it is the
+    backend: a name of `soma.engine.backends.choose.BACKENDS`. `name` is that of the one in use, `reason` why it is the
     reference where a faster one was looked for. graphs: see `make_backend`.
     """
 

@@ -9,7 +9,7 @@ import torch
 from family_models import FAMILIES, V, make
 
 from soma.base.errors import UserError
-from soma.engine.backends import Backend, make_backend, why_not
+from soma.engine.backends.choose import Backend, make_backend, why_not
 from soma.engine.backends.graphs import DecodeInputs, bucket_sizes
 from soma.engine.backends.reference import ReferenceModel
 from soma.engine.batch import Batch, make_batch

@@ -12,7 +12,7 @@ import pytest
 import torch
 from family_models import FAMILIES, V, make
 
-from soma.engine.backends import why_not
+from soma.engine.backends.choose import why_not
 from soma.engine.engine import Engine
 from soma.engine.params import SamplingParams, TokenLogprob
 from soma.engine.request import Completion, Request
