@@ -20,11 +20,10 @@ from soma.engine.adjust import Row, adjust
 from soma.engine.batch import to_device
 from soma.engine.params import MASK64, TokenLogprob
 
-# How many of the likeliest tokens to look for, until they decide what top-k and top-p keep; then all are sorted. For a
-# row of 49,152 on one thread: 0.07 ms, 0.5 ms, 3.8 ms.
-WIDTHS = (64, 512)
+WIDTHS = (64, 512)  # the likeliest tokens to look for, until they decide what top-k and top-p keep; then all are sorted
 CHUNK = 128  # the search for a quantile in a whole row adds up so many probabilities first
 COLDEST = 1e-4  # lower temperatures would overflow
+LAST_ID = 0x7FFFFFFF
 GOLDEN = 0x9E3779B97F4A7C15
 
 
@@ -203,7 +202,7 @@ def candidates(x_FV: Tensor, settings: Settings, width: int) -> tuple[Tensor, Te
     """
     width = min(width, x_FV.size(1))
     best_F1 = x_FV.amax(-1, keepdim=True)
-    x_FK, ids_FK = by_value_and_id(*x_FV.topk(width, sorted=False))
+    x_FK, ids_FK = likeliest(x_FV, width)
     cold_F1 = settings.temperature
     weights_FK = ((x_FK - best_F1).double() / cold_F1).exp()
     total_F1 = ((x_FV - best_F1) / cold_F1.float()).exp_().sum(-1, keepdim=True).double()
@@ -220,13 +219,29 @@ def candidates(x_FV: Tensor, settings: Settings, width: int) -> tuple[Tensor, Te
     return weights_FK, ids_FK, short_F1[:, 0] & (width < x_FV.size(1))
 
 
-def by_value_and_id(x_FK: Tensor, ids_FK: Tensor) -> tuple[Tensor, Tensor]:
-    """Sorted by falling value, equal ones by rising id: one sort of 64-bit keys made of both."""
+def likeliest(x_FV: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The `width` largest values of each row and their ids, by falling value, equal ones by rising id.
+
+    One sort of 64-bit keys made of both. On a CPU NumPy does it: its sort uses vector instructions, and takes
+    0.25 ms for 49,152 keys where torch takes 5.
+    """
+    if width < x_FV.size(1):
+        x_FK, ids_FK = x_FV.topk(width, sorted=False)
+    else:
+        x_FK, ids_FK = x_FV, torch.arange(width, device=x_FV.device)
     bits_FK = (x_FK + 0.0).view(torch.int32).long()  # + 0.0: minus zero equals zero
-    order_FK = torch.where(bits_FK < 0, bits_FK ^ 0x7FFFFFFF, bits_FK)
-    keys_FK = (order_FK << 32) | (0x7FFFFFFF - ids_FK)
-    places_FK = keys_FK.argsort(-1, descending=True)
-    return x_FK.gather(1, places_FK), ids_FK.gather(1, places_FK)
+    keys_FK = (flipped(bits_FK) << 32 | (LAST_ID - ids_FK)).bitwise_not_()
+    if keys_FK.device.type == "cpu":
+        keys_FK = torch.from_numpy(np.sort(keys_FK.numpy(), -1))
+    else:
+        keys_FK = keys_FK.sort(-1).values
+    keys_FK = keys_FK.bitwise_not_()
+    return flipped(keys_FK >> 32).int().view(torch.float32), LAST_ID - (keys_FK & 0xFFFFFFFF)
+
+
+def flipped(bits: Tensor) -> Tensor:
+    """A float32's bits as whole numbers of the same order, and back."""
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 def pick(cumulative_RK: Tensor, target_R1: Tensor) -> Tensor:
