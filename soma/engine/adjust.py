@@ -1,7 +1,8 @@
-"""What a request does to the logits before a token is drawn: logit bias, bad words, penalties.
+"""What a request does to the logits before a token is drawn: logit bias, bad words, penalties, and its grammar.
 
-All of it touches few of the V logits of a row, so it travels to the device as flat lists of (row, id, value).
-Shapes: R rows, V vocabulary, E entries over all rows.
+All but the grammar touches few of the V logits of a row: it travels to the device as flat lists of (row, id, value). A
+grammar's mask travels as bits.
+Shapes: R rows, V vocabulary, E entries over all rows, G rows with a grammar, W words of 32 bits.
 """
 
 import secrets
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from soma.engine.guided import Guide
 from soma.engine.params import SamplingParams
 
 Ids = tuple[int, ...]
@@ -21,11 +23,15 @@ Ids = tuple[int, ...]
 class SamplingState:
     """What the sampler must know of one request from token to token. `take` each token that is made.
 
-    bad_words: the sequences of ids that `params.bad_words` come to (see `bad_sequences`).
+    bad_words: the sequences of ids that `params.bad_words` come to (see `bad_sequences`). guide: `Guides.start` of
+    `params.guided`. It follows the tokens taken, whatever is computed anew meanwhile.
     """
 
-    def __init__(self, params: SamplingParams, prompt_ids: Sequence[int] = (), bad_words: Sequence[Ids] = ()) -> None:
-        self.params = params
+    def __init__(
+        self, params: SamplingParams, prompt_ids: Sequence[int] = (), bad_words: Sequence[Ids] = (),
+        guide: Guide | None = None,
+    ) -> None:  # fmt: skip
+        self.params, self.guide = params, guide
         self.seed = secrets.randbits(63) if params.seed is None else params.seed
         self.made: list[int] = []
         bans = [word[0] for word in bad_words if len(word) == 1]
@@ -44,9 +50,16 @@ class SamplingState:
 
     def take(self, token: int) -> None:
         """Count a token as made."""
+        if self.guide is not None:
+            self.guide.take(token)
         self.made.append(token)
         if self.counts is not None:
             self.counts.add(token)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the request's grammar lets nothing follow what was made."""
+        return self.guide is not None and self.guide.finished
 
     def added(self, ahead: Ids = ()) -> tuple[np.ndarray, np.ndarray]:
         """Ids and what is added to their logits, after the tokens `ahead`: the bias, and minus infinity for a ban."""
@@ -102,7 +115,8 @@ class TokenCounts:
 
 
 def adjust(logits_RV: Tensor, rows: Sequence[Row]) -> Tensor:
-    """Float32 logits as bias, bad words and penalties leave them, in this order; the given tensor stays as it is.
+    """Float32 logits as bias, bad words, penalties and grammars leave them, in this order; the given ones stay as they
+    are.
 
     Repetition (Keskar et al. 2019, CTRL, section 4.1) counts the prompt's tokens too; presence and frequency count
     what was made (OpenAI).
@@ -112,7 +126,8 @@ def adjust(logits_RV: Tensor, rows: Sequence[Row]) -> Tensor:
     counted = [
         (i, *row.state.counts.arrays(row.ahead)) for i, row in enumerate(rows) if row.state.counts is not None
     ]  # fmt: skip
-    if not added and not counted:
+    guided = [i for i, row in enumerate(rows) if row.state.guide is not None]
+    if not added and not counted and not guided:
         return logits_RV
     logits_RV = logits_RV.clone()
     if added:
@@ -127,7 +142,21 @@ def adjust(logits_RV: Tensor, rows: Sequence[Row]) -> Tensor:
         x_E = logits_RV[places]
         x_E = torch.where(x_E > 0, x_E / repetition_E, x_E * repetition_E)
         logits_RV[places] = x_E - frequency_E * counts_E - presence_E * (counts_E > 0)
+    if guided:
+        allowed_GV = allowed_tokens([rows[i] for i in guided], logits_RV.size(1), logits_RV.device)
+        logits_RV[guided] = logits_RV[guided].masked_fill_(~allowed_GV, -torch.inf)
     return logits_RV
+
+
+def allowed_tokens(rows: Sequence[Row], vocab_size: int, device: torch.device) -> Tensor:
+    """Bool (G, V): what the grammar of each row allows."""
+    words_GW = np.empty((len(rows), -(-vocab_size // 32)), dtype=np.int32)
+    for row, words_W in zip(rows, words_GW, strict=True):
+        assert row.state.guide is not None
+        row.state.guide.allowed(words_W, row.ahead)
+    bits_GW1 = torch.from_numpy(words_GW).to(device)[:, :, None]
+    places_X = torch.arange(32, dtype=torch.int32, device=device)
+    return ((bits_GW1 >> places_X) & 1).bool().flatten(1)[:, :vocab_size]
 
 
 def flat(

@@ -25,6 +25,7 @@ from soma.engine.batch import Batch, make_batch
 from soma.engine.blocks import BlockPool
 from soma.engine.check import check_request
 from soma.engine.errors import EngineClosedError, QueueFullError
+from soma.engine.guided import Guides
 from soma.engine.memory import GPU_SHARE, fitting_tokens
 from soma.engine.overlap import NOTHING, PLACEHOLDER, Flight, can_overlap, draw
 from soma.engine.paged import PagedCache
@@ -77,6 +78,7 @@ class Engine:
             quantize(model, BITS[weights])
         self.config, self.tokenizer = model.config, tokenizer
         self.device = model.device
+        self.guides = Guides(tokenizer, self.config.vocab_size)
         context = self.config.max_position_embeddings
         usual_step, usual_chunk = (8192, 2048) if self.device.type == "cuda" else (512, 256)
         step_tokens = max(step_tokens or usual_step, max_running + 1)
@@ -146,6 +148,7 @@ class Engine:
 
         Raises RequestError: see `soma.engine.check.check_request`.
         """
+        self.guides.check(params.guided)
         return check_request(prompt_ids, params, self.config.vocab_size, self.max_length)
 
     def load_adapter(self, name: str, folder: str | Path) -> None:
@@ -189,6 +192,7 @@ class Engine:
                 Request(
                     list(ids), one, self.tokenizer, self.check(ids, one), deliver[i] if deliver else None,
                     priority=priority, key=key, deadline=deadline, adapter=chosen,
+                    guide=self.guides.start(one.guided),
                 )
                 for i, (ids, one) in enumerate(zip(prompts, each, strict=True))
             ]  # fmt: skip

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from soma.engine.errors import RequestError
+from soma.engine.guided import Guided
 
 MAX_LOGPROBS = 20  # alternatives per token, OpenAI's limit
 MAX_STOP_STRINGS = 16
@@ -35,6 +36,7 @@ class SamplingParams:
     bad_words: tuple[str | tuple[int, ...], ...] = field(
         default=(), metadata={"doc": "texts or sequences of ids that are not made"}
     )
+    guided: Guided | None = field(default=None, metadata={"doc": "what the answer must be: JSON, a pattern, a grammar"})
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -75,6 +77,8 @@ class SamplingParams:
                 raise RequestError(f"logit_bias of id {token} must be between -100 and 100, got {bias!r}", "logit_bias")
 
         _check_bad_words(self.bad_words)
+        if self.guided is not None and not isinstance(self.guided, Guided):
+            raise RequestError(f"guided must be a Guided, got {type(self.guided).__name__}", "guided")
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Refuse ids that the model does not have."""

@@ -28,6 +28,7 @@ from soma.base.errors import UserError
 from soma.engine.channel import Channel, Message
 from soma.engine.check import check_embeddable, check_request
 from soma.engine.errors import EngineClosedError, EngineRestartingError, QueueFullError, RequestError
+from soma.engine.guided import Guides
 from soma.engine.launch import Launched, launch
 from soma.engine.params import SamplingParams
 from soma.engine.request import Completion, Request, TokenEvent
@@ -157,6 +158,7 @@ class EngineProcess:
         self.next_start = 0.0
         self.process, self.facts, channel, frames = self._start(launched)
         self.tokenizer = Tokenizer.load(self.facts["directory"])
+        self.guides = Guides(self.tokenizer, self.vocab_size)
         self.live, self.before = dict(EMPTY), dict.fromkeys(COUNTERS, 0.0)
         self.channel = channel
         self.thread = threading.Thread(target=self._supervise, args=(frames,), name="soma-front", daemon=True)
@@ -191,6 +193,7 @@ class EngineProcess:
         if not self.makes_text:
             raise RequestError(f"the model `{self.model_name}` makes embeddings, no text; use /v1/embeddings", "model",
                                "model_makes_no_text")  # fmt: skip
+        self.guides.check(params.guided)
         return check_request(prompt_ids, params, self.vocab_size, self.max_length)
 
     def submit(

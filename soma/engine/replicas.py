@@ -78,7 +78,9 @@ class Replicas:
         self.lock = threading.RLock()  # taken before those of the engines, which are taken in their order
         self.starts = [0] * len(self.engines)  # restarts of each that the router knows of
         self.embedder = ReplicasEmbedder(self.engines)
+        self.guides = self.engines[0].guides  # a grammar is compiled once for all
         for number, engine in enumerate(self.engines):
+            engine.guides = self.guides
             engine.on_end = partial(self._ended, number)
 
     @property

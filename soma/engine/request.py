@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from soma.engine.adjust import SamplingState, bad_sequences
+from soma.engine.guided import Guide
 from soma.engine.params import SamplingParams, TokenLogprob
 from soma.engine.scheduler import Sequence
 from soma.engine.text import StopScanner
@@ -81,7 +82,7 @@ class Request(Sequence):
     def __init__(
         self, prompt_ids: list[int], params: SamplingParams, tokenizer: Tokenizer, max_tokens: int,
         deliver: Callable[[TokenEvent], None] | None = None, *, priority: int = 0, key: str = "",
-        deadline: float | None = None, adapter: "Loaded | None" = None,
+        deadline: float | None = None, adapter: "Loaded | None" = None, guide: Guide | None = None,
     ) -> None:  # fmt: skip
         wants_prompt = params.prompt_logprobs is not None
         super().__init__(
@@ -91,7 +92,7 @@ class Request(Sequence):
         self.adapter = adapter
         self.prompt_ids, self.params, self.max_tokens = prompt_ids, params, max_tokens
         self.end_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else {*tokenizer.eos_ids})
-        self.sampling = SamplingState(params, prompt_ids, bad_sequences(params, tokenizer.encode))
+        self.sampling = SamplingState(params, prompt_ids, bad_sequences(params, tokenizer.encode), guide)
         self.decoder = tokenizer.stream_decoder()
         self.scanner = StopScanner(params.stop)
         self.events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
@@ -148,7 +149,7 @@ class Request(Sequence):
             reason = "stop"
         else:
             text = self.scanner.push(self.decoder.push(chosen.id))
-            if self.scanner.stopped:
+            if self.scanner.stopped or self.sampling.finished:
                 reason = "stop"
             elif self.generated >= self.max_tokens:
                 reason = "length"
