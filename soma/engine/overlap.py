@@ -28,7 +28,7 @@ def can_overlap(params: SamplingParams) -> bool:
     """Whether tokens can be drawn without the host: greedy or by temperature and min-p, nothing else asked."""
     if params.logprobs is not None or params.prompt_logprobs is not None:
         return False
-    if params.logit_bias or params.bad_words or params.uses_penalties:
+    if params.logit_bias or params.bad_words or params.uses_penalties or params.guided is not None:
         return False
     return params.temperature == 0 or (params.top_k <= 0 and params.top_p == 1)
 

@@ -107,13 +107,14 @@ def test_text_ends_only_where_the_grammar_lets_it(make_engine: Make, tokenizer: 
     assert (never.finish_reason, len(never.ids)) == ("length", 20)
 
 
-def test_preemption_and_prefix_cache_change_nothing(make_engine: Make, tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("overlap", [False, True])
+def test_preemption_and_prefix_cache_change_nothing(make_engine: Make, tokenizer: Tokenizer, overlap: bool) -> None:
     """With little memory, requests are thrown out and computed anew; their place in the grammar stays."""
     guided = Guided.json_schema(PERSON)
     prompt = tokenizer.encode("the quick brown fox") * 6
     each = [params(seed, guided if seed % 3 else None, max_tokens=200) for seed in range(12)]
     wide = [one.result() for one in make_engine().submit_all([prompt] * 12, each)]
-    engine = make_engine(cache_tokens=384, max_running=8)
+    engine = make_engine(cache_tokens=384, max_running=8, overlap=overlap)
     narrow = [one.result() for one in engine.submit_all([prompt] * 12, each)]
     assert engine.stats()["preemptions"] > 0
     assert engine.stats()["prefix_cache_hits"] > 0
