@@ -26,7 +26,7 @@ from soma.train.world import World
 STEPS, B, T, CLIP = 3, 2, 12, 0.5
 UNEVEN = {4: (1, 4, 2, 3), 8: (1, 2, 1, 2, 1, 1, 1, 1), 2: (3, 7), 12: ()}
 SHAPE: dict[str, Any] = {
-    "vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 10, "num_attention_heads": 4, "intermediate_size": 48,
+    "vocab_size": 48, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48,
     "max_position_embeddings": 64,
 }  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
@@ -57,6 +57,7 @@ class Case:
     recompute: bool = False
     split: bool = True
     broken: str = ""
+    layers: int = 10
 
     def __str__(self) -> str:
         flags = [name for name in ("tied", "uneven", "masked", "compiled", "recompute") if getattr(self, name)]
@@ -70,7 +71,7 @@ class Case:
 
     def config(self) -> ModelConfig:
         tied = self.tied or self.model == "gpt2"
-        return ModelConfig(**SHAPE, **MODELS[self.model], tie_word_embeddings=tied)
+        return ModelConfig(**SHAPE, **MODELS[self.model], num_hidden_layers=self.layers, tie_word_embeddings=tied)
 
     def plan(self) -> Schedule:
         if self.schedule == "search":

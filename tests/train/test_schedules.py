@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from soma.cli import app
 from soma.train.parallel.pipeline import formulas
-from soma.train.parallel.pipeline.draw import chrome_trace, svg
+from soma.train.parallel.pipeline.draw import LEFT, chrome_trace, svg
 from soma.train.parallel.pipeline.schedule import Action, Overlap, Schedule, layers_of_stages
 from soma.train.parallel.pipeline.schedules import SCHEDULES, interleaved
 from soma.train.parallel.pipeline.search import fixed, per_stage, search, v_half_limit
@@ -185,6 +185,27 @@ def test_drawings() -> None:
     events = [event for event in chrome_trace(timeline)["traceEvents"] if event["ph"] == "X"]
     assert len(events) == len(titles)
     assert max(event["ts"] + event["dur"] for event in events) == pytest.approx(timeline.length * 1000)
+
+
+def test_plan_and_run_in_one_drawing() -> None:
+    """A run that is twice as slow as its plan: both are there, on one scale."""
+    schedule = SCHEDULES["zb-v"](2, 4)
+    plan, run = simulate(schedule), simulate(schedule, Costs(2, 2, 2))
+    actions = sum(len(schedule.actions(rank)) for rank in range(2))
+    picture = ElementTree.fromstring(svg(run, plan))
+    boxes = [node for node in picture.iter("{http://www.w3.org/2000/svg}rect") if len(node)]
+    assert len(boxes) == 2 * actions
+    ends = {"13.00": 0.0, "26.00": 0.0}  # by height: plan, run
+    for box in boxes:
+        ends[box.attrib["height"]] = max(
+            ends[box.attrib["height"]], float(box.attrib["x"]) + float(box.attrib["width"])
+        )
+    assert (ends["26.00"] - LEFT) / (ends["13.00"] - LEFT) == pytest.approx(2, abs=1e-3)
+    trace = chrome_trace(run, 1e6, plan)["traceEvents"]
+    for threads, length in (((0, 1), run.length), ((2, 3), plan.length)):
+        events = [event for event in trace if event["ph"] == "X" and event["tid"] in threads]
+        assert len(events) == actions
+        assert max(event["ts"] + event["dur"] for event in events) == pytest.approx(length * 1e6)
 
 
 def test_command(tmp_path) -> None:
