@@ -1,7 +1,7 @@
 """Hugging Face model folders: load and save, sharded or not, one tensor in memory at a time beside the model."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -171,15 +171,26 @@ def save_model(
     index; one tensor at a time is copied. The same weights give the same bytes. Token ids that the config does not
     name are taken from the tokenizer.
     """
+    tensors = model.state_dict()
+    save_tensors(model.config, tensors, tensors.__getitem__, directory, tokenizer_dir, max_shard_bytes)
+
+
+def save_tensors(
+    config: ModelConfig, shapes: Mapping[str, Tensor], fetch: Callable[[str], Tensor], directory: Path,
+    tokenizer_dir: Path | None = None, max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> None:  # fmt: skip
+    """`save_model` for tensors that `fetch(name)` brings one by one, in the order of `disk_layout`.
+
+    `shapes` has all names of `Transformer.state_dict()` with the shape and dtype of each (meta tensors will do).
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    config = model.config
     if tokenizer_dir is not None:
         for name in TOKENIZER_FILES:
             if (tokenizer_dir / name).is_file() and tokenizer_dir.resolve() != directory.resolve():
                 shutil.copyfile(tokenizer_dir / name, directory / name)
         config = with_token_ids(config, tokenizer_dir)
-    raw = config_to_hf(config, str(model.dtype).removeprefix("torch."))
-    weight_files = save_weights(model, directory, max_shard_bytes)
+    raw = config_to_hf(config, str(shapes["embed_tokens.weight"].dtype).removeprefix("torch."))
+    weight_files = save_weights(config, shapes, fetch, directory, max_shard_bytes)
     for path in [*directory.glob("model*.safetensors"), directory / INDEX]:
         if path.name not in weight_files:
             path.unlink(missing_ok=True)
@@ -199,10 +210,12 @@ def with_token_ids(config: ModelConfig, tokenizer_dir: Path) -> ModelConfig:
     return config.model_copy(update={key: value for key, value in known.items() if getattr(config, key) is None})
 
 
-def save_weights(model: Transformer, directory: Path, max_shard_bytes: int) -> set[str]:
+def save_weights(
+    config: ModelConfig, tensors: Mapping[str, Tensor], fetch: Callable[[str], Tensor], directory: Path,
+    max_shard_bytes: int,
+) -> set[str]:  # fmt: skip
     """Write the weights; the names of the files written."""
-    tensors = model.state_dict()
-    layout = disk_layout(model.config, tensors)
+    layout = disk_layout(config, tensors)
     shards: list[list[Entry]] = [[]]
     used = total = 0
     sizes = {entry.name: entry_bytes(entry, tensors) for entry in layout}
@@ -221,7 +234,7 @@ def save_weights(model: Transformer, directory: Path, max_shard_bytes: int) -> s
         for entry in shard:
             parts = parts_of(entry, tensors)
             specs.append((entry.name, parts[0].dtype, disk_shape(entry, parts)))
-        write_safetensors(directory / name, specs, disk_tensors(shard, tensors))
+        write_safetensors(directory / name, specs, disk_tensors(shard, fetch))
     if len(shards) == 1:
         return {WEIGHTS}
     weight_map = {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard}
@@ -229,18 +242,19 @@ def save_weights(model: Transformer, directory: Path, max_shard_bytes: int) -> s
     return {INDEX, *names}
 
 
-def parts_of(entry: Entry, tensors: dict[str, Tensor]) -> list[Tensor]:
+def parts_of(entry: Entry, tensors: Mapping[str, Tensor]) -> list[Tensor]:
     """Our tensors that make up an entry."""
     return [tensors[name] if expert is None else tensors[name][expert] for name, expert in entry.parts]
 
 
-def entry_bytes(entry: Entry, tensors: dict[str, Tensor]) -> int:
+def entry_bytes(entry: Entry, tensors: Mapping[str, Tensor]) -> int:
     return sum(part.nbytes for part in parts_of(entry, tensors))
 
 
-def disk_tensors(entries: list[Entry], tensors: dict[str, Tensor]) -> Iterator[Tensor]:
+def disk_tensors(entries: list[Entry], fetch: Callable[[str], Tensor]) -> Iterator[Tensor]:
     """Each entry's tensor as the file holds it, on the CPU."""
     for entry in entries:
-        parts = [part.detach().cpu() for part in parts_of(entry, tensors)]
+        wholes = [(fetch(name), expert) for name, expert in entry.parts]
+        parts = [(whole if expert is None else whole[expert]).detach().cpu() for whole, expert in wholes]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         yield whole.T if entry.transposed else whole

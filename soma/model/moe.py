@@ -55,21 +55,26 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad_PI: Tensor) -> tupl
 grouped_linear.register_autograd(_backward, setup_context=_save)
 
 
-def load_balancing_loss(scores_NE: Tensor, chosen_NK: Tensor, keep_N: Tensor | None = None) -> Tensor:
+def load_balancing_loss(
+    scores_NE: Tensor, chosen_NK: Tensor, keep_N: Tensor | None = None,
+    share: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:  # fmt: skip
     """E · Σ_e f_e · P_e: f_e tokens routed to expert e, P_e its score, both means (Switch, arXiv:2101.03961 eq. 4-6).
 
     For top-1 it is Switch's loss, for top-k Mixtral's: K when balanced. Worked number: E = 2, K = 1, scores
     (0.8, 0.2), (0.6, 0.4), both tokens to expert 0: 2 · (1 · 0.7 + 0 · 0.3) = 1.4. Tokens where `keep_N` is False
-    (padding) do not count.
+    (padding) do not count. `share` gives the sum of a tensor over the processes that hold the other tokens.
     """
     E = scores_NE.size(1)
     keep = torch.ones_like(scores_NE[:, 0]) if keep_N is None else keep_N.to(scores_NE.dtype)
-    total = keep.sum().clamp(min=1)
     pairs_E = torch.zeros_like(scores_NE[0]).index_add(
         0, chosen_NK.flatten(), keep.repeat_interleave(chosen_NK.size(1))
     )
-    mean_E = (scores_NE * keep[:, None]).sum(0) / total
-    return E * (pairs_E / total * mean_E).sum()
+    total, sum_E = keep.sum(), (scores_NE * keep[:, None]).sum(0)
+    if share is not None:
+        total, pairs_E, sum_E = share(torch.cat((total[None], pairs_E, sum_E))).split([1, E, E])
+    total = total.clamp(min=1)
+    return E * (pairs_E / total * (sum_E / total)).sum()
 
 
 class Router(nn.Module):
@@ -179,6 +184,7 @@ class MoE(nn.Module):
         if config.n_shared_experts:
             self.shared_experts = MLP(config, config.moe_intermediate_size * config.n_shared_experts)
         self.has_shared = config.n_shared_experts > 0
+        self.share: Callable[[Tensor], Tensor] | None = None  # for `load_balancing_loss`, set from outside
 
     def forward(self, x_BTD: Tensor, keep_BT: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Output, and in training the load-balancing loss times its coefficient (None otherwise)."""
@@ -193,4 +199,4 @@ class MoE(nn.Module):
         self.gate.count(chosen_NK, keep_N)
         if self.coefficient == 0:
             return out_BTD, None
-        return out_BTD, self.coefficient * load_balancing_loss(scores_NE, chosen_NK, keep_N)
+        return out_BTD, self.coefficient * load_balancing_loss(scores_NE, chosen_NK, keep_N, self.share)

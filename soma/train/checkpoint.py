@@ -107,7 +107,8 @@ class Checkpoints:
         allocate_state(optimizers)
         tensors = model_tensors(model) | optimizer_tensors(model, optimizers)
         self._read(step, tensors)
-        set_random_state(read_json(self.path(step) / f"random-{self.world.rank:05d}.json"))
+        own = self.path(step) / f"random-{self.world.rank:05d}.json"  # more ranks than there were: rank 0's
+        set_random_state(read_json(own if own.is_file() else self.path(step) / "random-00000.json"))
         return read_json(self.path(step) / "run.json")
 
     def load_weights(self, step: int, model: nn.Module) -> None:

@@ -7,6 +7,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from soma.train.parallel.config import Layout
+
 DEFAULT_EPOCHS = 1.0
 
 
@@ -95,6 +97,9 @@ class TrainConfig(BaseModel):
         False, description="Recompute each layer in the backward pass: less memory, about a third more time."
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of torch; None: as torch decides.")
+    layout: Layout = Field(
+        Layout(), description="How the ranks of torchrun share the work (docs/parallel.md); the result is the same."
+    )
     seed: int = Field(0, ge=0, description="Of the weights, the order of the data, and sampling.")
 
     # What it reports and keeps

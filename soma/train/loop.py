@@ -19,7 +19,6 @@ from soma.base.artefact import read_json, write_json
 from soma.base.errors import UserError
 from soma.model.formulas import flops_per_token
 from soma.model.tokenizer import Tokenizer
-from soma.model.transformer import Transformer
 from soma.train.balance import RouterBalance
 from soma.train.checkpoint import Checkpoints, last_whole
 from soma.train.compute import Compute, peak_memory
@@ -28,10 +27,11 @@ from soma.train.guard import DivergenceGuard, TimeGuard
 from soma.train.journal import Journal
 from soma.train.objective import Objective
 from soma.train.optim import build_optimizers, set_learning_rate
+from soma.train.parallel.apply import Parallel
 from soma.train.peak import matmul_peak
 from soma.train.samples import continue_text
 from soma.train.schedule import learning_rate
-from soma.train.world import World, reduce_gradients
+from soma.train.world import World
 
 
 class DivergenceError(UserError):
@@ -84,11 +84,12 @@ class Trainer:
     """One run of the loop. `run()` trains from the newest whole checkpoint to the end."""
 
     def __init__(
-        self, config: TrainConfig, work: Path, *, model: Transformer, objective: Objective, loader: Any,
+        self, config: TrainConfig, work: Path, *, parallel: Parallel, objective: Objective, loader: Any,
         validation: Any, steps: int, compute: Compute, tokenizer: Tokenizer, identity: str, world: World,
         journal: Journal,
     ) -> None:  # fmt: skip
-        self.config, self.work, self.model, self.objective = config, work, model, objective
+        self.config, self.work, self.objective = config, work, objective
+        self.parallel, self.model = parallel, (model := parallel.model)
         self.loader, self.validation, self.compute, self.tokenizer = loader, validation, compute, tokenizer
         self.identity, self.world, self.journal = identity, world, journal
         self.planned = self.steps = steps
@@ -100,7 +101,7 @@ class Trainer:
         self.divergence = DivergenceGuard(config.divergence_factor, config.divergence_steps)
         self.clock = TimeGuard(config.max_seconds or float("inf"))
         self.checkpoints = Checkpoints(work / "checkpoints", config.keep_checkpoints, world)
-        self.microbatch = config.microbatch_size or config.batch_size // world.size
+        self.microbatch = config.microbatch_size or config.batch_size // world.data_size
         self.validation_start = validation.state_dict() if validation is not None else None
         self.flops = flops_per_token(model.config, config.sequence_length)
         self.peak = matmul_peak(compute.device, compute.dtype)
@@ -134,13 +135,15 @@ class Trainer:
     def train_step(self) -> None:
         """One optimizer step over a whole batch."""
         started = time.perf_counter()
-        batch = next(self.loader)
+        batch = self.parallel.own(next(self.loader))
         count = self.global_count(batch)
         total = torch.zeros((), device=self.compute.device)
         one = self.scaler.scale(torch.ones((), device=self.compute.device))
-        for part in self.objective.parts(batch, self.microbatch):
+        parts = list(self.objective.parts(batch, self.microbatch))
+        for number, part in enumerate(parts, 1):
+            self.parallel.begin(last=number == len(parts))
             total += self.objective.backward(part, one / count, one * (self.microbatch / self.config.batch_size))
-        reduce_gradients(self.model, self.world)
+        self.parallel.finish()
         loss, norm = torch.stack([self.world.sum(total) / count, self.clip()]).tolist()  # a GPU is waited for once
         self.stop_if_diverged(self.divergence.check(loss), batch)
         if not self.scaler.is_enabled() and not np.isfinite(norm):
@@ -163,7 +166,7 @@ class Trainer:
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         limit = self.config.grad_clip or float("inf")
-        return torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        return self.parallel.clip(self.parameters, limit)
 
     def count_step(self, loss: float, norm: float, rate: float, seconds: float) -> None:
         """Keep the step's figures and write the log line of an interval."""
@@ -244,7 +247,8 @@ class Trainer:
         self.validation.load_state_dict(self.validation_start)
         sums = torch.zeros(2, dtype=torch.float64, device=self.compute.device)
         self.model.eval()
-        for _, batch in zip(range(self.config.evaluate_batches), self.validation, strict=False):
+        for _, whole in zip(range(self.config.evaluate_batches), self.validation, strict=False):
+            batch = self.parallel.own(whole)
             sums[1] += self.objective.count(batch)
             for part in self.objective.parts(batch, self.microbatch):
                 sums[0] += self.objective.loss(part)
@@ -259,7 +263,8 @@ class Trainer:
         if reason is None:
             return
         step = self.at.done + 1
-        path = self.work / f"bad-batch-step-{step}.npz"
+        rank = "" if self.world.is_main else f"-rank-{self.world.rank}"
+        path = self.work / f"bad-batch-step-{step}{rank}.npz"
         np.savez(path, allow_pickle=False, **batch_arrays(batch))
         position = json.dumps(self.loader.state_dict(), default=str)
         raise DivergenceError(

@@ -42,7 +42,7 @@ def make_loader(
     config: TrainConfig, world: World, tokens: Path, split: str, epochs: int | None = None
 ) -> TokenLoader | PreferenceLoader:
     """The loader of a split for this rank: of pairs for a PreferenceConfig, of packed sequences else."""
-    rows, rank, size = config.batch_size // world.size, world.rank, world.size
+    rows, rank, size = config.batch_size // world.data_size, world.data_rank, world.data_size
     if isinstance(config, PreferenceConfig):
         return PreferenceLoader(tokens, split, config.sequence_length, rows, rank, size, config.seed, epochs)
     pack = None if config.pack == "auto" else config.pack
@@ -77,13 +77,16 @@ class Inputs:
 class LanguageModeling:
     """Cross-entropy of the next token, wherever the batch has a target. Pretraining and instruction tuning."""
 
-    def __init__(self, model: Transformer, config: TrainConfig, compute: Compute) -> None:
+    def __init__(
+        self, model: Transformer, config: TrainConfig, compute: Compute,
+        cross_entropy_sum: loss.ChunkLoss = loss.cross_entropy_sum,
+    ) -> None:  # fmt: skip
         self.inputs = Inputs(model, config, compute)
 
         def chunk_loss(x_ND: Tensor, targets_N: Tensor) -> Tensor:
             with compute.autocast():
                 logits_NV = model.logits(x_ND)
-            return loss.cross_entropy_sum(logits_NV, targets_N)
+            return cross_entropy_sum(logits_NV, targets_N)
 
         self.plain_chunk_loss = chunk_loss
         self.chunk_loss = torch.compile(chunk_loss, dynamic=False) if compute.compile else chunk_loss
@@ -114,8 +117,11 @@ class LanguageModeling:
 class Preference:
     """DPO (Rafailov et al. 2023): the chosen answer against the rejected one, relative to the frozen starting model."""
 
-    def __init__(self, model: Transformer, reference: Transformer, config: PreferenceConfig, compute: Compute) -> None:
-        self.config, self.compute = config, compute
+    def __init__(
+        self, model: Transformer, reference: Transformer, config: PreferenceConfig, compute: Compute,
+        target_logprobs: loss.ChunkLoss = loss.target_logprobs,
+    ) -> None:  # fmt: skip
+        self.config, self.compute, self.target_logprobs = config, compute, target_logprobs
         self.inputs = Inputs(model, config, compute)
         self.reference_inputs = Inputs(reference.eval().requires_grad_(False), config, compute)
 
@@ -158,6 +164,6 @@ class Preference:
         def head(x_BTD: Tensor) -> Tensor:
             with self.compute.autocast():
                 logits_BTV = inputs.model.logits(x_BTD)
-            return loss.target_logprobs(logits_BTV, targets_BT)
+            return self.target_logprobs(logits_BTV, targets_BT)
 
         return checkpoint(head, x_BTD, use_reentrant=False, preserve_rng_state=False), aux

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from soma.model.moe import Router
 from soma.train.config import TrainConfig
+from soma.train.parallel.matrices import WholeMatrices, cut_as, local_part
 
 NEWTON_SCHULZ = (
     3.4445,
@@ -65,37 +66,40 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.dtype = dtype
+        self.matrices = WholeMatrices()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
         assert closure is None, "Muon takes no closure"
         for group in self.param_groups:
-            by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
+            by_shape: dict[tuple[Any, ...], list[nn.Parameter]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    by_shape.setdefault(tuple(parameter.shape), []).append(parameter)
+                    by_shape.setdefault((tuple(parameter.shape), cut_as(parameter)), []).append(parameter)
             for parameters in by_shape.values():
                 self._update(parameters, group)
 
     def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
         """Update parameters of one shape: their matrices go through the iteration as one stack."""
-        directions = []
+        directions, pieces = [], []
         for parameter in parameters:
             state = self.state[parameter]
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
-            buffer: Tensor = state["momentum_buffer"]
-            grad = parameter.grad
-            assert grad is not None
+            assert parameter.grad is not None
+            buffer, grad, piece = (
+                local_part(tensor) for tensor in (state["momentum_buffer"], parameter.grad, parameter.detach())
+            )
             buffer.lerp_(grad, 1 - group["momentum"])
             directions.append(torch.lerp(grad, buffer, group["momentum"]).to(self.dtype))
+            pieces.append(piece)
         rows, columns = parameters[0].shape[-2:]
-        updates = orthogonalize(torch.stack(directions)).to(parameters[0].dtype)
         scale = group["lr"] * update_scale(rows, columns)
-        for parameter, update in zip(parameters, updates.unbind(), strict=True):
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.add_(update, alpha=-scale)
+        updates = self.matrices.map(orthogonalize, parameters, directions)
+        for piece, update in zip(pieces, updates, strict=True):
+            piece.mul_(1 - group["lr"] * group["weight_decay"])
+            piece.add_(update.to(piece.dtype), alpha=-scale)
 
 
 def split_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -131,7 +135,9 @@ def build_optimizers(model: nn.Module, config: TrainConfig, muon_dtype: torch.dt
         )
     else:
         adamw[0]["params"] = split["hidden"] + split["matrices"]
-    groups = [group for group in adamw if group["params"]]
+    groups = [
+        {**group, "params": parameters} for group in adamw for parameters in by_cut(group["params"])
+    ]  # the fused kernel takes tensors of one mesh at a time
     if groups:
         optimizers.append(
             torch.optim.AdamW(
@@ -139,6 +145,14 @@ def build_optimizers(model: nn.Module, config: TrainConfig, muon_dtype: torch.dt
             )
         )
     return optimizers
+
+
+def by_cut(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """The parameters in lists of those that are cut over the same ranks."""
+    lists: dict[Any, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        lists.setdefault(cut_as(parameter), []).append(parameter)
+    return list(lists.values())
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], value: float) -> None:

@@ -1,7 +1,8 @@
 """The training stages: `train` does pretraining, instruction tuning and preference tuning, by its config's type."""
 
+import copy
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,16 @@ from soma.data.store import read_index
 from soma.model.config import ModelConfig
 from soma.model.families import config_to_hf
 from soma.model.formulas import flops_per_token
-from soma.model.hub import load_model, save_model
+from soma.model.hub import load_model
 from soma.model.tokenizer import Tokenizer
 from soma.model.transformer import Transformer
-from soma.train.compute import DTYPES, Compute, resolve, seed_everything
+from soma.train.compute import DTYPES, Compute, resolve, resolve_device, seed_everything
 from soma.train.config import PreferenceConfig, TrainConfig, check_schedule, dump
 from soma.train.journal import Journal
 from soma.train.loop import DivergenceError, Trainer, TrainResult
 from soma.train.objective import LanguageModeling, Objective, Preference, make_loader
+from soma.train.parallel.apply import Parallel, parallelize
+from soma.train.parallel.export import save_whole
 from soma.train.tracking import NullTracker, Tracker
 from soma.train.world import World
 
@@ -30,7 +33,7 @@ __all__ = ["DivergenceError", "TrainResult", "train"]
 
 # What may change between a killed run and its resumption: it does not reach the weights.
 HARMLESS = ("max_seconds", "log_every", "checkpoint_every", "keep_checkpoints", "sample_prompts", "sample_tokens",
-            "sample_temperature")  # fmt: skip
+            "sample_temperature", "layout")  # fmt: skip
 
 
 def train(
@@ -47,7 +50,8 @@ def train(
     Raises UserError where config, model and data do not fit, the disk is full, or (DivergenceError) the loss is not
     finite or diverges.
     """
-    world, tracker = world or World(), tracker or NullTracker()
+    tracker = tracker or NullTracker()
+    world = world or World.join(config.layout, resolve_device(config.device).type)
     if config.threads:
         torch.set_num_threads(config.threads)
     seed_everything(config.seed)
@@ -57,29 +61,36 @@ def train(
     check_tokens(config, tokens, index, names)
     network, kept_dtype = make_model(config, model, names)
     check_model(config, network.config, index, tokens)
-    check_ranks(config, world)
+    world.mesh.layout.check_model(network.config)
+    world.mesh.layout.check_batch(config.batch_size, config.microbatch_size, config.sequence_length)
     loader = make_loader(config, world, tokens, "train")
     steps = total_steps(config, loader.sequences_per_epoch)
     compute = resolve(
         config, steps * config.tokens_per_step() * flops_per_token(network.config, config.sequence_length)
     )
     network.to(compute.device)
-    network.activation_checkpointing = config.activation_checkpointing
+    reference = copy.deepcopy(network) if isinstance(config, PreferenceConfig) else None
+    parallel = parallelize(
+        network, world.mesh, activation_checkpointing=config.activation_checkpointing, compile_layers=compute.compile,
+        whole_batch=config.microbatch_size is None,
+    )  # fmt: skip
+    if reference is not None:
+        parallelize(reference.requires_grad_(False), world.mesh)
+    layered = replace(compute, compile=False) if world.size > 1 else compute  # layers are compiled one by one then
     work.mkdir(parents=True, exist_ok=True)
     tracker.params(dump(config))
     trainer = Trainer(
-        config, work, model=network, objective=make_objective(config, network, compute), loader=loader,
+        config, work, parallel=parallel, objective=make_objective(config, parallel, reference, layered), loader=loader,
         validation=validation_loader(config, world, tokens), steps=steps, compute=compute, tokenizer=names,
         identity=identity(config, network.config, model, index), world=world,
         journal=Journal(work / "metrics.jsonl", tracker, world.is_main),
     )  # fmt: skip
     trainer.run()
     result = trainer.result(out / "model")
+    final = with_ends(network.config, names.eos_ids) if index["masked"] else network.config
+    save_whole(parallel, final, DTYPES.get(config.save_precision, kept_dtype), result.model, tokenizer)
     if world.is_main:
-        if index["masked"]:
-            network.config = with_ends(network.config, names.eos_ids)
-        network.to(DTYPES.get(config.save_precision, kept_dtype))
-        write_artefact(result, compute, network, out, work, tokenizer)
+        write_artefact(result, compute, out, work)
         tracker.artefact(out / "model")
     world.barrier()
     return result
@@ -108,13 +119,14 @@ def with_ends(shape: ModelConfig, ends: tuple[int, ...]) -> ModelConfig:
     return shape.model_copy(update={"eos_token_id": every if len(every) > 1 else every[0]}) if every else shape
 
 
-def make_objective(config: TrainConfig, network: Transformer, compute: Compute) -> Objective:
-    """DPO for a PreferenceConfig, next-token prediction for the others."""
+def make_objective(
+    config: TrainConfig, parallel: Parallel, reference: Transformer | None, compute: Compute
+) -> Objective:
+    """DPO for a PreferenceConfig, against `reference`; next-token prediction for the others."""
     if not isinstance(config, PreferenceConfig):
-        return LanguageModeling(network, config, compute)
-    reference = Transformer(network.config, device=compute.device, dtype=torch.float32)
-    reference.load_state_dict(network.state_dict())
-    return Preference(network, reference, config, compute)
+        return LanguageModeling(parallel.model, config, compute, parallel.cross_entropy_sum)
+    assert reference is not None
+    return Preference(parallel.model, reference, config, compute, parallel.target_logprobs)
 
 
 def identity(config: TrainConfig, shape: ModelConfig, model: ModelConfig | Path, index: dict[str, Any]) -> str:
@@ -179,22 +191,8 @@ def check_model(config: TrainConfig, model: ModelConfig, index: dict[str, Any], 
         )
 
 
-def check_ranks(config: TrainConfig, world: World) -> None:
-    """Raise UserError with the arithmetic where the batch does not divide among the ranks."""
-    micro = config.microbatch_size or 1
-    if config.batch_size % (micro * world.size):
-        raise UserError(
-            f"batch_size {config.batch_size} is not a multiple of microbatch_size × ranks = {micro} × {world.size} = "
-            f"{micro * world.size}"
-        )
-
-
-def write_artefact(
-    result: TrainResult, compute: Compute, network: Transformer, out: Path, work: Path, tokenizer: Path
-) -> None:
-    """`model/`, `train.json` and `logs/`. What a clock has touched goes under `logs/`, which is no content."""
-    network.eval()
-    save_model(network, result.model, tokenizer_dir=tokenizer)
+def write_artefact(result: TrainResult, compute: Compute, out: Path, work: Path) -> None:
+    """`train.json` and `logs/`. What a clock has touched goes under `logs/`, which is no content."""
     facts = {key: value for key, value in asdict(result).items() if key != "model"}
     stable = ("steps", "planned_steps", "limited", "stopped_early", "tokens", "loss", "validation_loss", "parameters",
               "documents_left_out", "documents_truncated")  # fmt: skip

@@ -9,7 +9,7 @@ from soma.base import machine, progress
 from soma.train import peak
 from soma.train.compute import Compute, native_bf16, peak_memory, resolve, seed_everything
 from soma.train.config import TrainConfig
-from soma.train.trainer import TrainResult, check_ranks
+from soma.train.trainer import TrainResult
 from soma.train.world import World
 
 Run = Callable[..., TrainResult]
@@ -95,14 +95,6 @@ def test_seeds() -> None:
 
 def test_peak_memory_is_in_bytes() -> None:
     assert 50e6 < peak_memory() < 1e12
-
-
-def test_ranks_must_divide_the_batch() -> None:
-    from soma.base.errors import UserError
-
-    check_ranks(TrainConfig(batch_size=16, microbatch_size=2), World(0, 4))
-    with pytest.raises(UserError, match=r"batch_size 16 is not a multiple of microbatch_size × ranks = 4 × 3 = 12"):
-        check_ranks(TrainConfig(batch_size=16, microbatch_size=4), World(0, 3))
 
 
 def test_one_process_is_the_identity() -> None:

@@ -24,11 +24,12 @@ from soma.model.config import ModelConfig
 from soma.train.config import TrainConfig
 from soma.train.trainer import train
 from soma.train.world import World
+from soma.train.parallel.config import Layout
 torch.set_num_threads(1)
 job, rank = json.loads(sys.argv[1]), int(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{job['store']}", rank=rank, world_size=2)
 train(TrainConfig(**job["config"]), Path(job["out"]), Path(job["work"]), tokens=Path(job["tokens"]),
-      tokenizer=Path(job["tokenizer"]), model=ModelConfig(**job["model"]), world=World(rank, 2))
+      tokenizer=Path(job["tokenizer"]), model=ModelConfig(**job["model"]), world=World.join(Layout(dp=2), "cpu"))
 dist.barrier()
 dist.destroy_process_group()
 sys.stdout.flush()

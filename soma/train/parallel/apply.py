@@ -1,0 +1,153 @@
+"""One function applies a layout to a model, from outside, in a fixed order; the model stays plain.
+
+Order: tensor, expert, context, activation checkpointing, compile, data (replicas or shards): as in torchtitan
+(arXiv:2410.06511, section 2). Each later one wraps what the earlier ones made.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial, wraps
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from soma.model.moe import MoE
+from soma.model.transformer import Transformer
+from soma.train.loss import cross_entropy_sum, target_logprobs
+from soma.train.parallel.local import scale_gradient, shard_offset, sum_both_ways
+from soma.train.parallel.mesh import Mesh
+from soma.train.parallel.norm import clip_gradients
+from soma.train.parallel.reduce import Reducer, settle_partial
+from soma.train.parallel.shard import apply_shards, begin_microbatch
+from soma.train.parallel.tensor import apply_tensor
+
+
+class Parallel:
+    """A model that a layout has been applied to: what the training loop has to do with it beside calling it."""
+
+    def __init__(self, model: Transformer, mesh: Mesh, reducers: Sequence[Reducer] = ()) -> None:
+        self.model, self.mesh, self.reducers = model, mesh, reducers
+
+    def begin(self, last: bool) -> None:
+        """Before each microbatch's forward pass; `last` of the step: gradients are summed with its backward pass."""
+        if self.mesh.layout.fsdp > 1:
+            begin_microbatch(self.model, self.mesh.layout.zero, last)
+        for reducer in self.reducers:
+            reducer.last = last
+
+    def finish(self) -> None:
+        """After the last backward pass of a step: every gradient is then the sum over all ranks."""
+        for reducer in self.reducers:
+            reducer.finish()
+        settle_partial(list(self.model.parameters()))
+
+    def clip(self, parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
+        """Clip the global norm; returns it as it was before."""
+        if self.mesh.size == 1:
+            return nn.utils.clip_grad_norm_(parameters, limit)
+        return clip_gradients(parameters, limit, self.mesh.group("pp"))
+
+    def own(self, batch: Any) -> Any:
+        """This rank's part of its data rank's batch."""
+        return batch
+
+    def cross_entropy_sum(self, logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+        """`soma.train.loss.cross_entropy_sum`, of scores that may be cut over the vocabulary."""
+        group = self.mesh.group("tp")
+        if group is None:
+            return cross_entropy_sum(logits_NV, targets_N)
+        from soma.train.parallel.vocabulary import cross_entropy
+
+        return cross_entropy(logits_NV, targets_N, self.first_word(group), group).sum()
+
+    def target_logprobs(self, logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+        """`soma.train.loss.target_logprobs`, of scores that may be cut over the vocabulary."""
+        group = self.mesh.group("tp")
+        if group is None:
+            return target_logprobs(logits_BTV, targets_BT)
+        from soma.train.parallel.vocabulary import cross_entropy
+
+        losses_N = cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), self.first_word(group), group)
+        return -losses_N.view_as(targets_BT).sum(dim=1)
+
+    def first_word(self, group: dist.ProcessGroup) -> int:
+        """The first entry of this rank's part of the vocabulary."""
+        return shard_offset(self.model.config.vocab_size, group.size(), group.rank())[0]
+
+
+def parallelize(
+    model: Transformer, mesh: Mesh, *, activation_checkpointing: bool = False, compile_layers: bool = False,
+    whole_batch: bool = False,
+) -> Parallel:  # fmt: skip
+    """Apply a mesh's layout to a model whose weights are the same on all ranks; the model is changed in place.
+
+    `whole_batch`: there is no microbatch_size, so experts are balanced over the tokens of all ranks.
+    """
+    layout = mesh.layout
+    if mesh.size == 1:  # the model does both by itself
+        model.activation_checkpointing = activation_checkpointing
+        return Parallel(model, mesh)
+    tensor = mesh.axis("tp")
+    if tensor is not None:
+        apply_tensor(model, tensor, layout.sp, mesh.experts)
+    share_balance(model, mesh, whole_batch)
+    if activation_checkpointing:
+        for layer in model.layers:
+            layer.forward = checkpointed(layer.forward)
+    if compile_layers:
+        for layer in model.layers:
+            layer.forward = torch.compile(layer.forward, dynamic=False)
+    if layout.fsdp > 1:
+        apply_shards(model, mesh)
+        return Parallel(model, mesh)
+    return Parallel(model, mesh, replicate(model, mesh))
+
+
+def share_balance(model: Transformer, mesh: Mesh, whole_batch: bool) -> None:
+    """Balance experts over a microbatch's tokens wherever they are: on the cp ranks, or (`whole_batch`) on all."""
+    group = mesh.group("tokens") if whole_batch else mesh.group("cp")
+    for layer in model.layers:
+        if isinstance(layer.mlp, MoE) and group is not None:
+            layer.mlp.share = partial(sum_both_ways, group=group)
+            if mesh.layout.cp > 1:  # each cp rank has the whole loss of the microbatch, and gradients are summed
+                layer.mlp.register_forward_hook(partial(divide_aux, ranks=mesh.layout.cp))
+
+
+def divide_aux(module: nn.Module, args: Any, output: tuple[Tensor, Tensor | None], ranks: int) -> Any:
+    """Divide the gradient of an MoE's auxiliary loss by the ranks that have the same one."""
+    out_BTD, aux = output
+    return out_BTD, None if aux is None else scale_gradient(aux, 1 / ranks)
+
+
+def checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A layer's forward pass that keeps only its input and is run again in the backward pass."""
+
+    @wraps(forward)
+    def recomputing(*args: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args)
+        return checkpoint(partial(forward), *args, use_reentrant=False, preserve_rng_state=False)
+
+    return recomputing
+
+
+def replicate(model: Transformer, mesh: Mesh) -> list[Reducer]:
+    """Reducers of the gradients of replicated weights: dense ones over dp × cp, experts over those with the same."""
+    apart: set[int] = set()
+    reducers = []
+    if mesh.layout.ep > 1:
+        experts = [p for layer in model.layers if isinstance(layer.mlp, MoE) for p in layer.mlp.experts.parameters()]
+        apart = {id(parameter) for parameter in experts}
+        same = mesh.axis("edp")
+        if same is not None:
+            reducers.append(Reducer([p for p in experts if p.requires_grad], (), same.get_group()))
+    group = mesh.group("tokens")
+    if group is not None:
+        dense = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
+        # Their gradients come in pieces: an embedding may be the head too, and the head's loss runs piece by piece.
+        ends = [model.embed_tokens] + ([model.lm_head] if model.lm_head is not None else [])
+        late = [parameter for module in ends for parameter in module.parameters()]
+        reducers.append(Reducer(dense, late, group))
+    return reducers

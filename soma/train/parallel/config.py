@@ -1,0 +1,196 @@
+"""The `layout:` block of a training stage: how many ranks each kind of parallelism takes. Loads no torch.
+
+The ranks form a grid of pp × dp × fsdp × cp × tp, the last one varying fastest (so that the talkative ones lie on one
+machine). `ep` takes no ranks of its own: it divides the dp × fsdp × cp ranks, which hold different tokens.
+"""
+
+from math import prod
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from soma.base.errors import UserError
+from soma.model.config import ModelConfig
+
+GRID = ("pp", "dp", "fsdp", "cp", "tp")  # the slowest first
+REST = -1
+
+
+class Layout(BaseModel):
+    """How the ranks of `torchrun` share the work. The answer does not depend on it. -1: all ranks that are left."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dp: int | None = Field(
+        None,
+        description="Replicas of the model, each with its own rows of the batch; gradients are summed. "
+        "None: 1 where another size is -1, else all ranks that are left.",
+    )
+    fsdp: int = Field(1, description="Ranks that share parameters, gradients and optimizer state (FSDP2, ZeRO).")
+    zero: Literal[1, 2, 3] = Field(
+        3,
+        description="What the fsdp ranks cut: 1 the optimizer state; 2 gradients too, after each microbatch; "
+        "3 parameters too.",
+    )
+    tp: int = Field(1, description="Ranks that share each matrix, attention by heads (Megatron's tensor parallelism).")
+    sp: bool = Field(False, description="With tp: norms and the residual stream are cut along the sequence as well.")
+    cp: int = Field(1, description="Ranks that share each sequence (context parallelism).")
+    cp_method: Literal["ring", "all_gather"] = Field(
+        "ring", description="ring: keys and values go round, peak memory stays; all_gather: they are collected first."
+    )
+    pp: int = Field(1, description="Pipeline stages: ranks that share the layers.")
+    ep: int = Field(1, description="Ranks that share the experts of a layer; it divides dp × fsdp × cp.")
+    schedule: str = Field("1f1b", description="Pipeline schedule; `soma schedule` lists, draws and times them.")
+    microbatches: int | None = Field(
+        None, ge=1, description="Microbatches of a pipeline step. None: what microbatch_size gives."
+    )
+    virtual_stages: int = Field(1, ge=1, description="Pipeline stages on each rank, for interleaved schedules.")
+
+    @model_validator(mode="after")
+    def _sizes(self) -> Self:
+        sizes = {name: getattr(self, name) for name in (*GRID, "ep")}
+        for name, size in sizes.items():
+            if size is not None and size != REST and size < 1:
+                raise ValueError(f"{name} {size}: a size is 1 or more, or -1 for all ranks that are left")
+        if self.ep == REST:
+            raise ValueError("ep -1: experts divide the dp × fsdp × cp ranks, so there is no rest: say how many")
+        rest = [name for name in GRID if sizes[name] == REST]
+        if len(rest) > 1:
+            raise ValueError(f"{' and '.join(rest)} are all -1: only one can be all ranks that are left")
+        if self.sp and self.tp == 1:
+            raise ValueError("sp cuts the sequence over the tp ranks and tp is 1: set tp, or leave sp out")
+        return self
+
+    def resolve(self, world: int) -> "Layout":
+        """The layout with every size settled for `world` ranks.
+
+        Raises UserError with the arithmetic that fails and the nearest layout that works.
+        Worked example: tp 2, dp open, 8 ranks: dp = 8 / 2 = 4.
+        """
+        sizes = {name: getattr(self, name) for name in GRID}
+        if sizes["dp"] is None:
+            sizes["dp"] = 1 if REST in sizes.values() else REST
+        rest = next((name for name, size in sizes.items() if size == REST), None)
+        fixed = prod(size for size in sizes.values() if size != REST)
+        if rest is None and fixed != world:
+            raise UserError(f"layout: {product(sizes)} = {fixed} ranks, and there are {world}: {advice(sizes, world)}")
+        if rest is not None:
+            if world % fixed:
+                given = {name: size for name, size in sizes.items() if name != rest}
+                raise UserError(
+                    f"layout: {rest} takes the ranks that are left, but {world} ranks / ({product(given)} = {fixed}) = "
+                    f"{world / fixed:.3g}: {advice(given, world)}"
+                )
+            sizes[rest] = world // fixed
+        holders = sizes["dp"] * sizes["fsdp"] * sizes["cp"]
+        if holders % self.ep:
+            near = nearest_divisor(holders, self.ep)
+            raise UserError(
+                f"layout: ep {self.ep} does not divide dp × fsdp × cp = {sizes['dp']} × {sizes['fsdp']} × "
+                f"{sizes['cp']} = {holders} ({holders / self.ep:.3g}): take ep {near}"
+            )
+        if sizes["tp"] == 1 and self.sp:
+            return self.model_copy(update={**sizes, "sp": False})
+        return self.model_copy(update=sizes)
+
+    @property
+    def data_ranks(self) -> int:
+        """Ranks with rows of their own, dp × fsdp, of a resolved layout."""
+        assert self.dp is not None
+        assert self.dp != REST
+        assert self.fsdp != REST
+        return self.dp * self.fsdp
+
+    @property
+    def world(self) -> int:
+        """Ranks of a resolved layout."""
+        return self.data_ranks * self.pp * self.cp * self.tp
+
+    def check_model(self, model: ModelConfig) -> None:
+        """Raise UserError with the arithmetic where a resolved layout does not fit the model."""
+        heads, keys = model.num_attention_heads, model.num_key_value_heads
+        if heads % self.tp:
+            raise UserError(
+                f"layout: tp {self.tp} does not divide num_attention_heads {heads} ({heads / self.tp:.3g} each): take "
+                f"tp {nearest_divisor(heads, self.tp)}"
+            )
+        if not model.is_mla and keys % self.tp and self.tp % keys:
+            works = [size for size in divisors(heads) if keys % size == 0 or size % keys == 0]
+            raise UserError(
+                f"layout: {keys} key/value heads can be neither cut nor repeated evenly over tp {self.tp}: take tp "
+                f"{min(works, key=lambda size: abs(size - self.tp))}"
+            )
+        inner = [("vocab_size", model.vocab_size), ("intermediate_size", model.intermediate_size)]
+        inner += [("moe_intermediate_size", model.moe_intermediate_size)] if model.num_experts else []
+        for name, size in inner:
+            if size % self.tp:
+                raise UserError(
+                    f"layout: tp {self.tp} does not divide {name} {size} ({size / self.tp:.3g} each): take {name} "
+                    f"{-(-size // self.tp) * self.tp}, or tp {nearest_divisor(size, self.tp)}"
+                )
+        if self.ep > 1 and not model.num_experts:
+            raise UserError(f"layout: ep {self.ep}, but the model has no experts (num_experts 0): take ep 1")
+        if self.ep > 1 and model.num_experts % self.ep:
+            raise UserError(
+                f"layout: ep {self.ep} does not divide num_experts {model.num_experts} "
+                f"({model.num_experts / self.ep:.3g} each): take ep {nearest_divisor(model.num_experts, self.ep)}"
+            )
+        stages = self.pp * self.virtual_stages
+        if stages > model.num_hidden_layers:
+            raise UserError(
+                f"layout: pp {self.pp} × virtual_stages {self.virtual_stages} = {stages} stages for "
+                f"{model.num_hidden_layers} layers: every stage needs a layer, so pp × virtual_stages is at most "
+                f"{model.num_hidden_layers}"
+            )
+
+    def check_batch(self, batch_size: int, microbatch_size: int | None, sequence_length: int) -> None:
+        """Raise UserError with the arithmetic where a resolved layout does not fit the batch."""
+        unit = (microbatch_size or 1) * self.data_ranks
+        if batch_size % unit:
+            raise UserError(
+                f"batch_size {batch_size} is not a multiple of microbatch_size × dp × fsdp = {microbatch_size or 1} × "
+                f"{self.dp} × {self.fsdp} = {unit}: take {max(unit, round(batch_size / unit) * unit)}"
+            )
+        pieces = 2 * self.cp if self.cp > 1 else 1
+        if sequence_length % pieces:
+            raise UserError(
+                f"sequence_length {sequence_length} is not a multiple of 2 × cp = {pieces} (each rank takes an early "
+                f"and a late piece): take {max(pieces, round(sequence_length / pieces) * pieces)}"
+            )
+        if self.sp and sequence_length // self.cp % self.tp:
+            unit = self.tp * pieces
+            raise UserError(
+                f"sequence_length {sequence_length} / cp {self.cp} is not a multiple of tp {self.tp}, over which sp "
+                f"cuts it: take {max(unit, round(sequence_length / unit) * unit)}"
+            )
+
+
+def product(sizes: dict[str, int]) -> str:
+    """`dp 2 × tp 3`: the sizes that are not 1."""
+    return " × ".join(f"{name} {size}" for name, size in sizes.items() if size != 1) or "1"
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, rising."""
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def nearest_divisor(number: int, wanted: int) -> int:
+    """The divisor of `number` that is nearest to `wanted`, the smaller of two."""
+    return min(divisors(number), key=lambda size: (abs(size - wanted), size))
+
+
+def advice(sizes: dict[str, int], world: int) -> str:
+    """The change of one size that makes the product divide the world (or be it), or the world that would do."""
+    best = None
+    for name, size in sizes.items():
+        others = prod(other for key, other in sizes.items() if key != name)
+        if size == 1 or world % others:
+            continue
+        exact = "dp" in sizes and len(sizes) == len(GRID)
+        fits = world // others if exact else nearest_divisor(world // others, size)
+        if best is None or abs(fits - size) < abs(best[1] - size):
+            best = (name, fits, size)
+    if best is not None:
+        return f"take {best[0]} {best[1]}"
+    return f"start {prod(sizes.values())} ranks"

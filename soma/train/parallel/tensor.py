@@ -1,0 +1,189 @@
+"""Tensor parallelism in Megatron's way (arXiv:1909.08053), with sequence parallelism for the norms (arXiv:2205.05198).
+
+The first matrices of a block are cut by columns (outputs: whole heads, or inner units), its last one by rows, so a
+block needs one sum after it and, backwards, one before it. In between each rank computes a part of that sum from
+weights of its own; what it uses undivided there (norms of heads, a router, the latents of MLA, repeated key heads) has
+a gradient that is partial over the ranks. With `sp` the residual stream is cut along the sequence, and the two sums
+become gather and reduce-scatter.
+"""
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, Shard
+
+from soma.model.attention import Attention, LatentAttention
+from soma.model.layers import MLP
+from soma.model.moe import MoE
+from soma.model.transformer import Layer, Transformer
+from soma.train.parallel.local import cut, enter, leave, scale_gradient, shard_offset
+
+COLUMNS, ROWS = [Shard(0)], [Shard(1)]  # of a (outputs, inputs) matrix: by outputs, by inputs
+
+
+def apply_tensor(model: Transformer, mesh: DeviceMesh, sequence: bool, experts: DeviceMesh | None) -> None:
+    """Cut a model over the ranks of a one-dimensional mesh. `sequence`: sequence parallelism too.
+
+    `experts`: the mesh of (ep ×) tp ranks that MoE layers' experts are cut over.
+    """
+    group = mesh.get_group()
+    cut_embedding(model.embed_tokens, mesh, sequence)
+    if hasattr(model, "embed_positions"):
+        keep_whole(model.embed_positions, mesh, partial=sequence)
+        if sequence:
+            model.embed_positions.register_forward_hook(own_positions(group))
+    if model.lm_head is not None:
+        cut(model.lm_head, "weight", mesh, COLUMNS)
+    for layer in model.layers:
+        assert isinstance(layer, Layer)
+        keep_whole(layer.input_layernorm, mesh, partial=sequence)
+        keep_whole(layer.post_attention_layernorm, mesh, partial=sequence)
+        if isinstance(layer.self_attn, LatentAttention):
+            cut_latent_attention(layer.self_attn, mesh)
+        else:
+            cut_attention(layer.self_attn, mesh)
+        wrap_block(layer.self_attn, group, sequence)
+        if isinstance(layer.mlp, MoE):
+            assert experts is not None
+            cut_experts(layer.mlp, mesh, experts)
+        else:
+            cut_mlp(layer.mlp, mesh)
+        wrap_block(layer.mlp, group, sequence)
+    keep_whole(model.norm, mesh, partial=sequence)
+    # The head that follows is a block too: each rank scores its part of the vocabulary.
+    model.norm.register_forward_hook(lambda module, args, x_BTD: enter(x_BTD, group, sequence))
+
+
+def wrap_block(block: nn.Module, group: dist.ProcessGroup, sequence: bool) -> None:
+    """Communication before and after a block whose ranks each compute a part of its output."""
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (enter(args[0], group, sequence), *args[1:])
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not isinstance(output, tuple):
+            return leave(output, group, sequence)
+        out_BTD, aux = output  # of an MoE: every rank has the whole auxiliary loss, and gradients are summed
+        return leave(out_BTD, group, sequence), None if aux is None else scale_gradient(aux, 1 / group.size())
+
+    block.register_forward_pre_hook(before)
+    block.register_forward_hook(after)
+
+
+def keep_whole(module: nn.Module, mesh: DeviceMesh, partial: bool) -> None:
+    """Every rank has all of the module's own weights; `partial` as in `cut`."""
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            cut(module, name, mesh, [Replicate()], partial)
+
+
+def cut_columns(linear: nn.Linear, mesh: DeviceMesh) -> None:
+    """A rank computes some of the outputs."""
+    cut(linear, "weight", mesh, COLUMNS)
+    if linear.bias is not None:
+        cut(linear, "bias", mesh, COLUMNS)
+
+
+def cut_rows(linear: nn.Linear, mesh: DeviceMesh) -> None:
+    """A rank computes a part of every output's sum, from some of the inputs; the first rank adds the bias."""
+    cut(linear, "weight", mesh, ROWS)
+    if linear.bias is not None:
+        first = mesh.get_local_rank() == 0
+        cut(linear, "bias", mesh, [Replicate()], partial=True, view=None if first else nothing)
+
+
+def nothing(piece: Tensor) -> Tensor:
+    """Zeros that still give the piece a gradient, so that all ranks have one to sum."""
+    return piece * 0
+
+
+def cut_mlp(mlp: MLP, mesh: DeviceMesh) -> None:
+    """Inner units are divided."""
+    if mlp.activation == "swiglu":
+        cut_columns(mlp.gate_proj, mesh)
+    cut_columns(mlp.up_proj, mesh)
+    cut_rows(mlp.down_proj, mesh)
+
+
+def cut_attention(attention: Attention, mesh: DeviceMesh) -> None:
+    """Heads are divided. With fewer key heads than ranks each rank uses the one that its query heads share."""
+    ranks, rank = mesh.size(), mesh.get_local_rank()
+    cut_columns(attention.q_proj, mesh)
+    cut_rows(attention.o_proj, mesh)
+    keys, width = attention.num_kv_heads, attention.head_dim
+    attention.num_heads //= ranks
+    if keys % ranks == 0:
+        cut_columns(attention.k_proj, mesh)
+        cut_columns(attention.v_proj, mesh)
+        attention.num_kv_heads //= ranks
+    else:
+        start = rank * keys // ranks * width
+        for linear in (attention.k_proj, attention.v_proj):
+            for name, parameter in linear._parameters.items():
+                if parameter is not None:
+                    cut(linear, name, mesh, [Replicate()], partial=True, view=rows(start, width))
+        attention.num_kv_heads = 1
+    if attention.qk_norm:
+        keep_whole(attention.q_norm, mesh, partial=True)
+        keep_whole(attention.k_norm, mesh, partial=True)
+
+
+def rows(start: int, count: int) -> Any:
+    """A view of some rows."""
+    return lambda piece: piece.narrow(0, start, count)
+
+
+def cut_latent_attention(attention: LatentAttention, mesh: DeviceMesh) -> None:
+    """Heads are divided; the latents, which all heads share, are computed by every rank."""
+    if attention.has_query_latent:
+        for module in (attention.q_a_proj, attention.q_a_layernorm):
+            keep_whole(module, mesh, partial=True)
+        cut_columns(attention.q_b_proj, mesh)
+    else:
+        cut_columns(attention.q_proj, mesh)
+    for module in (attention.kv_a_proj_with_mqa, attention.kv_a_layernorm):
+        keep_whole(module, mesh, partial=True)
+    cut_columns(attention.kv_b_proj, mesh)
+    cut_rows(attention.o_proj, mesh)
+    attention.num_heads //= mesh.size()
+
+
+def cut_experts(moe: MoE, mesh: DeviceMesh, experts: DeviceMesh) -> None:
+    """Every expert's inner units are divided over tp, and the experts over ep where the mesh has it."""
+    before = [Shard(0)] if experts.ndim == 2 else []
+    for name, dimension in (("gate_proj", 1), ("up_proj", 1), ("down_proj", 2)):
+        cut(moe.experts, name, experts, [*before, Shard(dimension)])
+    keep_whole(moe.gate, mesh, partial=True)
+    if moe.has_shared:
+        cut_mlp(moe.shared_experts, mesh)
+
+
+def cut_embedding(embedding: nn.Embedding, mesh: DeviceMesh, sequence: bool) -> None:
+    """Words are divided: a rank looks up its own and gives zeros for the others."""
+    group = mesh.get_group()
+    first, count = shard_offset(embedding.num_embeddings, mesh.size(), mesh.get_local_rank())
+    cut(embedding, "weight", mesh, COLUMNS)
+    foreign: list[Tensor] = []
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
+        own = args[0] - first
+        is_foreign = (own < 0) | (own >= count)
+        foreign.append(is_foreign)
+        return (own.masked_fill(is_foreign, 0),)
+
+    def after(module: nn.Module, args: tuple[Any, ...], x_BTD: Tensor) -> Tensor:
+        return leave(x_BTD.masked_fill(foreign.pop()[..., None], 0.0), group, sequence)
+
+    embedding.register_forward_pre_hook(before)
+    embedding.register_forward_hook(after)
+
+
+def own_positions(group: dist.ProcessGroup) -> Any:
+    """Cut the learned positions along the sequence, as the residual stream is."""
+
+    def after(module: nn.Module, args: tuple[Any, ...], x_TD: Tensor) -> Tensor:
+        return x_TD.chunk(group.size(), dim=-2)[group.rank()]
+
+    return after

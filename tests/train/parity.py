@@ -1,0 +1,231 @@
+"""Three steps of the real training loop under a layout: what the parity grid compares with one process.
+
+The batches are packed documents with masked answers, so that ranks, microbatches and pieces of a sequence have unequal
+numbers of targets.
+"""
+
+import tempfile
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from soma.data.loader import IGNORE, PADDING, Batch
+from soma.model.config import ModelConfig
+from soma.model.transformer import Transformer
+from soma.train.compute import Compute
+from soma.train.config import TrainConfig
+from soma.train.journal import Journal
+from soma.train.loop import Trainer
+from soma.train.objective import LanguageModeling
+from soma.train.parallel.apply import Parallel, parallelize
+from soma.train.parallel.config import Layout
+from soma.train.parallel.export import Gather
+from soma.train.tracking import NullTracker
+from soma.train.world import World
+
+# A first step of AdamW is the sign of the gradient: where bf16 flips a sign, the weight is two rates away.
+RATES = {"fp32": 1e-2, "bf16": 1e-3}
+STEPS, ROWS, LENGTH = 3, 16, 32
+DENSE: dict[str, Any] = {
+    "family": "qwen3", "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48, "max_position_embeddings": 64,
+    "tie_word_embeddings": True, "initializer_range": 0.2,
+}  # fmt: skip
+MOE = DENSE | {
+    "family": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+    "norm_topk_prob": True, "router_aux_loss_coef": 0.1,
+}  # fmt: skip
+LATENT = {
+    "family": "deepseek_v3", "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "kv_lora_rank": 16, "q_lora_rank": 24, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
+    "intermediate_size": 48, "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "n_group": 2,
+    "topk_group": 1, "first_k_dense_replace": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid",
+    "n_shared_experts": 1, "max_position_embeddings": 64, "initializer_range": 0.2,
+    "router_aux_loss_coef": 0.1,
+}  # fmt: skip
+GPT2 = {
+    "family": "gpt2", "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 64, "initializer_range": 0.2,
+}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {"dense": DENSE, "moe": MOE, "latent": LATENT, "gpt2": GPT2}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained and how. `microbatch` rows are one forward and backward pass; None: all rows of a rank."""
+
+    model: str = "dense"
+    precision: str = "fp32"
+    microbatch: int | None = None
+    optimizer: str = "adamw"
+    checkpointing: bool = False
+    compile: bool = False
+
+
+class Exact(Compute):
+    """Muon's iteration in the precision of the run: in bf16 the last bit of a sum shows as 1e-3."""
+
+    @property
+    def muon_dtype(self) -> torch.dtype:
+        return self.dtype
+
+
+@dataclass
+class Outcome:
+    """Figures of each step, and every gradient and the final weights and buffers by name, whole."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    gradients: list[dict[str, Tensor]] = field(default_factory=list)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Recording(Trainer):
+    """The loop, with every gradient written down before it is clipped."""
+
+    outcome: Outcome
+
+    def clip(self) -> Tensor:
+        self.outcome.gradients.append(
+            {name: whole(p.grad) for name, p in self.model.named_parameters() if p.grad is not None}
+        )
+        return super().clip()
+
+    def count_step(self, loss: float, norm: float, rate: float, seconds: float) -> None:
+        self.outcome.losses.append(loss)
+        self.outcome.norms.append(norm)
+        super().count_step(loss, norm, rate, seconds)
+
+
+class Rows:
+    """A loader: each step's batch is made from its number; a rank takes its share of the rows."""
+
+    left_out = 0
+
+    def __init__(self, world: World) -> None:
+        self.world, self.step = world, 0
+
+    def __next__(self) -> Batch:
+        self.step += 1
+        batch, count = make_batch(self.step), ROWS // self.world.data_size
+        rows = slice(self.world.data_rank * count, (self.world.data_rank + 1) * count)
+        return Batch(batch.tokens[rows], batch.targets[rows], batch.positions[rows], batch.document_ids[rows])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step}
+
+
+def make_batch(step: int) -> Batch:
+    """Rows of one to four documents; later rows have more padding and fewer targets."""
+    random = np.random.default_rng(step)
+    shape = (ROWS, LENGTH)
+    tokens = random.integers(0, 96, shape)
+    targets = np.where(random.random(shape) < np.linspace(1.0, 0.2, ROWS)[:, None], np.roll(tokens, -1, 1), IGNORE)
+    positions, documents = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    for row in range(ROWS):
+        cuts = np.sort(random.choice(np.arange(1, LENGTH), row % 4, replace=False))
+        for number, piece in enumerate(np.split(np.arange(LENGTH), cuts)):
+            documents[row, piece], positions[row, piece] = number, np.arange(len(piece))
+            targets[row, piece[-1]] = IGNORE
+        if row % 5 == 4:
+            documents[row, -6:], targets[row, -6:] = PADDING, IGNORE
+    return Batch(tokens, targets, positions, documents)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be cut, as float32."""
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.detach().float().clone()
+
+
+def make_trainer(case: Case, world: World, folder: Path) -> Recording:
+    config = TrainConfig(
+        steps=STEPS, batch_size=ROWS, microbatch_size=case.microbatch, sequence_length=LENGTH, warmup=1,
+        optimizer=case.optimizer, learning_rate=RATES[case.precision], eps=1e-4, grad_clip=0.5, log_every=100,
+        router_bias_rate=0.05,
+    )  # fmt: skip
+    model = Transformer(ModelConfig(**MODELS[case.model]), device="cpu", dtype=torch.float32)
+    world.mesh.layout.check_model(model.config)
+    world.mesh.layout.check_batch(ROWS, case.microbatch, LENGTH)
+    parallel = parallelize(
+        model, world.mesh, activation_checkpointing=case.checkpointing, compile_layers=case.compile,
+        whole_batch=case.microbatch is None,
+    )  # fmt: skip
+    compute = Exact(torch.device("cpu"), case.precision, False)
+    objective = LanguageModeling(model, config, compute, parallel.cross_entropy_sum)
+    tokenizer: Any = None
+    trainer = Recording(
+        config, folder, parallel=parallel, objective=objective, loader=Rows(world), validation=None, steps=STEPS,
+        compute=compute, tokenizer=tokenizer, identity="parity", world=world,
+        journal=Journal(folder / "metrics.jsonl", NullTracker(), False),
+    )  # fmt: skip
+    trainer.outcome = Outcome()
+    model.train()
+    return trainer
+
+
+def train(case: Case, world: World) -> Outcome:
+    """Three steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(case, world, Path(folder))
+        for _ in range(STEPS):
+            trainer.train_step()
+            trainer.at.done += 1
+        trainer.outcome.weights = gathered(trainer.parallel)
+        return trainer.outcome
+
+
+def gathered(parallel: Parallel) -> dict[str, Tensor]:
+    """All weights and buffers, whole."""
+    shapes = Transformer(parallel.model.config, device="meta").state_dict()
+    fetch = Gather(parallel, shapes)
+    return {name: fetch(name).clone() for name in shapes}
+
+
+@cache
+def alone(case: Case) -> Outcome:
+    """One process."""
+    return train(case, World())
+
+
+def on_rank(rank: int, world_size: int, layout: dict[str, Any], cases: list[Case]) -> list[Outcome] | None:
+    """On a rank of the pool: the outcomes of a layout; every rank takes part, rank 0 answers."""
+    world = World.join(Layout(**layout), "cpu")
+    outcomes = [train(case, world) for case in cases]
+    return outcomes if rank == 0 else None
+
+
+# The bounds: norm of a tensor's difference over its norm, and relative difference of losses and norms. In fp32 only the
+# order of sums differs. In bf16 every rank's matrix product is rounded to 8 bits before the sum over the ranks.
+BOUNDS = {"fp32": (2e-5, 1e-5), "bf16": (4e-2, 2e-2)}
+
+
+def differences(ours: Outcome, expected: Outcome, precision: str) -> list[str]:
+    """What is out of bounds, in words; empty if the outcomes are equal."""
+    bound, scalar = BOUNDS[precision]
+    found = []
+    for name, mine, theirs in (("loss", ours.losses, expected.losses), ("norm", ours.norms, expected.norms)):
+        for step, (a, b) in enumerate(zip(mine, theirs, strict=True), 1):
+            if not abs(a - b) <= scalar * abs(b):
+                found.append(f"{name} of step {step}: {a:.8g}, expected {b:.8g}")
+    pairs = [
+        (f"gradient {step}", a, b)
+        for step, (a, b) in enumerate(zip(ours.gradients, expected.gradients, strict=True), 1)
+    ]
+    for what, mine_, theirs_ in [*pairs, ("weights", ours.weights, expected.weights)]:
+        if mine_.keys() != theirs_.keys():
+            found.append(f"{what}: other names: {sorted(mine_.keys() ^ theirs_.keys())[:4]}")
+            continue
+        # Some gradients are zero but for rounding (a bias on all keys does not change a softmax).
+        least = 1e-3 * float(torch.stack([value.norm() for value in theirs_.values()]).norm())
+        for name, value in theirs_.items():
+            error = float((mine_[name] - value).norm()) / max(least, float(value.norm()))
+            if not error <= bound:
+                found.append(f"{what}, {name}: {error:.2g} apart")
+    return found

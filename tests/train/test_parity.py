@@ -1,0 +1,135 @@
+"""The parity grid: every layout gives the loss, every gradient, the clipped norm and the weights of one process.
+
+layouts × {dense, MoE} × {fp32, bf16} × {accumulation 1, 4} × {AdamW, Muon} on four Gloo processes. A slice of it that
+has every value of every axis runs in `make test`, all of it in `make test-parallel`. A case trains three steps of the
+real loop on packed documents with unequal numbers of targets; embeddings are tied.
+"""
+
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+
+from soma.train.parallel import reduce
+from soma.train.parallel.config import Layout
+from soma.train.world import World
+from tests.train.parity import ROWS, Case, Outcome, alone, differences, on_rank, train
+from tests.train.pool import Pool
+
+RANKS = 4
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "dp4": {"dp": 4},
+    "zero1": {"fsdp": 4, "zero": 1},
+    "zero2": {"fsdp": 4, "zero": 2},
+    "zero3": {"fsdp": 4},
+    "hybrid": {"dp": 2, "fsdp": 2},
+    "tp4": {"tp": 4},  # two key heads on four ranks
+    "dp2-tp2": {"dp": 2, "tp": 2},
+    "fsdp2-tp2-sp": {"fsdp": 2, "tp": 2, "sp": True},
+}
+
+
+def accumulated(layout: dict[str, Any]) -> int:
+    """The microbatch size with which a rank takes four microbatches in a step."""
+    return ROWS // Layout(**layout).resolve(RANKS).data_ranks // 4
+
+
+def cases(layout: dict[str, Any]) -> list[Case]:
+    """All cases of a layout."""
+    sizes = (None, accumulated(layout))
+    return [
+        Case(*values) for values in product(("dense", "moe"), ("fp32", "bf16"), sizes, ("adamw", "muon"))
+    ]  # fmt: skip
+
+
+# Every layout once or twice; together every model, precision, accumulation and optimizer.
+SLICE: dict[str, list[dict[str, Any]]] = {
+    "dp4": [{"optimizer": "muon", "microbatch": 1}, {"model": "moe"}],
+    "zero1": [{"microbatch": 1}],
+    "zero2": [{"model": "moe", "optimizer": "muon", "microbatch": 1}],
+    "zero3": [{"model": "latent", "optimizer": "muon"}, {"checkpointing": True}],
+    "hybrid": [{"precision": "bf16", "microbatch": 2}],
+    "tp4": [{"optimizer": "muon"}],
+    "dp2-tp2": [{"model": "moe"}, {"model": "gpt2"}],
+    "fsdp2-tp2-sp": [{"model": "latent", "optimizer": "muon"}, {"checkpointing": True}],
+}
+
+
+def check(pool: Pool, layout: dict[str, Any], chosen: list[Case]) -> None:
+    outcomes = pool.run(on_rank, RANKS, layout, chosen, timeout=300)[0]
+    for case, ours in zip(chosen, outcomes, strict=True):
+        assert differences(ours, alone(case), case.precision) == [], (layout, case)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_slice(pool: Pool, name: str) -> None:
+    check(pool, LAYOUTS[name], [Case(**values) for values in SLICE[name]])
+
+
+@pytest.mark.parallel
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_grid(pool: Pool, name: str) -> None:
+    check(pool, LAYOUTS[name], cases(LAYOUTS[name]))
+
+
+# --- Negative controls: the grid notices what is wrong. ---
+
+
+def without_one_sum(world: World) -> Outcome:
+    """Rank 0 takes its own gradients of one bucket for the sum."""
+    finish = reduce.Reducer.finish
+
+    def forgetful(self: reduce.Reducer) -> None:
+        kept = [grad.clone() for grad in map(reduce.local_gradient, self.buckets[0])]
+        finish(self)
+        for parameter, grad in zip(self.buckets[0], kept, strict=True):
+            reduce.local_gradient(parameter).copy_(grad)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reduce.Reducer, "finish", forgetful)
+        return train(Case(), world)
+
+
+def with_one_loss_scaled(world: World) -> Outcome:
+    """One rank's loss counts a quarter too much."""
+    from soma.train.objective import LanguageModeling
+
+    backward = LanguageModeling.backward
+
+    def louder(self: LanguageModeling, part: Any, scale: torch.Tensor, aux_scale: torch.Tensor) -> torch.Tensor:
+        return backward(self, part, scale * (1.25 if world.rank == 1 else 1.0), aux_scale)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LanguageModeling, "backward", louder)
+        return train(Case(), world)
+
+
+def with_microbatches_swapped(world: World) -> Outcome:
+    """Ranks 0 and 1 take each other's rows, so steps see the right rows but the targets of the other rank."""
+    from tests.train import parity
+
+    make = parity.make_batch
+
+    def swapped(step: int) -> Any:
+        batch = make(step)
+        targets = batch.targets.copy()
+        targets[:4], targets[4:8] = batch.targets[4:8], batch.targets[:4]
+        return type(batch)(batch.tokens, targets, batch.positions, batch.document_ids)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parity, "make_batch", swapped)
+        return train(Case(), world)
+
+
+def broken(rank: int, world_size: int, fault: Callable[[World], Outcome]) -> Outcome | None:
+    outcome = fault(World.join(Layout(dp=4), "cpu"))
+    return outcome if rank == 0 else None
+
+
+@pytest.mark.parametrize("fault", [without_one_sum, with_one_loss_scaled, with_microbatches_swapped])
+def test_faults_are_seen(pool: Pool, fault: Callable[[World], Outcome]) -> None:
+    for precision in ("fp32", "bf16"):
+        found = differences(pool.run(broken, RANKS, fault)[0], alone(Case()), precision)
+        assert any(text.startswith("gradient 1") for text in found), precision
