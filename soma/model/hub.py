@@ -137,13 +137,9 @@ def allocate(model: Transformer, dtype: torch.dtype, device: torch.device) -> No
 def read_entry(entry: Entry, location: Location, targets: dict[str, Tensor]) -> None:
     """Read one tensor of the layout into the model's tensors."""
     file, disk_name = location[entry.name]
-    dtype, shape, _, _ = file.tensors[disk_name]
-    parts = [targets[name] if expert is None else targets[name][expert] for name, expert in entry.parts]
-    expected = disk_shape(entry, parts)
-    if shape != expected:
-        raise UserError(f"{file.path}: tensor {disk_name!r} has shape {list(shape)}, expected {list(expected)}")
-    if dtype not in FLOATS:
-        raise UserError(f"{file.path}: tensor {disk_name!r} has dtype {dtype}, expected one of {', '.join(FLOATS)}")
+    check_tensor(file, disk_name, entry, targets)
+    dtype = file.tensors[disk_name][0]
+    parts = parts_of(entry, targets)
     target = parts[0]
     plain = len(parts) == 1 and not entry.transposed and target.device.type == "cpu" and target.is_contiguous()
     if plain and target.dtype == DTYPES[dtype]:
@@ -154,6 +150,16 @@ def read_entry(entry: Entry, location: Location, targets: dict[str, Tensor]) -> 
         whole = whole.T
     for part, piece in zip(parts, whole.split([part.size(0) for part in parts]), strict=True):
         part.copy_(piece)
+
+
+def check_tensor(file: SafetensorsFile, disk_name: str, entry: Entry, tensors: dict[str, Tensor]) -> None:
+    """Raise UserError unless the file's tensor has the shape of our `tensors` in the entry, and floats."""
+    dtype, shape, _, _ = file.tensors[disk_name]
+    expected = disk_shape(entry, parts_of(entry, tensors))
+    if shape != expected:
+        raise UserError(f"{file.path}: tensor {disk_name!r} has shape {list(shape)}, expected {list(expected)}")
+    if dtype not in FLOATS:
+        raise UserError(f"{file.path}: tensor {disk_name!r} has dtype {dtype}, expected one of {', '.join(FLOATS)}")
 
 
 def disk_shape(entry: Entry, parts: list[Tensor]) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,6 +84,14 @@ class SafetensorsFile:
                 raise UserError(f"{self.path}: truncated while tensor {name!r} was read")
             done += count
         return out
+
+    def mapped(self, name: str) -> Tensor:
+        """The tensor in the file itself: only the parts that are looked at are read. Not to be written to."""
+        dtype, shape, begin, end = self.tensors[name]
+        if begin == end:
+            return torch.empty(shape, dtype=DTYPES[dtype])
+        data = np.memmap(self.path, np.uint8, "c", self.start + begin, (end - begin,))
+        return torch.from_numpy(data).view(DTYPES[dtype]).view(shape)
 
     def close(self) -> None:
         self.file.close()

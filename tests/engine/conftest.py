@@ -11,6 +11,7 @@ from tiny import make_model
 from soma.engine.engine import Engine
 from soma.model.hub import load_model
 from soma.model.tokenizer import Tokenizer
+from tests.train.pool import Pool
 
 
 @pytest.fixture(autouse=True)
@@ -19,6 +20,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pool]:
+    """Processes for tests on several ranks; they live through the session."""
+    ranks = Pool()
+    yield ranks
+    ranks.close()
 
 
 @pytest.fixture(scope="session")
