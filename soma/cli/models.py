@@ -24,6 +24,8 @@ def serve(
         str | None, typer.Option(help="int8 or int4: round the weights at load, in groups of 32.")
     ] = None,
     replicas: Annotated[int, typer.Option(help="Engines with a copy of the model each, behind one address.")] = 1,
+    tensor_parallel: Annotated[int, typer.Option(help="Processes (GPUs) that split each layer between them.")] = 1,
+    pipeline_parallel: Annotated[int, typer.Option(help="Stages of layers, in processes (on GPUs) of their own.")] = 1,
     allow_public: Annotated[
         bool, typer.Option("--allow-public", help="Let other machines reach the service. It asks nobody for a key.")
     ] = False,
@@ -38,7 +40,8 @@ def serve(
         serve_model(
             model, host, port, name=name, allow_public=allow_public, precision=precision, device=device,
             max_length=max_length, max_running=max_running, max_waiting=max_waiting, weights=weights,
-            replicas=replicas, in_process=in_process,
+            replicas=replicas, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel,
+            in_process=in_process,
         )  # fmt: skip
 
 

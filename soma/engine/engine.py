@@ -12,7 +12,9 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -36,6 +38,9 @@ from soma.engine.sampling import sample, token_logprobs
 from soma.engine.scheduler import Scheduler, Work
 from soma.model.quantized import quantize
 from soma.model.transformer import Transformer
+
+if TYPE_CHECKING:
+    from soma.engine.parallel.group import RankGroup
 
 log = logging.getLogger("soma.engine")
 
@@ -61,8 +66,9 @@ class Engine:
         prefix_cache: keep what was computed, and reuse it for requests that begin with the same tokens.
         weights: "int8" or "int4" rounds the linear layers at load (groups of 32); None leaves them.
         backend: what computes the steps, "auto" for the fastest that can (see `soma.engine.backends`).
-        overlap: plan and deliver while a step computes (see `soma.engine.overlap`); None: on a GPU.
+        overlap: plan and deliver while a step computes (see `soma.engine.overlap`); None: on one GPU.
         share: engines that have the free memory between them.
+        group: the ranks that hold the model, `model` being rank 0's part of it; they have rounded weights already.
     """
 
     def __init__(
@@ -70,29 +76,33 @@ class Engine:
         max_waiting: int = 256, step_tokens: int | None = None, prefill_chunk: int | None = None,
         cache_tokens: int | None = None, block_size: int = 16, prefix_cache: bool = True, weights: str | None = None,
         backend: str = "auto", gpu_memory_utilization: float = GPU_SHARE, cuda_graphs: bool = True,
-        overlap: bool | None = None, share: int = 1,
+        overlap: bool | None = None, share: int = 1, group: "RankGroup | None" = None,
     ) -> None:  # fmt: skip
-        if weights is not None:
-            if weights not in BITS:
-                raise UserError(f"weights {weights!r}: expected one of {', '.join(BITS)}")
-            quantize(model, BITS[weights])
-        self.config, self.tokenizer = model.config, tokenizer
+        if (bits := weight_bits(weights)) is not None:
+            quantize(model, bits)
+        self.config, self.tokenizer = model.config if group is None else group.config, tokenizer
         self.device = model.device
         self.guides = Guides(tokenizer, self.config.vocab_size)
         context = self.config.max_position_embeddings
         usual_step, usual_chunk = (8192, 2048) if self.device.type == "cuda" else (512, 256)
         step_tokens = max(step_tokens or usual_step, max_running + 1)
         if cache_tokens is None:
-            fitting = fitting_tokens(
-                model, block_size, step_tokens, max_running, backend=backend,
+            fit = partial(fitting_tokens, model, backend=backend) if group is None else group.fitting_tokens
+            fitting = fit(
+                block_size=block_size, step_tokens=step_tokens, max_running=max_running,
                 gpu_memory_utilization=gpu_memory_utilization, share=share,
             )  # fmt: skip
             cache_tokens = max(block_size, min(fitting, max_running * (min(max_length or context, context) + 1)))
         blocks = max(1, cache_tokens // block_size)
         self.max_length = min(max_length or context, context, blocks * block_size)
-        self.cache = PagedCache(self.config, blocks, block_size, model.dtype, self.device)
-        graphs = (max_running, self.max_length) if cuda_graphs else None
-        self.runner = Runner(model, self.cache, backend=backend, graphs=graphs)
+        self.runner: Runner | RankGroup
+        if group is not None:
+            group.start(blocks, block_size)
+            self.cache, self.runner = group.cache, group
+        else:
+            self.cache = PagedCache(self.config, blocks, block_size, model.dtype, self.device)
+            graphs = (max_running, self.max_length) if cuda_graphs else None
+            self.runner = Runner(model, self.cache, backend=backend, graphs=graphs)
         if self.runner.reason is not None:
             log.info("steps run in plain PyTorch: %s", self.runner.reason)
         self.adapters = Adapters(model, self.runner.backend)
@@ -105,7 +115,7 @@ class Engine:
         )  # fmt: skip
         self.max_running, self.max_waiting = max_running, max_waiting
         self.inbox: list[Request] = []  # submitted, not yet seen by the engine's thread
-        self.overlap = self.device.type == "cuda" if overlap is None else overlap
+        self.overlap = self.device.type == "cuda" and group is None if overlap is None else overlap
         self.flight: Flight | None = None
         self.closing = False
         self.changed = threading.Condition()
@@ -152,7 +162,12 @@ class Engine:
         return check_request(prompt_ids, params, self.config.vocab_size, self.max_length)
 
     def load_adapter(self, name: str, folder: str | Path) -> None:
-        """Load a PEFT folder that requests may choose by `name`. Raises UserError: see `Adapters.load`."""
+        """Load a PEFT folder that requests may choose by `name`.
+
+        Raises UserError: see `Adapters.load`; the model is spread over several processes.
+        """
+        if self.runner.name == "parallel":
+            raise UserError(f"the adapter {name!r}: a model over several processes takes none; serve it in one")
         self.adapters.load(name, folder)
 
     def unload_adapter(self, name: str) -> None:
@@ -448,6 +463,13 @@ class Engine:
         except Exception:
             log.exception("an event could not be delivered")
             request.cancel()
+
+
+def weight_bits(weights: str | None) -> int | None:
+    """What `weights` asks for. Raises UserError."""
+    if weights is not None and weights not in BITS:
+        raise UserError(f"weights {weights!r}: expected one of {', '.join(BITS)}")
+    return None if weights is None else BITS[weights]
 
 
 def _rows(work: Work[Request]) -> int:

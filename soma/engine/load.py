@@ -11,7 +11,8 @@ from soma.base.errors import UserError
 from soma.base.machine import native_bf16
 from soma.engine.engine import Engine
 from soma.model.folder import local_folder
-from soma.model.hub import load_model
+from soma.model.hub import load_config, load_model
+from soma.model.shard import Shard, load_shard
 from soma.model.tokenizer import Tokenizer
 from soma.model.transformer import Transformer
 
@@ -34,19 +35,30 @@ def load_engine(
 
 def load_weights(directory: Path, *, precision: str = "auto", device: str = "auto") -> tuple[Transformer, Tokenizer]:
     """Model and tokenizer of a folder; arguments and errors as for `load_engine`."""
+    model = load_model_for(directory, precision=precision, device=device)
+    return model, load_tokenizer(directory)
+
+
+def load_model_for(directory: Path, *, precision: str, device: str, shard: Shard | None = None) -> Transformer:
+    """The model of a folder, or a shard of it; arguments and errors as for `load_engine`."""
     place, dtype = choose_device(device), choose_dtype(precision)
-    tokenizer = Tokenizer.load(directory)
-    model = load_model(directory, dtype, place)
+    model = load_model(directory, dtype, place) if shard is None else load_shard(directory, shard, dtype, place)
     is_slow = place.type == "cpu" and model.dtype != torch.float32 and not native_bf16()
     if precision == "auto" and is_slow:
         progress.current().note(f"{directory.name}: this CPU has no native bf16; the weights are computed in fp32")
         model = model.to(torch.float32)
-    if tokenizer.vocab_size > model.config.vocab_size:
+    return model
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer of a folder. Raises UserError if it has more tokens than the model."""
+    tokenizer, known = Tokenizer.load(directory), load_config(directory).vocab_size
+    if tokenizer.vocab_size > known:
         raise UserError(
-            f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}; "
-            "they do not belong together"
+            f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {known}; they do not belong "
+            "together"
         )
-    return model, tokenizer
+    return tokenizer
 
 
 def choose_dtype(precision: str) -> torch.dtype | None:

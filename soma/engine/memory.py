@@ -4,10 +4,12 @@ Shape letters: S sequences, R rows of logits, V vocabulary.
 """
 
 import logging
+from typing import Protocol
 
 import numpy as np
 import psutil
 import torch
+from torch import Tensor
 
 from soma.base.machine import PeakMemory, memory_available
 from soma.engine.batch import Batch, make_batch
@@ -31,11 +33,22 @@ def fitting_tokens(
     with torch.inference_mode():
         cache = PagedCache(model.config, batch.longest // block_size + 1, block_size, model.dtype, model.device)
         runner = Runner(model, cache, backend=backend)
-        if model.device.type == "cuda":
-            room = _gpu_room(runner, batch, gpu_memory_utilization)
-        else:
-            room = _cpu_room(runner, batch)
-    return int(room / share / token_bytes)
+        return int(room(runner, batch, gpu_memory_utilization) / share / token_bytes)
+
+
+class Measurable(Protocol):
+    """What runs steps over a cache: a `Runner`, or one of several ranks."""
+
+    cache: PagedCache
+
+    def step(self, batch: Batch) -> Tensor: ...
+
+
+def room(runner: Measurable, batch: Batch, gpu_memory_utilization: float) -> float:
+    """Bytes that a cache may have beside the step `batch`."""
+    if batch.tokens_T.device.type == "cuda":
+        return _gpu_room(runner, batch, gpu_memory_utilization)
+    return _cpu_room(runner, batch)
 
 
 def largest_step(block_size: int, step_tokens: int, max_running: int, device: torch.device) -> Batch:
@@ -48,13 +61,13 @@ def largest_step(block_size: int, step_tokens: int, max_running: int, device: to
     return make_batch(tokens, [0] * sequences, counts, [table] * sequences, rows, block_size, device)
 
 
-def run_largest(runner: Runner, batch: Batch) -> None:
+def run_largest(runner: Measurable, batch: Batch) -> None:
     """The step and what a sampler makes of its logits."""
     logits_RV = runner.step(batch).float()
     torch.softmax(logits_RV, -1).sum()
 
 
-def _gpu_room(runner: Runner, batch: Batch, utilization: float) -> float:
+def _gpu_room(runner: Measurable, batch: Batch, utilization: float) -> float:
     device = runner.cache.keys[0].device
     run_largest(runner, batch)  # compiles, tunes and makes workspaces, which stay
     torch.cuda.synchronize(device)
@@ -71,7 +84,7 @@ def _gpu_room(runner: Runner, batch: Batch, utilization: float) -> float:
     return room
 
 
-def _cpu_room(runner: Runner, batch: Batch) -> float:
+def _cpu_room(runner: Measurable, batch: Batch) -> float:
     before = psutil.Process().memory_info().rss
     with PeakMemory(interval=0.01) as peak:
         run_largest(runner, batch)

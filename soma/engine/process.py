@@ -154,6 +154,7 @@ class EngineProcess:
         self.closing, self.closed = False, threading.Event()
         self.channel: Channel | None = None  # None while there is no engine to talk to
         self.restarts = 0
+        self.last_words = ""  # why the process ended, where it knew
         self.load_seconds = 0.0
         self.next_start = 0.0
         self.process, self.facts, channel, frames = self._start(launched)
@@ -185,6 +186,11 @@ class EngineProcess:
     def makes_text(self) -> bool:
         """False for an encoder: it makes embeddings alone."""
         return bool(self.facts["makes_text"])
+
+    @property
+    def embeds(self) -> bool:
+        """False for a model over several ranks."""
+        return bool(self.facts["embeds"])
 
     # For those who ask:
 
@@ -315,6 +321,8 @@ class EngineProcess:
             for kind, *rest in frame:
                 if kind == "note":
                     progress.current().note(rest[0])
+                elif kind == "lost":
+                    self.last_words = rest[0]
                 elif kind == "ready":
                     self.load_seconds = time.monotonic() - started
                     return process, rest[0], channel, frames
@@ -323,7 +331,8 @@ class EngineProcess:
                     process.wait()
                     raise UserError(rest[0] if rest[1] else f"the engine cannot be loaded: {rest[0]}")
         channel.close()
-        raise UserError(f"the engine process ended with status {process.wait()} while it loaded the model")
+        why = f" ({self.last_words})" if self.last_words else ""
+        raise UserError(f"the engine process ended with status {process.wait()}{why} while it loaded the model")
 
     def _supervise(self, frames: Iterator[list[Message]]) -> None:
         """Take what the engine process says; when it is gone, tell everybody and start another, until `close`."""
@@ -367,7 +376,10 @@ class EngineProcess:
             channel.close()
         status = self.process.wait()
         if not self.closing:
-            log.error("the engine process ended with status %d; %d requests end with an error", status, len(requests))
+            why = self.last_words or "it did not say why"
+            log.error("the engine process ended with status %d (%s); %d requests end with an error", status, why,
+                      len(requests))  # fmt: skip
+            self.last_words = ""
         for request in requests:
             if request.finish_reason is None:
                 self._deliver(request, TokenEvent(None, finish_reason="error", error=LOST, is_lost=True))
@@ -393,6 +405,8 @@ class EngineProcess:
                 self.live = rest[0]
         elif kind == "embedded":
             self.embedder.settle(*rest)
+        elif kind == "lost":
+            self.last_words = rest[0]
 
     def _deliver(self, request: ProcessRequest, event: TokenEvent) -> None:
         """Send an event out with its text; a listener that fails is cut off and takes nobody with it."""

@@ -52,17 +52,17 @@ class ReplicasEmbedder:
 class Replicas:
     """One engine process for each of `launched` (see `soma.engine.launch`), all with the same model.
 
-    Args: those of `EngineProcess`. Each GPU gets an engine where there are several and `device` names none of them.
+    Args: those of `EngineProcess`. Engines are spread over the GPUs where there are several and `device` names none.
     Raises UserError: what `EngineProcess` raises.
     """
 
     def __init__(
         self, model_ref: str | Path, launched: Sequence[Launched], *, device: str = "auto", **options: Any
     ) -> None:
-        count = len(launched)
-        gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
-        places = [f"cuda:{number % gpus}" if gpus > 1 else device for number in range(count)]
-        options |= {"share": -(-count // max(gpus, 1)), "cores_share": count}
+        count, world = len(launched), options.get("tensor_parallel", 1) * options.get("pipeline_parallel", 1)
+        gpus = torch.cuda.device_count() // world if device in ("auto", "cuda") else 0  # sets of GPUs for one engine
+        places = [f"cuda:{number % gpus * world}" if gpus > 1 else device for number in range(count)]
+        options |= {"share": -(-count // max(gpus, 1)), "cores_share": count * world}
         with ThreadPoolExecutor(count) as pool:
             made = [
                 pool.submit(EngineProcess, model_ref, device=place, launched=each, **options)
@@ -102,6 +102,10 @@ class Replicas:
     @property
     def makes_text(self) -> bool:
         return self.engines[0].makes_text
+
+    @property
+    def embeds(self) -> bool:
+        return self.engines[0].embeds
 
     @property
     def _shortest(self) -> EngineProcess:

@@ -3,7 +3,8 @@
 Messages in:  ("start", options), ("submit", first number, prompts, params), ("cancel", number),
               ("embed", number, prompts), ("close", drain).
 Messages out: ("note", text), ("failed", text, is the user's mistake), ("ready", facts), ("event", number, TokenEvent,
-              Extra | None), ("stats", dict), ("embedded", number, array | None, error | None).
+              Extra | None), ("stats", dict), ("embedded", number, array | None, error | None),
+              ("lost", why this process ends).
 """
 
 import logging
@@ -26,9 +27,11 @@ from soma.base import progress
 from soma.base.errors import UserError
 from soma.engine.channel import Channel, Message
 from soma.engine.embed import Embedder, load_embedder
-from soma.engine.engine import Engine
+from soma.engine.engine import Engine, weight_bits
 from soma.engine.errors import EngineClosedError, QueueFullError
-from soma.engine.load import load_weights, model_name
+from soma.engine.load import load_tokenizer, load_weights, model_name
+from soma.engine.parallel.group import STEP_SECONDS, RankGroup
+from soma.engine.parallel.part import Plan
 from soma.engine.params import SamplingParams, TokenLogprob
 from soma.engine.request import Request, TokenEvent
 from soma.engine.stats import scheduled_at, stats_of
@@ -95,6 +98,7 @@ class Worker:
         self.closing = False
         self.engine: Engine | None = None
         self.embedder: Embedder | None = None
+        self.group: RankGroup | None = None  # where several processes hold the model
         threading.Thread(target=self._read, name="soma-reader", daemon=True).start()
 
     def _read(self) -> None:
@@ -114,8 +118,7 @@ class Worker:
             if not isinstance(error, UserError):
                 log.exception("the engine cannot be loaded")
             self.channel.put("failed", str(error) or type(error).__name__, isinstance(error, UserError))
-            self.channel.close()
-            return
+            self._end(1)
         self.channel.put("ready", facts)
         threading.Thread(target=self._report, name="soma-stats", daemon=True).start()
         handlers: dict[str, Callable[..., None]] = {
@@ -128,24 +131,53 @@ class Worker:
             kind, *arguments = self.inbox.get()
             handlers[kind](*arguments)
 
-    def load(self, model_ref: str, precision: str, device: str, **options: Any) -> dict[str, Any]:
+    def load(
+        self, model_ref: str, precision: str, device: str, tensor_parallel: int = 1, pipeline_parallel: int = 1,
+        **options: Any,
+    ) -> dict[str, Any]:  # fmt: skip
         """Load the model; what the front has to know about it."""
+        ranks = tensor_parallel, pipeline_parallel
         directory = local_folder(model_ref)
         facts: dict[str, Any] = {"directory": str(directory), "name": model_name(model_ref, Path(directory))}
         if is_encoder(directory):
+            if ranks != (1, 1):
+                raise UserError(f"{directory}: an encoder is not split over ranks; use replicas")
             self.embedder = load_embedder(directory, precision=precision, device=device)
+            config = self.embedder.config
             facts |= {"max_length": self.embedder.max_length, "makes_text": False, "places": 0, "max_running": 1,
                       "blocks": 0, "block_size": 1}  # fmt: skip
         else:
-            model, tokenizer = load_weights(directory, precision=precision, device=device)
-            self.engine = engine = Engine(model, IdsOnly(tokenizer), **options)
-            self.embedder = Embedder(model, directory, max_length=engine.max_length)
+            if ranks == (1, 1):
+                model, tokenizer = load_weights(directory, precision=precision, device=device)
+                self.engine = engine = Engine(model, IdsOnly(tokenizer), **options)
+                self.embedder = Embedder(model, directory, max_length=engine.max_length)
+            else:
+                self.engine = engine = self._load_ranks(directory, precision, device, *ranks, **options)
+            config = engine.config
             places = engine.max_running + engine.max_waiting
             facts |= {"max_length": engine.max_length, "makes_text": True, "places": places,
                       "max_running": engine.max_running, "blocks": engine.pool.num_blocks,
                       "block_size": engine.pool.block_size}  # fmt: skip
-        config = self.embedder.config
-        return {**facts, "vocab_size": config.vocab_size, "dimensions": config.hidden_size}
+        facts |= {"vocab_size": config.vocab_size, "dimensions": config.hidden_size}
+        return {**facts, "embeds": self.embedder is not None}
+
+    def _load_ranks(
+        self, directory: Path, precision: str, device: str, tensors: int, stages: int, *, weights: str | None = None,
+        step_seconds: float = STEP_SECONDS, backend: str = "auto", **options: Any,
+    ) -> Engine:  # fmt: skip
+        """An engine whose model is spread over this process and others."""
+        if backend not in ("auto", "reference"):
+            raise UserError(f"backend {backend!r}: several ranks compute in PyTorch alone")
+        plan = Plan(str(directory), tensors, stages, precision, device, weight_bits(weights))
+        tokenizer = load_tokenizer(directory)
+        self.group = group = RankGroup(plan, self._lost, step_seconds)
+        return Engine(group.model, IdsOnly(tokenizer), group=group, **options)
+
+    def _lost(self, reason: str) -> None:
+        """A rank is gone: so is this engine."""
+        log.error("the engine ends: %s", reason)
+        self.channel.put("lost", reason)
+        self._end(ENGINE_DIED)
 
     def _submit(self, first: int, prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> None:
         assert self.engine is not None
@@ -224,6 +256,8 @@ class Worker:
         threading.Thread(target=close, name="soma-close", daemon=True).start()
 
     def _end(self, status: int) -> None:
+        if self.group is not None and status == 0:
+            self.group.close()
         self.channel.flush()
         os._exit(status)
 

@@ -125,17 +125,22 @@ class QuantizedLinear(nn.Module):
 
 
 @torch.no_grad()
-def quantize(model: Transformer, bits: int, group: int = GROUP, head_bits: int | None = None) -> Transformer:
+def quantize(
+    model: Transformer, bits: int, group: int = GROUP, head_bits: int | None = None, *, head: bool = True
+) -> Transformer:
     """Round every linear layer of a model to the nearest, in place, for inference; before `Transformer.fuse`.
 
     The embedding stays as it is; where lm_head is tied to it, lm_head becomes a rounded copy (in `head_bits`, by
-    default `bits`). Raises UserError for bits or groups that are not there.
+    default `bits`; `head` False: a stage of a pipeline that has none). Raises UserError for bits or groups that are not
+    there.
     """
     model.eval().requires_grad_(False)
     for module in [model, *model.layers.modules()]:
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear) and child is not model.lm_head:
                 setattr(module, name, QuantizedLinear.from_weight(child.weight, bits, child.bias, group))
-    head = model.embed_tokens if model.lm_head is None else model.lm_head
-    model.lm_head = QuantizedLinear.from_weight(head.weight, head_bits or bits, None, group)  # type: ignore[assignment]
+    if head:
+        rows = model.embed_tokens if model.lm_head is None else model.lm_head
+        rounded = QuantizedLinear.from_weight(rows.weight, head_bits or bits, None, group)
+        model.lm_head = rounded  # type: ignore[assignment]
     return model

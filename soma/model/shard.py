@@ -87,8 +87,8 @@ def check_split(config: ModelConfig, tensors: int, stages: int) -> None:
             )
     if not config.is_mla and kv_heads % tensors and tensors % kv_heads:
         raise UserError(
-            f"tensor_parallel {tensors}: num_key_value_heads {kv_heads} neither divides by it ({kv_heads} / {tensors} = "
-            f"{kv_heads / tensors:.2f}) nor divides it ({tensors} / {kv_heads} = {tensors / kv_heads:.2f})"
+            f"tensor_parallel {tensors}: num_key_value_heads {kv_heads} neither divides by it ({kv_heads} / {tensors} "
+            f"= {kv_heads / tensors:.2f}) nor divides it ({tensors} / {kv_heads} = {tensors / kv_heads:.2f})"
         )
 
 

@@ -49,7 +49,9 @@ class Service:
         self.engine, self.tokenizer, self.model_name, self.max_body_bytes = (
             engine, tokenizer, model_name, max_body_bytes,
         )  # fmt: skip
-        self.embedder = engine.embedder if isinstance(engine, EngineProcess | Replicas) else embedder
+        if isinstance(engine, EngineProcess | Replicas):
+            embedder = engine.embedder if engine.embeds else None  # type: ignore[assignment]
+        self.embedder = embedder
         self.makes_text = not isinstance(engine, EngineProcess | Replicas) or engine.makes_text
         self.metrics = Metrics(engine, model_name)
         self.names = TokenNames(tokenizer)

@@ -60,28 +60,34 @@ def serve(
     model_ref: str | Path, host: str = "127.0.0.1", port: int = 8000, *, name: str | None = None,
     allow_public: bool = False, precision: str = "auto", device: str = "auto", max_length: int | None = None,
     max_running: int = 64, max_waiting: int = 256, weights: str | None = None, replicas: int = 1,
+    tensor_parallel: int = 1, pipeline_parallel: int = 1,
     grace: float = GRACE, in_process: bool = False, ready: Callable[[str], None] | None = None,
 ) -> None:  # fmt: skip
     """Serve a model until SIGTERM or SIGINT.
 
     port 0 takes a free one. `allow_public` lets `host` be reachable from other machines: there are no keys, so whoever
     reaches the port uses the model. `grace`: seconds that running answers get at the end. `replicas`: engine processes
-    with a copy of the model each, behind this one front. `in_process`: no process of its own for the engine (one
-    process to debug; a crash of the engine ends the service). `ready` is called with the base URL once requests are
-    answered; without it a note says so.
+    with a copy of the model each, behind this one front. `tensor_parallel`, `pipeline_parallel`: ranks that split each
+    layer, times stages of layers, for each copy (see `soma.engine.parallel`). `in_process`: no process of its own for
+    the engine (one process to debug; a crash of the engine ends the service). `ready` is called with the base URL once
+    requests are answered; without it a note says so.
     Raises UserError: no such model, a public host without `allow_public`, a port in use, no replicas.
     """
-    if replicas < 1 or (in_process and replicas > 1):
-        raise UserError(f"replicas {replicas}: expected 1 or more, and with in_process 1")
+    sizes = {"replicas": replicas, "tensor_parallel": tensor_parallel, "pipeline_parallel": pipeline_parallel}
+    for option, size in sizes.items():
+        if size < 1 or (in_process and size > 1):
+            raise UserError(f"{option} {size}: expected 1 or more, and with in_process 1")
+    world = tensor_parallel * pipeline_parallel
+    more = {} if world == 1 else {"tensor_parallel": tensor_parallel, "pipeline_parallel": pipeline_parallel}
     check_host(host, allow_public=allow_public)
     listener = listen(host, port)
     try:
-        launched = [] if in_process else [launch(replicas) for _ in range(replicas)]
+        launched = [] if in_process else [launch(replicas * world) for _ in range(replicas)]
         from soma.serve.app import create_app  # heavy: the engine process imports its parts meanwhile
 
         engine, tokenizer, own_name, embedder = start_engine(
             model_ref, launched, precision=precision, device=device, max_length=max_length,
-            max_running=max_running, max_waiting=max_waiting, weights=weights,
+            max_running=max_running, max_waiting=max_waiting, weights=weights, **more,
         )  # fmt: skip
         try:
             app = create_app(engine, tokenizer, name or own_name, embedder=embedder)
@@ -107,8 +113,9 @@ def start_engine(
         from soma.engine.replicas import Replicas
 
         options |= {"precision": precision, "device": device}
+        world = options.get("tensor_parallel", 1) * options.get("pipeline_parallel", 1)
         process = (
-            EngineProcess(model_ref, launched=launched[0], **options) if len(launched) == 1
+            EngineProcess(model_ref, launched=launched[0], cores_share=world, **options) if len(launched) == 1
             else Replicas(model_ref, launched, **options)
         )  # fmt: skip
         return process, process.tokenizer, process.model_name, None

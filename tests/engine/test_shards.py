@@ -1,6 +1,7 @@
 """Shards of every family over real Gloo ranks give the logits of the whole model; what cannot be split says why."""
 
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from family_models import BASE, FAMILIES, make
+from family_models import BASE, FAMILIES, V, make
 
 from soma.base.errors import UserError
 from soma.engine.backends.reference import ReferenceModel
@@ -116,6 +117,33 @@ def test_a_wrong_sum_shows(pool: Pool, folders: dict[str, Path], wanted: dict[st
     assert not torch.allclose(given[0], wanted["llama"][0], atol=1e-1)
 
 
+def watched(rank: int, world: int, folder: str) -> list[tuple[float, float]]:
+    """When this stage worked on each of two microbatches; its work is a wait."""
+    spans = []
+
+    def wait(*_: object) -> None:
+        began = time.monotonic()
+        time.sleep(0.3)
+        spans.append((began, time.monotonic()))
+
+    shard = Shard.of_rank(rank, 1, 2)
+    model = load_shard(folder, shard)
+    stage = StageModel(model, PagedCache(model.config, BLOCKS, BLOCK), Links(shard), load_config(folder))
+    model.layers[0].register_forward_pre_hook(wait)
+    with torch.inference_mode():
+        stage.step(unpack(pack(steps(V, 7)[2]), 2, torch.device("cpu")))
+    dist.barrier()
+    return spans
+
+
+def test_stages_overlap(pool: Pool, folders: dict[str, Path]) -> None:
+    """The second stage has the first microbatch while the first stage has the second."""
+    first, second = pool.run(watched, 2, str(folders["llama"]))
+    assert len(first) == len(second) == 2
+    assert first[0][1] <= second[0][0] < first[1][1]
+    assert first[1][0] < second[0][1]
+
+
 def test_every_weight_is_in_exactly_the_shards_that_need_it(folders: dict[str, Path]) -> None:
     """Bytes of all shards together: the whole, norms and routers once more for each rank."""
     whole = load_shard(folders["llama"], Shard())
@@ -139,7 +167,7 @@ def test_parts_are_the_batch() -> None:
                     torch.equal(given, value) and given.dtype == value.dtype
                     if name[-1].isupper() or name.endswith("S1")
                     else given == value
-                )  # noqa: E501
+                )
             halves = unpack(pack(batch), 2, torch.device("cpu"))
             assert torch.equal(torch.cat([half.slots_T for half in halves]), batch.slots_T)
             assert sum(len(half.logit_rows_R) for half in halves) == len(batch.logit_rows_R)

@@ -14,7 +14,8 @@ HEAD = 5
 
 
 def pack(batch: Batch) -> np.ndarray:
-    """The message, int32. One copy from the device."""
+    """The message, int32. One copy from the device. Adapters are for models in one process."""
+    assert not batch.adapters
     tensors = (
         batch.tokens_T, batch.positions_T, batch.query_starts_S1, batch.lengths_S, batch.tables_SB.flatten(),
         batch.slots_T, batch.logit_rows_R,
@@ -41,20 +42,14 @@ def unpack(message: np.ndarray, parts: int, device: torch.device) -> list[Batch]
         low, high = int(starts_S1[first]), int(starts_S1[end])
         longest = int(lengths_S[first:end].max())
         blocks = -(-longest // block_size)
-        made.append(
-            Batch(
-                put(tokens_T[low:high], torch.int64),
-                put(positions_T[low:high], torch.int64),
-                put(starts_S1[first : end + 1] - low, torch.int32),
-                put(lengths_S[first:end], torch.int32),
-                put(tables_SB[first:end, :blocks], torch.int32),
-                put(slots_T[low:high], torch.int64),
-                put(rows_R[(rows_R >= low) & (rows_R < high)] - low, torch.int64),
-                block_size,
-                int(np.diff(starts_S1[first : end + 1]).max()),
-                longest,
-            )  # fmt: skip
-        )
+        rows = rows_R[(rows_R >= low) & (rows_R < high)] - low
+        part = Batch(
+            put(tokens_T[low:high], torch.int64), put(positions_T[low:high], torch.int64),
+            put(starts_S1[first : end + 1] - low, torch.int32), put(lengths_S[first:end], torch.int32),
+            put(tables_SB[first:end, :blocks], torch.int32), put(slots_T[low:high], torch.int64),
+            put(rows, torch.int64), block_size, int(np.diff(starts_S1[first : end + 1]).max()), longest,
+        )  # fmt: skip
+        made.append(part)
     return made
 
 

@@ -1,0 +1,38 @@
+"""Messages between rank 0 and one other rank, over a pair of connected sockets: 8 bytes of length, a pickled tuple.
+
+Written by the thread that has something to say, without a queue: a step should not wait for another thread to wake up.
+Pickle is safe here as in `soma.engine.channel`: the socket has no name, and parent and child hold its two ends.
+"""
+
+import pickle
+import socket
+from typing import Any
+
+HEAD = 8
+
+
+def write(sock: socket.socket, *message: Any) -> None:
+    """Send a message. Raises OSError if the other side is gone."""
+    body = pickle.dumps(message, 5)
+    sock.sendall(len(body).to_bytes(HEAD, "little") + body)
+
+
+def read(sock: socket.socket) -> tuple[Any, ...] | None:
+    """The next message; None when the other side has ended, also in the middle of one."""
+    head = _bytes(sock, HEAD)
+    body = None if head is None else _bytes(sock, int.from_bytes(head, "little"))
+    return None if body is None else pickle.loads(body)
+
+
+def _bytes(sock: socket.socket, size: int) -> bytes | None:
+    data = bytearray(size)
+    view, done = memoryview(data), 0
+    while done < size:
+        try:
+            got = sock.recv_into(view[done:])
+        except OSError:
+            return None
+        if got == 0:
+            return None
+        done += got
+    return bytes(data)
