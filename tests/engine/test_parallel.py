@@ -174,3 +174,10 @@ def test_what_cannot_be_split_starts_nothing(tiny_folder: Path) -> None:
     with pytest.raises(UserError, match="tensor_parallel 3: num_attention_heads 4 / 3"):
         RankGroup(Plan(str(tiny_folder), 3, 1), lost=lambda reason: None)
     assert not [child for child in psutil.Process().children() if "parallel.rank" in " ".join(child.cmdline())]
+
+
+def test_no_adapters(make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine()
+    monkeypatch.setattr(engine.runner, "name", "parallel")
+    with pytest.raises(UserError, match="over several processes takes none"):
+        engine.load_adapter("mine", "folder")
