@@ -24,7 +24,7 @@ class StopScanner:
         if found is not None:
             self.stopped, self.held = True, ""
             return text[:found]
-        held = max((_overlap(text, stop) for stop in self.stop), default=0)
+        held = max((overlap(text, stop) for stop in self.stop), default=0)
         self.held = text[len(text) - held :]
         return text[: len(text) - held]
 
@@ -38,7 +38,7 @@ class StopScanner:
         return min(ends)[1] if ends else None
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest proper prefix of `stop` that `text` ends with."""
     for length in range(min(len(stop) - 1, len(text)), 0, -1):
         if text.endswith(stop[:length]):

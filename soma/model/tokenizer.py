@@ -121,7 +121,8 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return bool(self.chat_templates)
 
-    def _template(self, tools: list[dict[str, Any]] | None = None) -> str:
+    def chat_template(self, *, tools: bool = False) -> str:
+        """The source of the template for conversations, or for those with tools. UserError if there is none."""
         if not self.chat_templates:
             raise UserError(
                 "this model has no chat template: use plain completions, or add chat_template to tokenizer_config.json"
@@ -137,14 +138,17 @@ class Tokenizer:
     ) -> str:
         """The conversation as text, by the chat template. UserError if there is none or it refuses the messages."""
         return chat.render(
-            self._template(tools), messages, add_generation_prompt=add_generation_prompt, tools=tools, documents=None,
-            **self.special_tokens,
+            self.chat_template(tools=bool(tools)), messages, add_generation_prompt=add_generation_prompt, tools=tools,
+            documents=None, **self.special_tokens,
         )[0]  # fmt: skip
 
-    def encode_chat(self, messages: Messages, add_generation_prompt: bool) -> list[int]:
-        """Ids of the rendered conversation. Special tokens come from the template alone, never from a message."""
-        veiled, veil = chat.veil(messages, self._special_names)
-        return self._encode_veiled(self.render_chat(veiled, add_generation_prompt), veil)[0]
+    def encode_chat(
+        self, messages: Messages, add_generation_prompt: bool, tools: list[dict[str, Any]] | None = None
+    ) -> list[int]:
+        """Ids of the rendered conversation. Special tokens come from the template, never from a message or a tool."""
+        veiled, veil = chat.veil([*messages, *(tools or [])], self._special_names)
+        shown = veiled[len(messages) :] or None
+        return self._encode_veiled(self.render_chat(veiled[: len(messages)], add_generation_prompt, shown), veil)[0]
 
     def encode_chat_masked(self, messages: Messages) -> tuple[list[int], list[int]]:
         """Ids of a whole conversation, and a mask: 1 for tokens that the assistant wrote, its end-of-turn included.
@@ -154,7 +158,7 @@ class Tokenizer:
         """
         veiled, veil = chat.veil(messages, self._special_names)
         text, spans = chat.answer_spans(
-            self._template(), veiled, self._special_texts, tools=None, documents=None, **self.special_tokens
+            self.chat_template(), veiled, self._special_texts, tools=None, documents=None, **self.special_tokens
         )
         ids, offsets = self._encode_veiled(text, veil)
         mask = [0] * len(ids)

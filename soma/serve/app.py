@@ -24,6 +24,8 @@ from soma.serve.generation import Generation
 from soma.serve.metrics import Metrics
 from soma.serve.prompts import TokenNames, encode_prompt
 from soma.serve.protocol import ChatRequest, CompletionRequest, Sampling, read_body
+from soma.serve.tool_calls import ToolChatFormat, with_calls
+from soma.serve.tools import read_tools
 
 if TYPE_CHECKING:
     from soma.engine.embed import Embedder
@@ -111,8 +113,17 @@ def create_app(
             raise ApiError(400, f"the model `{model_name}` has no chat template; use /v1/completions", "messages",
                            "no_chat_template")  # fmt: skip
         messages = [message.for_template(place) for place, message in enumerate(body.messages)]
-        prompt = await asyncio.to_thread(tokenizer.encode_chat, messages, True)
-        shape = ChatFormat(service.names, model_name, logprobs=params.logprobs is not None)
+        parallel = body.parallel_tool_calls is not False
+        use = await asyncio.to_thread(read_tools, body.tools, body.tool_choice, parallel, tokenizer)
+        params = with_calls(params, use)
+        shown = None if use is None else use.for_template
+        prompt = await asyncio.to_thread(tokenizer.encode_chat, messages, True, shown)
+        known = params.logprobs is not None
+        shape: ChatFormat
+        if use is None:
+            shape = ChatFormat(service.names, model_name, logprobs=known)
+        else:
+            shape = ToolChatFormat(service.names, model_name, use, logprobs=known)
         return await answer(service, request, body, [prompt], params, shape)
 
     @app.post("/v1/completions")
@@ -168,6 +179,8 @@ async def answer(
     """Run the generation and answer it whole or as a stream; a client that leaves stops it."""
     service.check_open()
     engine: Any = service.engine  # either kind: both are asked in the same way
+    if params.guided is not None:  # not on the event loop: a large grammar takes a while to compile
+        await asyncio.to_thread(engine.guides.check, params.guided)
     generation = Generation(engine, service.metrics, prompts, params, body.n or 1)
     if body.stream:
         return EventStream(service, generation, stream(service, generation, shape, include_usage=body.include_usage))

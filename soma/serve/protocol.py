@@ -11,6 +11,8 @@ from starlette.requests import ClientDisconnect
 
 from soma.engine.params import SamplingParams
 from soma.serve.errors import ApiError
+from soma.serve.structured import guided_of
+from soma.serve.tools import Tool, calls_for_template
 
 MAX_CHOICES = 128
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
@@ -20,12 +22,11 @@ SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 # Fields that change nothing about the answer here: taken and left alone.
 IGNORED = {
     "user", "store", "metadata", "service_tier", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
-    "parallel_tool_calls", "reasoning_effort", "verbosity",
+    "reasoning_effort", "verbosity",
 }  # fmt: skip
 # Fields that OpenAI has and that would change the answer: refused by name unless they say what we do anyway.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (), "prediction": (),
+    "functions": ([],), "function_call": ("none", "auto"), "modalities": (["text"],), "audio": (), "prediction": (),
     "web_search_options": (), "moderation": (), "suffix": ("",),
 }  # fmt: skip
 
@@ -60,6 +61,12 @@ class Sampling(BaseModel):
     repetition_penalty: float | None = None
     stop_token_ids: list[int] | None = None
     bad_words: list[str | list[int]] | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     ignore_eos: bool | None = None
 
     @property
@@ -81,6 +88,7 @@ class Sampling(BaseModel):
             word if isinstance(word, str) else tuple(word) for word in self.bad_words or ()
         )  # fmt: skip
         values["logit_bias"] = _biases(self.logit_bias or {})
+        values["guided"] = guided_of(dict(self))
         values |= more
         return SamplingParams(**{name: value for name, value in values.items() if value is not None})
 
@@ -114,6 +122,8 @@ class Message(BaseModel):
             content = "".join(part["text"] for part in content)
         extra = self.model_extra or {}
         kept = {key: extra[key] for key in ("name", "tool_calls", "tool_call_id") if extra.get(key) is not None}
+        if "tool_calls" in kept:
+            kept["tool_calls"] = calls_for_template(kept["tool_calls"], f"{where}.tool_calls")
         if content is None and not kept:
             raise ApiError(400, f"{where}.content is missing", f"{where}.content")
         return {"role": self.role, "content": content or "", **kept}
@@ -126,6 +136,9 @@ class ChatRequest(Sampling):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    tools: list[Tool] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
 
     def params(self) -> SamplingParams:
         """As the engine takes it."""

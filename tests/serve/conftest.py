@@ -1,5 +1,6 @@
 """One service on a tiny model, in a subprocess of its own, for all tests of the room."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +31,32 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model without a chat template."""
     return make_model(tmp_path_factory.mktemp("base"), chat=False)
+
+
+# As Qwen's: tools as JSON, calls between marks, what tools said in turns of their own.
+TOOL_TEMPLATE = """
+{%- if tools %}<|system|>Call functions by <tool_call>{"name": …, "arguments": …}</tool_call>:
+{%- for tool in tools %}{{ tool | tojson }}{% endfor %}<|end|>{% endif %}
+{%- for message in messages %}<|{{ message.role }}|>{{ message.content }}
+{%- for call in message.tool_calls or [] %}<tool_call>
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>{% endfor %}<|end|>{% endfor %}
+{%- if add_generation_prompt %}<|assistant|>{% endif %}"""
+
+
+@pytest.fixture(scope="session")
+def tools_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose template knows tools."""
+    folder = make_model(tmp_path_factory.mktemp("tools"))
+    settings = folder / "tokenizer_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "chat_template": TOOL_TEMPLATE}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tools_url(tools_folder: Path) -> Iterator[str]:
+    with running_service(tools_folder) as url:
+        yield url
 
 
 @pytest.fixture(scope="session")

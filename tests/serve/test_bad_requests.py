@@ -69,9 +69,9 @@ BAD_CHAT: list[tuple[dict[str, Any], str | None]] = [
     ({"top_logprobs": 2}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "logprobs"),
     ({"logprobs": 3}, "logprobs"),
-    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"tools": [{"type": "function"}]}, "tools.0.function"),
     ({"tool_choice": "required"}, "tool_choice"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"response_format": {"type": "yaml"}}, "response_format"),
     ({"max_completion_tokens": 0}, "max_tokens"),
     ({"messages": [{"role": "user", "content": "hi " * 5000}]}, "prompt"),
 ]  # fmt: skip
