@@ -21,7 +21,7 @@ from soma.model.kernels.reference import relative_error
 from soma.model.transformer import Transformer
 
 BLOCK = 16
-LOGITS_BOUND = 3e-2  # relative error of bf16 logits after four layers of the 8B shape, reference against Triton
+LOGITS_BOUND = 1.1  # largest error of bf16 logits against float32, relative to that of the reference in bf16
 
 
 def check() -> None:
@@ -38,31 +38,40 @@ def check_logits() -> None:
     lengths = [700, 33, 130, 1, 257]
     ids = [[draw.randrange(SHAPE["vocab_size"]) for _ in range(length + 8)] for length in lengths]
     outputs: list[list[torch.Tensor]] = []
+    exact = random_model(torch.float32, num_hidden_layers=4)
+    exact.load_state_dict(model.state_dict())
     with torch.inference_mode():
+        reference = ReferenceModel(exact, PagedCache(model.config, 100, BLOCK, torch.float32, DEVICE))
+        right = [reference.step(batch) for batch in steps(ids, lengths)]
         for kind, graphs in ((ReferenceModel, False), (TritonModel, False), (TritonModel, True)):
             cache = PagedCache(model.config, 100, BLOCK, model.dtype, DEVICE)
             backend = TritonModel(model, cache, (8, 1024)) if graphs else kind(model, cache)
             outputs.append([backend.step(batch) for batch in steps(ids, lengths)])
-    for found in outputs[1:]:
-        errors = [relative_error(a.float(), b.float()) for a, b in zip(found, outputs[0], strict=True)]
-        print("  check bf16 logits:", " ".join(f"{error:.1e}" for error in errors), file=sys.stderr, flush=True)
-        assert max(errors) < LOGITS_BOUND, errors
-    wrong = relative_error(outputs[1][-1].flip(0).float(), outputs[0][-1].float())
-    assert wrong > 10 * LOGITS_BOUND, "logits of other sequences passed"
+    rows = [[relative_error(a.float(), b) for a, b in zip(found, right, strict=True)] for found in outputs]
+    for name, errors in zip(("reference", "Triton", "Triton, graphs"), rows, strict=True):
+        shown = " ".join(f"{error:.2e}" for error in errors)
+        print(f"  check bf16 logits against float32, {name}: {shown}", file=sys.stderr, flush=True)
+        assert all(error < LOGITS_BOUND * usual for error, usual in zip(errors, rows[0], strict=True)), name
+    wrong = relative_error(outputs[1][-1].flip(0).float(), right[-1])
+    assert wrong > 10 * max(rows[0]), "logits of other sequences passed"
 
 
 def steps(ids: list[list[int]], lengths: list[int]) -> list[Batch]:
-    """All prompts at once, one of them with its last token in a step of its own; then decode steps."""
+    """All prompts at once, one of them with its last token in a step of its own; decode steps of five and of one."""
     tables, first = [], 0
     for row in ids:
         blocks = -(-len(row) // BLOCK)
         tables.append(np.arange(first, first + blocks, dtype=np.int32)[::-1].copy())
         first += blocks
     batches, done = [], [0] * len(ids)
-    for counts in ([lengths[0] - 1, *lengths[1:]], [1, 5, 1, 1, 1], [1] * 5, [1] * 5):
-        tokens = [row[start : start + count] for row, start, count in zip(ids, done, counts, strict=True)]
-        rows = np.cumsum(counts, dtype=np.int64) - 1
-        batches.append(make_batch(tokens, done, counts, tables, rows, BLOCK, DEVICE))
+    for counts in ([lengths[0] - 1, *lengths[1:]], [1, 5, 1, 1, 1], [1] * 5, [0, 0, 1, 0, 0]):
+        chosen = [s for s, count in enumerate(counts) if count]
+        tokens = [ids[s][done[s] : done[s] + counts[s]] for s in chosen]
+        new = [counts[s] for s in chosen]
+        rows = np.cumsum(new, dtype=np.int64) - 1
+        batches.append(
+            make_batch(tokens, [done[s] for s in chosen], new, [tables[s] for s in chosen], rows, BLOCK, DEVICE)
+        )
         done = [start + count for start, count in zip(done, counts, strict=True)]
     return batches
 

@@ -17,12 +17,12 @@ import json
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from soma.model.kernels import flash, flash_backward, fused, paged
+from soma.model.kernels import flash, flash_backward, fused, gemv, paged
 
 FLOATS = {"logsumexp", "delta", "parts"}
 INTEGERS = {"starts", "query_starts", "lengths", "tables", "slots"}
 POINTERS = {"q", "k", "v", "out", "grad", "dq", "dk", "dv", "keys", "values", "cos", "sin", "x", "residual", "weight",
-            "added", "gate", "up"}
+            "added", "gate", "up", "gain", "bias"}
 
 
 def compile(kernel, warps, stages, **constants):
@@ -65,6 +65,7 @@ compile(paged.reduce_kernel, 4, 2, HEAD=80, BLOCK_E=128, SPLITS=32)
 compile(fused.rms_norm_kernel, 8, 2, WIDTH=4096, BLOCK_D=4096, ADD=True)
 compile(fused.rope_write_kernel, 1, 2, HEAD=80, BLOCK_E=128, BLOCK_R=64, PAGE=16)
 compile(fused.swiglu_kernel, 4, 2, BLOCK_F=1024)
+compile(gemv.gemv_kernel, 8, 2, COLUMNS=4096, NORM=True, GATED=True, BIAS=True, ADD=True, BLOCK_K=1024)
 """
 
 
@@ -84,7 +85,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, in
 
 
 def test_all_kernels_compile_and_fit(compiled: dict[str, dict[str, int]]) -> None:
-    assert len(compiled) == 10
+    assert len(compiled) == 11
     assert all(record["cubin"] > 1000 and record["shared"] <= SHARED_MEMORY for record in compiled.values())
 
 
@@ -97,5 +98,5 @@ def test_attention_uses_tensor_cores_and_asynchronous_copies(compiled: dict[str,
 
 def test_elementwise_kernels_have_no_products(compiled: dict[str, dict[str, int]]) -> None:
     """The counts above can be zero."""
-    for name in ("delta_kernel", "swiglu_kernel", "rms_norm_kernel"):
+    for name in ("delta_kernel", "swiglu_kernel", "rms_norm_kernel", "gemv_kernel"):
         assert not compiled[name]["wgmma"] + compiled[name]["mma"]

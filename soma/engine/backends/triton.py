@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from soma.engine.backends.graphs import DecodeGraphs
 from soma.engine.batch import Batch
 from soma.engine.paged import PagedCache
-from soma.model.adapted import adapters
+from soma.model.adapted import AdaptedLinear, adapters
 from soma.model.attention import Attention
 from soma.model.kernels.fused import add_rms_norm, rms_norm, rope_write, swiglu
+from soma.model.kernels.gemv import gemv
 from soma.model.kernels.launch import INTERPRETED, unsupported
 from soma.model.kernels.paged import paged_attention
 from soma.model.layers import MLP
@@ -22,7 +23,9 @@ class TritonModel:
     """One model and its paged cache on a GPU: per layer four matrix products and five kernels of our own.
 
     The residual sum is part of the norm that follows it, RoPE of the write into the cache. With `graphs` (most
-    sequences, most tokens of each) a step in which every sequence has one new token replays a CUDA graph.
+    sequences, most tokens of each) a step in which every sequence has one new token replays a CUDA graph. A step of
+    one token runs in matrix-vector kernels (`kernels.gemv`) if no layer is quantized
+    or adapted in it.
     """
 
     @staticmethod
@@ -51,6 +54,13 @@ class TritonModel:
             assert isinstance(mlp, MLP)
             post_norm = layer.get_parameter("post_attention_layernorm.weight")
             self.layers.append((attention, mlp, post_norm, next_norm))
+        head = model.embed_tokens if model.lm_head is None else base_of(model.lm_head)
+        self.head_VD = head.get_parameter("weight") if isinstance(head, nn.Embedding | nn.Linear) else None
+        self.gemv = self.head_VD is not None and all(
+            attention.fused is not None and mlp.fused is not None
+            and all(isinstance(base_of(layer), nn.Linear) for layer in (attention.o_proj, mlp.down_proj))
+            for attention, mlp, _, _ in self.layers
+        )  # fmt: skip
         self.graphs = None
         if graphs is not None:
             self.graphs = DecodeGraphs(self.features, cache, model.config.hidden_size, *graphs)
@@ -58,36 +68,68 @@ class TritonModel:
     def step(self, batch: Batch) -> Tensor:
         """Append the batch's tokens to the cache; the logits (R, V) of the rows that it asks for."""
         if self.graphs is not None and self.graphs.fits(batch):
-            return self.model.logits(self.graphs.features(batch))
-        with adapters(batch.adapters):
-            h_TD = self.features(batch)
+            h_RD = self.graphs.features(batch)
+        else:
+            with adapters(batch.adapters):
+                h_RD = self.features(batch)[batch.logit_rows_R]
+        if len(h_RD) == 1 and self.gemv and not batch.row_adapters:
+            assert self.head_VD is not None
+            return gemv(h_RD, self.head_VD)
         with adapters(batch.row_adapters):
-            return self.model.logits(h_TD[batch.logit_rows_R])
+            return self.model.logits(h_RD)
 
     def features(self, batch: Batch) -> Tensor:
         """Hidden states (T, D) after the final norm. Reads nothing on the host, so it can be captured."""
         x_TD = self.model.embed_tokens(batch.tokens_T)
         assert self.model.rope is not None
         rope = self.model.rope(batch.positions_T, x_TD.dtype)
+        if len(x_TD) == 1 and self.gemv and not batch.adapters:
+            return self.features_of_one(x_TD, rope, batch)
         h_TD = rms_norm(x_TD, self.first_norm, self.eps)
         for index, (attention, mlp, post_norm, next_norm) in enumerate(self.layers):
-            h_TD = self.attend(index, attention, h_TD, rope, batch)
+            q, k, v = attention.project(h_TD, projections_of(attention))
+            h_TD = attention.o_proj(self.attend(index, attention, q, k, v, rope, batch))
             h_TD, x_TD = add_rms_norm(h_TD, x_TD, post_norm, self.eps)
             gate_TF, up_TF = mlp.project(h_TD, [mlp.gate_proj, mlp.up_proj])
             h_TD, x_TD = add_rms_norm(mlp.down_proj(swiglu(gate_TF, up_TF)), x_TD, next_norm, self.eps)
         return h_TD
 
+    def features_of_one(self, x_1D: Tensor, rope: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
+        """As `features`, for one token: norms, activations and sums are parts of the matrix-vector products."""
+        norm: Tensor = self.first_norm
+        for index, (attention, mlp, post_norm, next_norm) in enumerate(self.layers):
+            assert attention.fused is not None
+            assert mlp.fused is not None
+            qkv = gemv(x_1D, attention.fused, attention.fused_bias, gain_K=norm, eps=self.eps)
+            q, k, v = qkv.split(attention.fused_sizes, dim=-1)
+            out = self.attend(index, attention, q, k, v, rope, batch)
+            x_1D = gemv(out, attention.o_proj.weight, attention.o_proj.bias, residual_1N=x_1D)
+            inner = gemv(x_1D, mlp.fused, mlp.fused_bias, gain_K=post_norm, eps=self.eps, gated=True)
+            x_1D = gemv(inner, mlp.down_proj.weight, mlp.down_proj.bias, residual_1N=x_1D)
+            norm = next_norm
+        return rms_norm(x_1D, norm, self.eps)
+
     def attend(
-        self, layer: int, attention: Attention, h_TD: Tensor, rope: tuple[Tensor, Tensor], batch: Batch
-    ) -> Tensor:
-        """What a layer's attention adds to the residual stream, (T, D)."""
-        projections: list[nn.Linear] = [attention.q_proj, attention.k_proj, attention.v_proj]
-        q, k, v = (x.unflatten(1, (-1, attention.head_dim)) for x in attention.project(h_TD, projections))
+        self, layer: int, attention: Attention, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor],
+        batch: Batch,
+    ) -> Tensor:  # fmt: skip
+        """Attention of the new tokens (T, H·E) from their projections, whose keys and values go into the cache."""
+        q_THE, k_TKE, v_TKE = (x.unflatten(1, (-1, attention.head_dim)) for x in (q, k, v))
         if attention.qk_norm:
-            q, k = attention.q_norm(q).type_as(q), attention.k_norm(k).type_as(k)
+            q_THE, k_TKE = attention.q_norm(q_THE).type_as(q), attention.k_norm(k_TKE).type_as(k)
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        q_THE = rope_write(q, k, v, *rope, keys, values, batch.slots_T)
+        q_THE = rope_write(q_THE, k_TKE, v_TKE, *rope, keys, values, batch.slots_T)
         out_THE = paged_attention(
             q_THE, keys, values, batch.query_starts_S1, batch.lengths_S, batch.tables_SB, attention.window
         )
-        return attention.o_proj(out_THE.flatten(1))
+        return out_THE.flatten(1)
+
+
+def base_of(layer: nn.Module) -> nn.Module:
+    """The layer without its adapters."""
+    return layer.base if isinstance(layer, AdaptedLinear) else layer
+
+
+def projections_of(attention: Attention) -> list[nn.Linear]:
+    """The layers that read what attention reads."""
+    return [attention.q_proj, attention.k_proj, attention.v_proj]

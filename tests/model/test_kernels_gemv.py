@@ -1,0 +1,40 @@
+"""Matrix-vector products with what is fused around them, in Triton's interpreter against float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton")
+
+from soma.model.kernels import reference
+from soma.model.kernels.gemv import gemv
+from soma.model.kernels.launch import INTERPRETED
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="on a GPU these run as benchmarks/engine_gpu.py --check")
+BOUNDS = {torch.float32: 1e-6, torch.float16: 1e-3}
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("columns", [64, 100, 2100])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("extra", [False, True])
+def test_gemv(columns: int, norm: bool, gated: bool, extra: bool, dtype: torch.dtype) -> None:
+    rows = 12
+    weight = (torch.randn(rows + 3, columns + 5) / columns**0.5).to(dtype)[:rows, :columns]  # strided rows
+    x, gain, bias = (torch.randn(*shape).to(dtype) for shape in ((1, columns), (columns,), (rows,)))
+    residual = torch.randn(1, rows // 2 if gated else rows).to(dtype)
+    found = gemv(
+        x, weight, bias if extra else None, gain_K=gain if norm else None, eps=1e-5, gated=gated,
+        residual_1N=residual if extra else None,
+    )  # fmt: skip
+    read = reference.rms_norm(x.double(), gain.double(), 1e-5) if norm else x.double()
+    expected = F.linear(read, weight.double(), bias.double() if extra else None)
+    if gated:
+        expected = reference.swiglu(*expected.chunk(2, 1))
+    bare = expected
+    if extra:
+        expected = expected + residual.double()
+    assert reference.relative_error(found, expected) < BOUNDS[dtype]
+    assert not extra or reference.relative_error(found, bare) > 1e-2
+    assert not norm or reference.relative_error(found, F.linear(x.double(), weight.double())[:, : found.size(1)]) > 1e-2
