@@ -24,8 +24,7 @@ class TritonModel:
 
     The residual sum is part of the norm that follows it, RoPE of the write into the cache. With `graphs` (most
     sequences, most tokens of each) a step in which every sequence has one new token replays a CUDA graph. A step of
-    one token runs in matrix-vector kernels (`kernels.gemv`) if no layer is quantized
-    or adapted in it.
+    one token runs in matrix-vector kernels (`kernels.gemv`) if no layer is quantized or adapted in it.
     """
 
     @staticmethod
@@ -64,6 +63,7 @@ class TritonModel:
         self.graphs = None
         if graphs is not None:
             self.graphs = DecodeGraphs(self.features, cache, model.config.hidden_size, *graphs)
+            self.step(self.graphs.inputs.rows(1))  # compiles what lies outside the graph
 
     def step(self, batch: Batch) -> Tensor:
         """Append the batch's tokens to the cache; the logits (R, V) of the rows that it asks for."""
