@@ -23,6 +23,10 @@ def serve(
     weights: Annotated[
         str | None, typer.Option(help="int8 or int4: round the weights at load, in groups of 32.")
     ] = None,
+    speculate: Annotated[
+        str | None, typer.Option(help="Guess tokens, check several at once: ngram, or a small model.")
+    ] = None,
+    draft_tokens: Annotated[int | None, typer.Option(help="Tokens guessed at once, at most.", min=1)] = None,
     replicas: Annotated[int, typer.Option(help="Engines with a copy of the model each, behind one address.")] = 1,
     tensor_parallel: Annotated[int, typer.Option(help="Processes (GPUs) that split each layer between them.")] = 1,
     pipeline_parallel: Annotated[int, typer.Option(help="Stages of layers, in processes (on GPUs) of their own.")] = 1,
@@ -40,8 +44,8 @@ def serve(
         serve_model(
             model, host, port, name=name, allow_public=allow_public, precision=precision, device=device,
             max_length=max_length, max_running=max_running, max_waiting=max_waiting, weights=weights,
-            replicas=replicas, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel,
-            in_process=in_process,
+            replicas=replicas, speculate=speculate, draft_tokens=draft_tokens, tensor_parallel=tensor_parallel,
+            pipeline_parallel=pipeline_parallel, in_process=in_process,
         )  # fmt: skip
 
 

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from soma.base.errors import UserError
 from soma.engine.adapters import Adapters
-from soma.engine.adjust import Row
 from soma.engine.batch import Batch, make_batch
 from soma.engine.blocks import BlockPool
 from soma.engine.check import check_request
+from soma.engine.draft import DraftModel, load_draft
 from soma.engine.errors import EngineClosedError, QueueFullError
 from soma.engine.guided import Guides
 from soma.engine.memory import GPU_SHARE, fitting_tokens
@@ -34,8 +34,9 @@ from soma.engine.paged import PagedCache
 from soma.engine.params import SamplingParams, TokenLogprob
 from soma.engine.request import Completion, Request, TokenEvent, Tokenizer
 from soma.engine.runner import Runner
-from soma.engine.sampling import sample, token_logprobs
+from soma.engine.sampling import token_logprobs
 from soma.engine.scheduler import Scheduler, Work
+from soma.engine.speculate import DRAFT_TOKENS, NgramProposer, Speculator, verify
 from soma.model.quantized import quantize
 from soma.model.transformer import Transformer
 
@@ -69,6 +70,9 @@ class Engine:
         overlap: plan and deliver while a step computes (see `soma.engine.overlap`); None: on one GPU.
         share: engines that have the free memory between them.
         group: the ranks that hold the model, `model` being rank 0's part of it; they have rounded weights already.
+        speculate: "ngram", or the folder or reference of a draft model with the same tokenizer: guess tokens and check
+            them in one step, where that is faster (see `soma.engine.speculate`).
+        draft_tokens: tokens of a draft at most.
     """
 
     def __init__(
@@ -77,9 +81,13 @@ class Engine:
         cache_tokens: int | None = None, block_size: int = 16, prefix_cache: bool = True, weights: str | None = None,
         backend: str = "auto", gpu_memory_utilization: float = GPU_SHARE, cuda_graphs: bool = True,
         overlap: bool | None = None, share: int = 1, group: "RankGroup | None" = None,
+        speculate: str | Path | None = None, draft_tokens: int = DRAFT_TOKENS,
     ) -> None:  # fmt: skip
+        draft = None if speculate in (None, "ngram") else load_draft(str(speculate), model, tokenizer)
         if (bits := weight_bits(weights)) is not None:
-            quantize(model, bits)
+            for each in (model, draft):
+                if each is not None:
+                    quantize(each, bits)
         self.config, self.tokenizer = model.config if group is None else group.config, tokenizer
         self.device = model.device
         self.guides = Guides(tokenizer, self.config.vocab_size)
@@ -92,6 +100,9 @@ class Engine:
                 block_size=block_size, step_tokens=step_tokens, max_running=max_running,
                 gpu_memory_utilization=gpu_memory_utilization, share=share,
             )  # fmt: skip
+            if draft is not None:  # it has a cache of as many tokens
+                mine, other = (PagedCache.block_bytes(each.config, 1, each.dtype) for each in (model, draft))
+                fitting = int(fitting * mine / (mine + other))
             cache_tokens = max(block_size, min(fitting, max_running * (min(max_length or context, context) + 1)))
         blocks = max(1, cache_tokens // block_size)
         self.max_length = min(max_length or context, context, blocks * block_size)
@@ -113,9 +124,19 @@ class Engine:
             self.pool, max_running=max_running, step_tokens=step_tokens,
             prefill_chunk=prefill_chunk or usual_chunk, window=widest,
         )  # fmt: skip
+        self.speculator: Speculator | None = None
+        if speculate is not None:
+            if draft_tokens < 1:
+                raise UserError(f"draft_tokens {draft_tokens}: expected 1 or more")
+            proposer = NgramProposer() if draft is None else DraftModel(
+                draft, self.config.vocab_size, blocks, block_size, step_tokens, backend=backend
+            )  # fmt: skip
+            self.speculator = Speculator(proposer, draft_tokens)
         self.max_running, self.max_waiting = max_running, max_waiting
         self.inbox: list[Request] = []  # submitted, not yet seen by the engine's thread
-        self.overlap = self.device.type == "cuda" and group is None if overlap is None else overlap
+        # A draft needs the token before it: with speculation each step is read before the next one is planned.
+        overlaps = self.device.type == "cuda" and group is None if overlap is None else overlap
+        self.overlap = overlaps and speculate is None
         self.flight: Flight | None = None
         self.closing = False
         self.changed = threading.Condition()
@@ -141,6 +162,8 @@ class Engine:
             "kv_cache_usage": self.pool.used / self.pool.num_blocks,
             "prefix_cache_queries": self.scheduler.prefix_queries, "prefix_cache_hits": self.scheduler.prefix_hits,
             "preemptions": self.scheduler.preemptions,
+            "draft_tokens": self.speculator.num_draft_tokens if self.speculator else 0,
+            "accepted_tokens": self.speculator.num_accepted_tokens if self.speculator else 0,
         }  # fmt: skip
 
     @property
@@ -313,14 +336,20 @@ class Engine:
     def _step(self) -> None:
         """One step: plan, compute, draw the next tokens, deliver them."""
         now = time.monotonic()
+        if self.speculator is not None:
+            self.speculator.plan(self.scheduler)
         with self.changed:
             plan = self.scheduler.schedule(now)
         for work in plan:
             work.sequence.scheduled = work.sequence.scheduled or now
+        if self.speculator is not None:
+            plan = self.speculator.fill(plan)
         if plan:
             self._compute(plan)
         else:
             self._land()
+        if plan and self.speculator is not None:
+            self.speculator.observe(sum(work.count for work in plan), time.monotonic() - now)
 
     def _compute(self, plan: list[Work[Request]]) -> None:
         """Run the shares of a step together; if that fails one by one, so that only those at fault end.
@@ -373,17 +402,18 @@ class Engine:
 
     def _draw(self, plan: list[Work[Request]], logits_RV: Tensor) -> None:
         """Draw the next tokens of a step's requests, but for those that have ended meanwhile, and deliver them."""
-        ends = np.cumsum([_rows(work) for work in plan])
+        counts = [_rows(work) for work in plan]
         alive = [
-            (work, int(end)) for work, end in zip(plan, ends, strict=True) if work.sequence.finish_reason is None
+            (work, count, end) for work, count, end in zip(plan, counts, np.cumsum(counts).tolist(), strict=True)
+            if work.sequence.finish_reason is None
         ]  # fmt: skip
-        drawing = [(work.sequence, end - 1) for work, end in alive if work.is_last]
-        places = [place for _, place in drawing]
+        drawing = [(work.sequence, end - 1 - work.drafted, end) for work, _, end in alive if work.is_last]
+        places = [place for _, first, end in drawing for place in range(first, end)]
         last_RV = logits_RV if len(places) == len(logits_RV) else logits_RV[places]
-        requests = [request for request, _ in drawing]
+        requests = [request for request, _, _ in drawing]
         chosen = dict(zip(requests, self._sample(requests, last_RV), strict=True))
-        for work, end in alive:
-            if rows := _rows(work):
+        for work, rows, end in alive:
+            if rows:
                 self._accept(work, logits_RV[end - rows : end], chosen.get(work.sequence))
 
     def _batch(self, plan: list[Work[Request]]) -> Batch:
@@ -394,7 +424,8 @@ class Engine:
             end += work.count
             rows.append(np.arange(end - _rows(work), end, dtype=np.int64))
         batch = make_batch(
-            (work.sequence.tokens[work.start : work.start + work.count] for work in plan), starts, counts,
+            (work.sequence.tokens[work.start : work.start + work.count] + work.sequence.draft[: work.drafted]
+             for work in plan), starts, counts,
             [np.frombuffer(work.sequence.table, dtype=np.int32) for work in plan], np.concatenate(rows),
             self.pool.block_size, self.device,
             [work.sequence.adapter.slot if work.sequence.adapter else None for work in plan],
@@ -406,19 +437,22 @@ class Engine:
             self.flight.feed(batch.tokens_T, *zip(*unread, strict=True))
         return batch
 
-    def _sample(self, requests: list[Request], logits_RV: Tensor) -> list[TokenLogprob | None]:
-        """The next token of each request; None for those whose own fault it is that there is none."""
+    def _sample(self, requests: list[Request], logits_RV: Tensor) -> list[list[TokenLogprob | None]]:
+        """The next tokens of each request; None among them for those whose own fault it is that there is none."""
         try:
-            return sample(logits_RV, [Row(request.sampling) for request in requests])
+            return verify(requests, logits_RV)
         except Exception:
             if len(requests) > 1:
-                return [self._sample([each], logits_RV[i : i + 1])[0] for i, each in enumerate(requests)]
+                rows = logits_RV.split([len(request.draft) + 1 for request in requests])
+                return [self._sample([each], mine)[0] for each, mine in zip(requests, rows, strict=True)]
             log.exception("a token could not be drawn")
-            return [None]
+            return [[None]]
 
-    def _accept(self, work: Work[Request], logits_RV: Tensor, chosen: TokenLogprob | None) -> None:
-        """Take a request's rows of logits and its next token; what goes wrong fails this request and no other."""
-        request = work.sequence
+    def _accept(self, work: Work[Request], logits_RV: Tensor, chosen: list[TokenLogprob | None] | None) -> None:
+        """Take a request's rows of logits and its next tokens; what goes wrong fails this request and no other."""
+        request, drafted = work.sequence, work.drafted
+        if drafted and chosen and self.speculator is not None:
+            self.speculator.learn(request, drafted, len(chosen) - 1)
         try:
             if request.prompt_logprobs is not None and request.scored < request.prompt_length:
                 first, last = max(work.start, request.scored), min(work.start + work.count, request.prompt_length - 1)
@@ -430,8 +464,13 @@ class Engine:
             log.exception("a request failed")
             self._finish(request, "error", f"{type(error).__name__} in the engine")
             return
-        if work.is_last:
-            self._take(request, chosen)
+        for token in chosen or ():
+            self._take(request, token)
+            if request.finish_reason is not None:
+                return
+        if drafted and chosen:
+            with self.changed:
+                self.scheduler.confirm(request, len(chosen) - 1)
 
     def _take(self, request: Request, chosen: TokenLogprob | None) -> None:
         """Append a request's next token and deliver it."""
@@ -473,11 +512,12 @@ def weight_bits(weights: str | None) -> int | None:
 
 
 def _rows(work: Work[Request]) -> int:
-    """Rows of logits that a share of a step needs: the last, if it catches up; all of a prompt that is scored."""
+    """Rows of logits that a share of a step needs: the last, if it catches up, and those of its draft; all of a prompt
+    that is scored."""
     request = work.sequence
     if request.needs_prompt_logits and work.start < request.prompt_length and request.scored < request.prompt_length:
         return work.count
-    return int(work.is_last)
+    return work.drafted + 1 if work.is_last else 0
 
 
 def _slot(work: Work[Request]) -> int:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from torch import Tensor
+
 from soma.engine.adjust import SamplingState, bad_sequences
 from soma.engine.guided import Guide
 from soma.engine.params import SamplingParams, TokenLogprob
@@ -93,6 +95,7 @@ class Request(Sequence):
         self.prompt_ids, self.params, self.max_tokens = prompt_ids, params, max_tokens
         self.end_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else {*tokenizer.eos_ids})
         self.sampling = SamplingState(params, prompt_ids, bad_sequences(params, tokenizer.encode), guide)
+        self.proposed: Tensor | None = None  # (K, V), what `draft` was drawn from: see `soma.engine.speculate`
         self.decoder = tokenizer.stream_decoder()
         self.scanner = StopScanner(params.stop)
         self.events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()

@@ -2,7 +2,8 @@
 
 One rule: a sequence has `computed` tokens in the cache and `wanted` ones, and each step spends a budget of tokens on
 letting sequences catch up. A prompt, a chunk of it, the one token of a decode step, what the prefix cache already
-holds, and what was lost to a preemption are all the same case.
+holds, and what was lost to a preemption are all the same case. So is speculation: a sequence that catches up may
+compute tokens of a draft too, if there is room to spare; they count as computed when they are confirmed.
 
 The order: urgency first (a waiting sequence gains a class each `PATIENCE` seconds, up to the most urgent one there
 is), then the key that got the fewest tokens so far (Sheng et al. 2024, arXiv:2401.00588), then first come, first
@@ -38,6 +39,8 @@ class Sequence:
         self.priority, self.key, self.deadline, self.salt = priority, key, deadline, salt
         self.needs_prompt_logits = needs_prompt_logits
         self.pending = 0  # 1 while the last token is a placeholder for one that is being drawn
+        self.num_draft = 0  # tokens of a draft to compute behind `tokens`, if there is room to spare
+        self.draft: list[int] = []  # these, or fewer; not part of `tokens` before they are verified
         self.computed = 0  # tokens whose keys and values are in the cache
         self.scored = 0  # places of the prompt whose logits were taken
         self.table = array("i")  # its blocks; 0 for those before `first_block`, which left the window
@@ -73,7 +76,12 @@ class Work(NamedTuple, Generic[S]):
     @property
     def is_last(self) -> bool:
         """Whether the sequence has caught up afterwards, so that its next token can be drawn."""
-        return self.start + self.count == self.sequence.wanted
+        return self.start + self.count >= self.sequence.wanted
+
+    @property
+    def drafted(self) -> int:
+        """How many of the tokens are a draft's."""
+        return max(0, self.start + self.count - self.sequence.wanted)
 
 
 class Scheduler(Generic[S]):
@@ -83,7 +91,8 @@ class Scheduler(Generic[S]):
     each decoding sequence gets its token in each step. prefill_chunk: of one sequence in a step. window: if all
     layers have sliding windows, the widest of them: blocks that left it are given back.
 
-    Use: `add`, then `schedule` → compute → `commit` → append tokens, again and again; `remove` at any time between.
+    Use: `add`, then `schedule` → compute → `commit` → append tokens, and `confirm` those that were a draft, again and
+    again; `remove` at any time between.
     """
 
     def __init__(
@@ -138,6 +147,7 @@ class Scheduler(Generic[S]):
         self.planned: set[S] = set()
         self.in_step: set[bytes] = set()  # names of blocks that become full in this step
         budget, short = self.step_tokens, False
+        self.spare = self.step_tokens - self.max_running  # for drafts: nobody's next token waits for them
         waiting = set(self.waiting)
         order = self._order([*self.running, *self.waiting], now)
         # Nobody's next token waits for prompts; among prompts, new ones take turns with those that are in.
@@ -157,19 +167,28 @@ class Scheduler(Generic[S]):
         return plan
 
     def commit(self, plan: Iterable[Work[S]]) -> None:
-        """The keys and values of a step are in the cache."""
-        for sequence, start, tokens in plan:
-            assert sequence.computed == start
-            sequence.computed += tokens
-            self.spent[sequence.key] += tokens
+        """The keys and values of a step are in the cache. Those of drafts are nothing yet: see `confirm`."""
+        for work in plan:
+            sequence, tokens = work.sequence, work.count - work.drafted
+            assert sequence.computed == work.start
+            self._advance(sequence, tokens)
             if tokens > 1:
                 sequence.turn += tokens
                 if sequence.turn >= TURN:
                     sequence.turn, sequence.ticket = 0, next(self.tickets)
-            for block in range(sequence.published, sequence.computed // self.pool.block_size):
-                self.pool.publish(sequence.table[block], self._name(sequence, block))
-                sequence.published = block + 1
-            self._leave_window(sequence)
+
+    def confirm(self, sequence: S, tokens: int) -> None:
+        """So many tokens of the draft were right, and have been appended to `tokens`."""
+        assert sequence.computed + tokens < sequence.wanted
+        self._advance(sequence, tokens)
+
+    def _advance(self, sequence: S, tokens: int) -> None:
+        sequence.computed += tokens
+        self.spent[sequence.key] += tokens
+        for block in range(sequence.published, sequence.computed // self.pool.block_size):
+            self.pool.publish(sequence.table[block], self._name(sequence, block))
+            sequence.published = block + 1
+        self._leave_window(sequence)
 
     # Order:
 
@@ -201,7 +220,23 @@ class Scheduler(Generic[S]):
             if block is None:
                 break
             sequence.table.append(block)
-        return min(share, len(sequence.table) * self.pool.block_size - sequence.computed)
+        share = min(share, len(sequence.table) * self.pool.block_size - sequence.computed)
+        if sequence.num_draft and sequence.computed + share == sequence.wanted:
+            share += self._draft_share(sequence, min(sequence.num_draft, budget - share, self.spare))
+        return share
+
+    def _draft_share(self, sequence: S, most: int) -> int:
+        """Tokens of a draft that fit behind `wanted`. Blocks are taken for them only while every running sequence
+        could take one too, and from nobody."""
+        missing = self.pool.blocks_for(sequence.wanted + most) - len(sequence.table)
+        while missing > 0 and self.pool.available > len(self.running):
+            block = self.pool.take()
+            assert block is not None
+            sequence.table.append(block)
+            missing -= 1
+        share = max(0, min(most, len(sequence.table) * self.pool.block_size - sequence.wanted))
+        self.spare -= share
+        return share
 
     def _plan(self, plan: list[Work[S]], sequence: S, share: int) -> int:
         if share:
@@ -209,7 +244,7 @@ class Scheduler(Generic[S]):
             self.planned.add(sequence)
             if self.pool.prefix_cache:
                 size = self.pool.block_size
-                known = min(sequence.computed + share, sequence.wanted - sequence.pending)
+                known = min(sequence.computed + share, sequence.wanted - sequence.pending)  # a draft has no names
                 ends = range(sequence.computed // size, known // size)
                 self.in_step.update(self._name(sequence, block) for block in ends)
         return share
@@ -283,7 +318,7 @@ class Scheduler(Generic[S]):
         for block in reversed(sequence.table[sequence.first_block :]):
             self.pool.release(block)
         sequence.table = array("i")
-        sequence.computed = sequence.first_block = sequence.published = 0
+        sequence.computed = sequence.first_block = sequence.published = sequence.num_draft = 0
 
     def _leave_window(self, sequence: S) -> None:
         """Give back blocks of which the next token sees nothing: it sees the `window` last ones, itself included."""

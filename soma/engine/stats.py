@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 # Gauges: running, waiting (requests), kv_cache_usage (0 to 1). Counters since the engine's start: the others.
-COUNTERS = ("prefix_cache_queries", "prefix_cache_hits", "preemptions")
+COUNTERS = ("prefix_cache_queries", "prefix_cache_hits", "preemptions", "draft_tokens", "accepted_tokens")
 EMPTY: dict[str, float] = {"running": 0, "waiting": 0, "kv_cache_usage": 0.0, **dict.fromkeys(COUNTERS, 0)}
 
 

@@ -22,6 +22,8 @@ COUNTERS = (
     (names.PREFIX_CACHE_QUERIES, "Prompt tokens looked up in the prefix cache.", "prefix_cache_queries"),
     (names.PREFIX_CACHE_HITS, "Prompt tokens found in the prefix cache.", "prefix_cache_hits"),
     (names.PREEMPTIONS, "Requests put back into the queue because the cache was full.", "preemptions"),
+    (names.DRAFT_TOKENS, "Tokens drafted by speculation.", "draft_tokens"),
+    (names.ACCEPTED_TOKENS, "Drafted tokens that the model agreed to.", "accepted_tokens"),
 )
 LABELS = (names.MODEL_NAME, names.ENGINE)
 TIMES = ("arrived", "scheduled", "first_token", "ended")  # of a request, on the monotonic clock

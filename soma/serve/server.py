@@ -60,17 +60,18 @@ def serve(
     model_ref: str | Path, host: str = "127.0.0.1", port: int = 8000, *, name: str | None = None,
     allow_public: bool = False, precision: str = "auto", device: str = "auto", max_length: int | None = None,
     max_running: int = 64, max_waiting: int = 256, weights: str | None = None, replicas: int = 1,
-    tensor_parallel: int = 1, pipeline_parallel: int = 1,
-    grace: float = GRACE, in_process: bool = False, ready: Callable[[str], None] | None = None,
+    speculate: str | None = None, draft_tokens: int | None = None, tensor_parallel: int = 1,
+    pipeline_parallel: int = 1, grace: float = GRACE, in_process: bool = False,
+    ready: Callable[[str], None] | None = None,
 ) -> None:  # fmt: skip
     """Serve a model until SIGTERM or SIGINT.
 
     port 0 takes a free one. `allow_public` lets `host` be reachable from other machines: there are no keys, so whoever
     reaches the port uses the model. `grace`: seconds that running answers get at the end. `replicas`: engine processes
     with a copy of the model each, behind this one front. `tensor_parallel`, `pipeline_parallel`: ranks that split each
-    layer, times stages of layers, for each copy (see `soma.engine.parallel`). `in_process`: no process of its own for
-    the engine (one process to debug; a crash of the engine ends the service). `ready` is called with the base URL once
-    requests are answered; without it a note says so.
+    layer, times stages of layers, for each copy (`soma.engine.parallel`). `speculate`, `draft_tokens`: see `Engine`.
+    `in_process`: no process of its own for the engine (one process to debug; a crash of the engine ends the service).
+    `ready` is called with the base URL once requests are answered; without it a note says so.
     Raises UserError: no such model, a public host without `allow_public`, a port in use, no replicas.
     """
     sizes = {"replicas": replicas, "tensor_parallel": tensor_parallel, "pipeline_parallel": pipeline_parallel}
@@ -87,7 +88,8 @@ def serve(
 
         engine, tokenizer, own_name, embedder = start_engine(
             model_ref, launched, precision=precision, device=device, max_length=max_length,
-            max_running=max_running, max_waiting=max_waiting, weights=weights, **more,
+            max_running=max_running, max_waiting=max_waiting, weights=weights, speculate=speculate,
+            **({} if draft_tokens is None else {"draft_tokens": draft_tokens}), **more,
         )  # fmt: skip
         try:
             app = create_app(engine, tokenizer, name or own_name, embedder=embedder)
