@@ -202,6 +202,26 @@ def test_live_figures_are_computed_right(page: Any, base_url: str) -> None:
     ]  # fmt: skip
 
 
+def test_figures_of_several_engines(page: Any, base_url: str) -> None:
+    """Requests are added, shares of the caches are averaged, and what each engine has stands beside it."""
+    visit(page, base_url)
+    lines = [
+        f'vllm:{name}{{engine="{engine}",model_name="m"}} {value}'
+        for name, values in (("num_requests_running", (3, 4)), ("num_requests_waiting", (0, 2)),
+                             ("kv_cache_usage_perc", (0.5, 0.25)), ("generation_tokens_total", (10, 20)))
+        for engine, value in enumerate(values)
+    ]  # fmt: skip
+    shown = page.execute_script(
+        "show(read(arguments[0]));"
+        "return ['engines', 'running', 'running-each', 'waiting-each', 'cache', 'cache-each']"
+        ".map(id => at(id).textContent)",
+        "\n".join(lines),
+    )
+    assert shown == ["2 engines", "7", "3 · 4", "0 · 2", "37.5 %", "50 · 25"]
+    assert page.execute_script("show(read(arguments[0])); return at('running-each').textContent", lines[0]) == ""
+    assert wait_for(lambda: texts(page, "#running, #engines") == ["", "0"], 5)  # the service's own again
+
+
 def test_the_page_stands_alone(service_url: str) -> None:
     _, headers, data = call(service_url, "GET", "/")
     text = data.decode()
