@@ -67,7 +67,9 @@ def cut(
     kept = [layer for stage in mine for layer in layers[stage]]
     all_layers = model.layers
     first, last = 0 in mine, schedule.stages - 1 in mine
-    setattr(model, "layers", nn.ModuleDict({str(layer): all_layers[layer] for layer in kept}))  # noqa: B010
+    model.layers = nn.ModuleList()  # with gaps: a loop over it sees the layers that are there, under their old names
+    for layer in kept:
+        model.layers.add_module(str(layer), all_layers[layer])
     if not (first or (last and model.lm_head is None)):
         model.embed_tokens = None  # type: ignore[assignment]
     if not first and hasattr(model, "embed_positions"):
