@@ -28,7 +28,7 @@ def make_worker(case: Case, split: bool, compiled: bool = False) -> tuple[torch.
     def head(x_ND: Tensor, targets_N: Tensor) -> Tensor:
         return loss.cross_entropy_sum(model.logits(x_ND), targets_N)
 
-    worker = StageWorker(stage, head, nullcontext, split=split, recompute=False, compiled=compiled)
+    worker = StageWorker(stage, head, nullcontext, split=range(8) if split else (), recompute=False, compiled=compiled)
     worker.microbatches = parts(case, batches(case)[0])
     worker.scale, worker.aux_scale = torch.tensor(0.01), torch.tensor(0.1)
     return model, worker

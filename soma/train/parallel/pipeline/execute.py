@@ -168,7 +168,10 @@ class PipelineStep:
         tied = model.lm_head is None
         self.stages = cut(model, schedule, self.rank, layers)
         self.replicas = Replicas(model, schedule, layers, group, tied)
-        halves = split and any(action.kind == "B" for action in schedule.actions(self.rank))
+        halves: dict[int, set[int]] = {stage.index: set() for stage in self.stages}
+        for action in schedule.actions(self.rank):
+            if split and action.kind == "B":
+                halves[action.stage].add(action.microbatch)
 
         def head(x_ND: Tensor, targets_N: Tensor) -> Tensor:
             with autocast():
@@ -179,7 +182,12 @@ class PipelineStep:
             chunk_loss = torch.compile(head, dynamic=False) if compiled else head
         self.workers = {
             stage.index: StageWorker(
-                stage, chunk_loss, autocast, split=halves, recompute=model.activation_checkpointing, compiled=compiled
+                stage,
+                chunk_loss,
+                autocast,
+                split=halves[stage.index],
+                recompute=model.activation_checkpointing,
+                compiled=compiled,
             )
             for stage in self.stages
         }

@@ -3,7 +3,7 @@
 Shape letters: B sequences of a microbatch, T positions, D model width, N = B·T.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -144,16 +144,17 @@ class Held:
 class StageWorker:
     """Computes the actions of one stage.
 
-    split: the schedule has backwards in two parts. recompute: a forward keeps its input alone, the backward runs it
-    again. compiled: through `torch.compile`. Set `microbatches`, `scale` and `aux_scale` before a step.
+    split: the microbatches whose backward comes in two parts. recompute: a forward keeps its input alone, the backward
+    runs it again. compiled: through `torch.compile`. Set `microbatches`, `scale` and `aux_scale` before a step.
     """
 
     def __init__(
         self, stage: Stage, chunk_loss: loss.ChunkLoss, autocast: Callable[[], AbstractContextManager[object]], *,
-        split: bool, recompute: bool, compiled: bool,
+        split: Collection[int], recompute: bool, compiled: bool,
     ) -> None:  # fmt: skip
         self.stage, self.chunk_loss, self.autocast, self.recompute = stage, chunk_loss, autocast, recompute
-        self.split: list[Split] = split_layers(stage.layers) if split else []
+        self.split = split
+        self.layers: list[Split] = split_layers(stage.layers) if split else []
         self.pass_: Callable[..., tuple[Tensor, Tensor | None, list[Saved]]] = self.whole_pass
         if compiled:
             self.pass_ = torch.compile(self.whole_pass, dynamic=False)
@@ -169,11 +170,11 @@ class StageWorker:
         taps: list[Taps],
     ) -> tuple[Tensor, Tensor | None, list[Saved]]:  # fmt: skip
         """The stage's forward under taps; what their layers saved comes out beside its result."""
-        for layer, own in zip(self.split, taps, strict=False):
+        for layer, own in zip(self.layers, taps, strict=False):
             layer.taps = own
         y_BTD, aux = self.stage(x_BTD, tokens_BT, positions_BT, document_ids_BT)
-        saved = [layer.saved for layer in self.split]
-        for layer in self.split:
+        saved = [layer.saved for layer in self.layers]
+        for layer in self.layers:
             layer.taps, layer.saved = None, ()
         return y_BTD, aux, saved
 
@@ -196,7 +197,7 @@ class StageWorker:
             self.inputs[index] = x_BTD
             with torch.no_grad():
                 return self.run(microbatch, x_BTD, []).y
-        self.held[index] = self.run(microbatch, x_BTD, self.make_taps(microbatch, x_BTD))
+        self.held[index] = self.run(microbatch, x_BTD, self.make_taps(index, x_BTD))
         return self.held[index].y.detach()
 
     def evaluate(self, microbatch: Microbatch, x_BTD: Tensor | None) -> Tensor:
@@ -207,11 +208,11 @@ class StageWorker:
         return y_BTD
 
     def backward(self, index: int, grad_BTD: Tensor | None) -> Tensor | None:
-        """B: the gradient of the stage's input; those of the matrices too if the stage is not split."""
+        """B: the gradient of the stage's input; those of the matrices too if the backward is not split."""
         microbatch = self.microbatches[index]
         if self.recompute:
             x_BTD = self.inputs.pop(index)
-            held = self.run(microbatch, x_BTD, self.make_taps(microbatch, x_BTD))
+            held = self.run(microbatch, x_BTD, self.make_taps(index, x_BTD))
         else:
             held = self.held.pop(index)
         if self.stage.is_last:
@@ -224,23 +225,24 @@ class StageWorker:
         if held.aux is not None and held.aux.requires_grad:
             outputs, seeds = [*outputs, held.aux], [*seeds, self.aux_scale.to(held.aux.dtype)]
         torch.autograd.backward(outputs, seeds)
-        if self.split:
+        if index in self.split:
             grads = [tuple(gradient_of(tap) for tap in own) for own in held.taps]
             self.open[index] = (held.saved, grads)
         return None if held.x is None else held.x.grad
 
     def weight(self, index: int) -> None:
         """W: the gradients of the matrices."""
-        if self.split:
+        if index in self.split:
             saved, grads = self.open.pop(index)
             with torch.no_grad():
-                for layer, own, grad in zip(self.split, saved, grads, strict=True):
+                for layer, own, grad in zip(self.layers, saved, grads, strict=True):
                     layer.accumulate(own, grad)
 
-    def make_taps(self, microbatch: Microbatch, x_BTD: Tensor | None) -> list[Taps]:
-        """Zeros of the shapes of the split layers' outputs, without memory."""
-        if not self.split:
+    def make_taps(self, index: int, x_BTD: Tensor | None) -> list[Taps]:
+        """Zeros of the shapes of the split layers' outputs, without memory; none for a backward in one part."""
+        if index not in self.split:
             return []
+        microbatch = self.microbatches[index]
         shape = tuple(microbatch.tokens.shape)
         if shape not in self.outputs:
             self.outputs[shape] = self.note_outputs(microbatch, x_BTD)
@@ -254,12 +256,12 @@ class StageWorker:
         """What the split layers put out, from one pass (in eval mode, in which routers count nothing)."""
         mode = self.stage.training
         self.stage.eval()
-        for layer in self.split:
+        for layer in self.layers:
             layer.outputs = ()
         with self.autocast():
             self.stage(x_BTD, microbatch.tokens, microbatch.positions, microbatch.document_ids)
-        outputs = [layer.outputs or () for layer in self.split]
-        for layer in self.split:
+        outputs = [layer.outputs or () for layer in self.layers]
+        for layer in self.layers:
             layer.reset()
         self.stage.train(mode)
         return outputs
