@@ -30,6 +30,12 @@ def serve(
     replicas: Annotated[int, typer.Option(help="Engines with a copy of the model each, behind one address.")] = 1,
     tensor_parallel: Annotated[int, typer.Option(help="Processes (GPUs) that split each layer between them.")] = 1,
     pipeline_parallel: Annotated[int, typer.Option(help="Stages of layers, in processes (on GPUs) of their own.")] = 1,
+    adapter: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=FOLDER", help="A LoRA adapter, served as model NAME; repeat it.")
+    ] = None,
+    allow_adapter_loading: Annotated[
+        bool, typer.Option("--allow-adapter-loading", help="Let clients load adapters from folders of this machine.")
+    ] = False,
     allow_public: Annotated[
         bool, typer.Option("--allow-public", help="Let other machines reach the service. It asks nobody for a key.")
     ] = False,
@@ -38,6 +44,7 @@ def serve(
     ] = False,
 ) -> None:
     """Serve a model: OpenAI API under /v1, a chat page at /, /health, /metrics."""
+    from soma.serve.server import parse_adapters
     from soma.serve.server import serve as serve_model
 
     with progress.use(progress.choose()):
@@ -46,6 +53,7 @@ def serve(
             max_length=max_length, max_running=max_running, max_waiting=max_waiting, weights=weights,
             replicas=replicas, speculate=speculate, draft_tokens=draft_tokens, tensor_parallel=tensor_parallel,
             pipeline_parallel=pipeline_parallel, in_process=in_process,
+            adapters=parse_adapters(adapter or []), allow_adapter_loading=allow_adapter_loading,
         )  # fmt: skip
 
 
@@ -73,6 +81,7 @@ def generate(
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     max_running: Annotated[int, typer.Option(help="Rows answered at once.")] = 64,
+    adapter: Annotated[str | None, typer.Option(metavar="FOLDER", help="A LoRA adapter to answer with.")] = None,
 ) -> None:
     """Answer every row of a file. Interrupted, the same command goes on where it was."""
     from soma.engine.load import load_engine
@@ -89,7 +98,10 @@ def generate(
             model, precision=precision, device=device, max_running=max_running, max_waiting=max_running
         )
         try:
-            summary = generate_file(engine, tokenizer, file, target, params, encode_prompt, f"{name} {precision}")
+            if adapter is not None:
+                engine.load_adapter(adapter, adapter)
+            identity = f"{name} {precision}" + (f" {adapter}" if adapter else "")
+            summary = generate_file(engine, tokenizer, file, target, params, encode_prompt, identity, adapter)
         finally:
             engine.close()
         made = summary.rows - len(summary.failed)

@@ -14,17 +14,12 @@ import torch
 
 from soma.base.errors import UserError
 from soma.engine.backends.choose import Backend
-from soma.engine.errors import RequestError
+from soma.engine.errors import unknown_model
 from soma.engine.native import NativeModel
 from soma.model.adapted import AdaptedLinear, LowRank
 from soma.model.folder import local_folder
 from soma.model.lora import lora_layers, read_adapter, targets
 from soma.model.transformer import Transformer
-
-
-def unknown_model(name: str) -> RequestError:
-    """What a request for an adapter that is not there gets."""
-    return RequestError(f"The model `{name}` does not exist", "model", "model_not_found")
 
 
 @dataclass(eq=False)

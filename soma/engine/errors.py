@@ -11,6 +11,11 @@ class RequestError(UserError):
         self.param, self.code = param, code
 
 
+def unknown_model(name: str) -> RequestError:
+    """What a request for a model or an adapter that is not there gets."""
+    return RequestError(f"The model `{name}` does not exist", "model", "model_not_found")
+
+
 class QueueFullError(RuntimeError):
     """The bounded queue has no place. `retry_after` is a guess in seconds from the load at this moment."""
 

@@ -41,14 +41,14 @@ class Summary:
 
 def generate_file(
     engine: Engine, tokenizer: Tokenizer, source: Path, out: Path, params: SamplingParams,
-    encode: Callable[[Tokenizer, str], list[int]], identity: str = "",
+    encode: Callable[[Tokenizer, str], list[int]], identity: str = "", adapter: str | None = None,
 ) -> Summary:  # fmt: skip
     """Answer every row of `source` (JSONL or Parquet) into `out` (JSONL or Parquet, by its suffix).
 
     A row has `prompt` (text) or `messages` (a list of {role, content}, or such a list as JSON text, for the chat
     template). Output rows have the columns `COLUMNS`; a row that cannot be answered has only `row` and `error`, and
     stops nobody else. With a seed row r draws from seed + r. `encode` gives a plain prompt's ids; `identity` says which
-    model this is, for the check that an interrupted run goes on with the same one.
+    model this is, for the check that an interrupted run goes on with the same one. `adapter`: name of a loaded one.
     Raises UserError: no such file, unknown suffix, output already there, partial output of another run.
     """
     for path in (source, out):
@@ -70,7 +70,7 @@ def generate_file(
         if file.tell() == 0:
             write_line(file, head)
         todo = ((number, row) for number, row in enumerate(read_rows(source), start=1) if number not in done)
-        for result in run_rows(engine, tokenizer, todo, params, encode):
+        for result in run_rows(engine, tokenizer, todo, params, encode, adapter):
             write_line(file, result)
             done[result["row"]] = result
             task.advance()
@@ -88,7 +88,7 @@ def generate_file(
 
 def run_rows(
     engine: Engine, tokenizer: Tokenizer, rows: Iterator[tuple[int, Row | str]], params: SamplingParams,
-    encode: Callable[[Tokenizer, str], list[int]],
+    encode: Callable[[Tokenizer, str], list[int]], adapter: str | None = None,
 ) -> Iterator[Row]:  # fmt: skip
     """Results in the order in which they are ready; the engine always has as many rows as it can take."""
     ended: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -127,7 +127,7 @@ def run_rows(
             while len(events) >= most:
                 yield collect()
             events[number] = []
-            requests[number] = engine.submit(ids, one, listener(number))
+            requests[number] = engine.submit(ids, one, listener(number), adapter=adapter)
         while events:
             yield collect()
     finally:  # interrupted: leave nothing running

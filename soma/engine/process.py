@@ -14,7 +14,7 @@ import queue
 import subprocess
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
@@ -31,6 +31,7 @@ from soma.engine.errors import EngineClosedError, EngineRestartingError, QueueFu
 from soma.engine.guided import Guides
 from soma.engine.launch import Launched, launch
 from soma.engine.params import SamplingParams
+from soma.engine.remote_adapters import RemoteAdapters
 from soma.engine.request import Completion, Request, TokenEvent
 from soma.engine.stats import COUNTERS, EMPTY
 from soma.engine.text import StopScanner
@@ -56,6 +57,7 @@ class ProcessRequest(Request):
         self.deliver = deliver or self.events.put
         self.send_cancel = send_cancel
         self.number = -1
+        self.chosen: str | None = None  # its adapter
         self.made: list[int] = []
         self.cancelled = False
         self.finish_reason: str | None = None
@@ -135,14 +137,14 @@ class EngineProcess:
     """Starts an engine process for a model and keeps it running until `close()`.
 
     Args: those of `soma.engine.load.load_engine`; launched: a process that was started before, by `launch()`;
-    cores_share: its argument when the process is started again.
+    cores_share: its argument when the process is started again; adapters: names and folders of adapters to load.
     Waits until the model is loaded.
     Raises UserError: what `load_engine` raises there; the process ended while loading.
     """
 
     def __init__(
         self, model_ref: str | Path, *, precision: str = "auto", device: str = "auto", launched: Launched | None = None,
-        cores_share: int = 1, **options: Any,
+        cores_share: int = 1, adapters: Mapping[str, str] | None = None, **options: Any,
     ) -> None:  # fmt: skip
         self.cores_share = cores_share
         self.options = {"model_ref": str(model_ref), "precision": precision, "device": device, **options}
@@ -150,6 +152,7 @@ class EngineProcess:
         self.numbers = itertools.count()
         self.requests: dict[int, ProcessRequest] = {}
         self.embedder = RemoteEmbedder(self)
+        self.adapters = RemoteAdapters(self, adapters or {})
         self.on_end: Callable[[ProcessRequest], None] = lambda request: None
         self.closing, self.closed = False, threading.Event()
         self.channel: Channel | None = None  # None while there is no engine to talk to
@@ -202,16 +205,29 @@ class EngineProcess:
         self.guides.check(params.guided)
         return check_request(prompt_ids, params, self.vocab_size, self.max_length)
 
+    def load_adapter(self, name: str, folder: str | Path) -> None:
+        """As `Engine.load_adapter`; also raises EngineRestartingError. A new engine process has it too."""
+        self.adapters.load(name, folder)
+
+    def unload_adapter(self, name: str) -> None:
+        """As `Engine.unload_adapter`; also raises EngineRestartingError."""
+        self.adapters.unload(name)
+
+    @property
+    def adapter_folders(self) -> dict[str, str]:
+        """The adapters that requests may choose, and where each was loaded from."""
+        return self.adapters.folders
+
     def submit(
         self, prompt_ids: Sequence[int], params: SamplingParams | None = None,
-        deliver: Callable[[TokenEvent], None] | None = None,
+        deliver: Callable[[TokenEvent], None] | None = None, *, adapter: str | None = None,
     ) -> ProcessRequest:  # fmt: skip
         """As `Engine.submit`; also raises EngineRestartingError."""
-        return self.submit_all([prompt_ids], params, [deliver] if deliver else None)[0]
+        return self.submit_all([prompt_ids], params, [deliver] if deliver else None, adapter=adapter)[0]
 
     def submit_all(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None,
-        deliver: Sequence[Callable[[TokenEvent], None]] | None = None,
+        deliver: Sequence[Callable[[TokenEvent], None]] | None = None, *, adapter: str | None = None,
     ) -> list[ProcessRequest]:  # fmt: skip
         """Queue several requests, all of them or none. Events are delivered on this object's own thread."""
         each = params if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
@@ -224,14 +240,15 @@ class EngineProcess:
             return []
         with self.lock:
             channel = self.open_channel()
+            self.adapters.check(adapter)
             if len(requests) > self.room:
                 waiting = max(0, len(self.requests) - self.facts["max_running"])
                 raise QueueFullError(waiting, retry_after=1 + waiting // self.facts["max_running"])
             for request in requests:
-                request.number = next(self.numbers)
+                request.number, request.chosen = next(self.numbers), adapter
                 self.requests[request.number] = request
             channel.put("submit", requests[0].number, [request.prompt_ids for request in requests],
-                        [replace(one, stop=()) if one.stop else one for one in each])  # fmt: skip
+                        [replace(one, stop=()) if one.stop else one for one in each], adapter)  # fmt: skip
         return requests
 
     async def stream(
@@ -309,13 +326,13 @@ class EngineProcess:
     # Starting, watching, starting again:
 
     def _start(
-        self, launched: Launched | None = None
+        self, launched: Launched | None = None, *, again: bool = False
     ) -> "tuple[subprocess.Popen[bytes], dict[str, Any], Channel, Iterator[list[Message]]]":
         """A new process with its model loaded: the process, its facts, the way to it, and what it will say."""
         started = time.monotonic()
         process, ours = launched or launch(self.cores_share)
         channel = Channel(ours)
-        channel.put("start", self.options)
+        channel.put("start", {**self.options, "adapters": self.adapters.folders, "again": again})
         frames = iter(channel)
         for frame in frames:
             for kind, *rest in frame:
@@ -348,7 +365,7 @@ class EngineProcess:
                         return
                     self.next_start = time.monotonic()
                 try:
-                    self.process, facts, channel, frames = self._start()
+                    self.process, facts, channel, frames = self._start(again=True)
                     break
                 except (UserError, OSError) as error:
                     log.error("the engine does not come up again: %s; next attempt in %.0f s", error, delay)
@@ -356,7 +373,7 @@ class EngineProcess:
                     self.closed.wait(delay)
                     delay = min(delay * 2, LONGEST_DELAY)
             with self.lock:
-                self.facts, self.channel = facts, channel
+                self.facts, self.channel, self.adapters.folders = facts, channel, facts["adapters"]
                 self.restarts += 1
                 if self.closing:  # `close` found no channel to say it on
                     channel.put("close", False)
@@ -383,6 +400,7 @@ class EngineProcess:
         for request in requests:
             if request.finish_reason is None:
                 self._deliver(request, TokenEvent(None, finish_reason="error", error=LOST, is_lost=True))
+        self.adapters.lose()
         for future in futures:
             if future.set_running_or_notify_cancel():
                 future.set_exception(EngineRestartingError(self.retry_after))
@@ -407,6 +425,8 @@ class EngineProcess:
             self.embedder.settle(*rest)
         elif kind == "lost":
             self.last_words = rest[0]
+        elif kind == "adapter":
+            self.adapters.settle(*rest)
 
     def _deliver(self, request: ProcessRequest, event: TokenEvent) -> None:
         """Send an event out with its text; a listener that fails is cut off and takes nobody with it."""

@@ -7,7 +7,7 @@ only its own requests end with an error, and only if none is there are requests 
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -16,13 +16,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from soma.engine.errors import EngineClosedError, EngineRestartingError, QueueFullError
+from soma.base.errors import UserError
+from soma.engine.errors import EngineClosedError, EngineRestartingError, QueueFullError, unknown_model
 from soma.engine.launch import Launched
 from soma.engine.params import SamplingParams
 from soma.engine.process import EngineProcess, ProcessRequest
 from soma.engine.request import Completion, TokenEvent
 from soma.engine.router import Router
 from soma.engine.stats import total
+
+
+def salt_of(adapter: str | None) -> bytes:
+    """What keeps the prefixes of an adapter apart for the router."""
+    return b"" if adapter is None else adapter.encode()
 
 
 class ReplicasEmbedder:
@@ -115,16 +121,43 @@ class Replicas:
         """As `Engine.check`, for the engine that takes least."""
         return self._shortest.check(prompt_ids, params)
 
+    def load_adapter(self, name: str, folder: str | Path) -> None:
+        """As `EngineProcess.load_adapter`, in all engines or in none."""
+        done: list[EngineProcess] = []
+        try:
+            for engine in self.engines:
+                engine.load_adapter(name, folder)
+                done.append(engine)
+        except BaseException:
+            for engine in done:
+                with suppress(EngineClosedError, UserError):
+                    engine.unload_adapter(name)
+            raise
+
+    def unload_adapter(self, name: str) -> None:
+        """As `EngineProcess.unload_adapter`, in all engines."""
+        having = [engine for engine in self.engines if name in engine.adapter_folders]
+        if not having:
+            raise unknown_model(name)
+        for engine in having:
+            engine.unload_adapter(name)
+
+    @property
+    def adapter_folders(self) -> dict[str, str]:
+        """The adapters that all engines have."""
+        first, *others = [engine.adapter_folders for engine in self.engines]
+        return {name: folder for name, folder in first.items() if all(name in other for other in others)}
+
     def submit(
         self, prompt_ids: Sequence[int], params: SamplingParams | None = None,
-        deliver: Callable[[TokenEvent], None] | None = None,
+        deliver: Callable[[TokenEvent], None] | None = None, *, adapter: str | None = None,
     ) -> ProcessRequest:  # fmt: skip
         """As `EngineProcess.submit`."""
-        return self.submit_all([prompt_ids], params, [deliver] if deliver else None)[0]
+        return self.submit_all([prompt_ids], params, [deliver] if deliver else None, adapter=adapter)[0]
 
     def submit_all(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None,
-        deliver: Sequence[Callable[[TokenEvent], None]] | None = None, **options: Any,
+        deliver: Sequence[Callable[[TokenEvent], None]] | None = None, *, adapter: str | None = None, **options: Any,
     ) -> list[ProcessRequest]:  # fmt: skip
         """Queue several requests, all of them or none; equal prompts that follow each other go to one engine.
 
@@ -138,17 +171,20 @@ class Replicas:
         with ExitStack() as held:  # under all locks nothing fills up or goes away between the choice and the submission
             for lock in (self.lock, *(engine.lock for engine in self.engines)):
                 held.enter_context(lock)
-            for group, number in zip(groups, self._choose([(len(g), prompts[g[0]]) for g in groups]), strict=True):
+            if adapter is not None and adapter not in self.adapter_folders:
+                raise unknown_model(adapter)
+            chosen = self._choose([(len(group), prompts[group[0]]) for group in groups], adapter)
+            for group, number in zip(groups, chosen, strict=True):
                 made = self.engines[number].submit_all(
                     [prompts[place] for place in group], [each[place] for place in group],
-                    [deliver[place] for place in group] if deliver else None, **options,
+                    [deliver[place] for place in group] if deliver else None, adapter=adapter, **options,
                 )  # fmt: skip
                 for request in made:
                     request.replica = number
                 requests += made
         return requests
 
-    def _choose(self, groups: Sequence[tuple[int, Sequence[int]]]) -> list[int]:
+    def _choose(self, groups: Sequence[tuple[int, Sequence[int]]], adapter: str | None) -> list[int]:
         """The engine for each of several prompts that are each asked for so many times."""
         alive = [engine for engine in self.engines if engine.alive]
         if not alive:
@@ -163,7 +199,7 @@ class Replicas:
                 self.starts[number] = self.engines[number].restarts
                 self.router.forget(number)
         for count, ids in groups:
-            chain = self.router.chain(ids)
+            chain = self.router.chain(ids, salt_of(adapter))
             open_ = [loads[n] if n in loads and room[n] >= count else None for n in range(len(self.engines))]
             if all(load is None for load in open_):
                 waiting = sum(max(0, len(engine.requests) - engine.facts["max_running"]) for engine in alive)
@@ -178,7 +214,7 @@ class Replicas:
     def _ended(self, number: int, request: ProcessRequest) -> None:
         """An answer is in its engine's cache too: the next turn of a conversation begins with it."""
         if request.made:
-            chain = self.router.chain([*request.prompt_ids, *request.made])
+            chain = self.router.chain([*request.prompt_ids, *request.made], salt_of(request.chosen))
             with self.lock:
                 self.router.add(number, chain)
 

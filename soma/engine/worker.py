@@ -1,10 +1,11 @@
 """The engine's own process: what `soma.engine.process` starts and talks to. No HTTP, no text: ids in, ids out.
 
-Messages in:  ("start", options), ("submit", first number, prompts, params), ("cancel", number),
-              ("embed", number, prompts), ("close", drain).
+Messages in:  ("start", options), ("submit", first number, prompts, params, adapter), ("cancel", number),
+              ("embed", number, prompts), ("load_adapter", number, name, folder), ("unload_adapter", number, name),
+              ("close", drain).
 Messages out: ("note", text), ("failed", text, is the user's mistake), ("ready", facts), ("event", number, TokenEvent,
               Extra | None), ("stats", dict), ("embedded", number, array | None, error | None),
-              ("lost", why this process ends).
+              ("adapter", number, error | None, is the user's mistake), ("lost", why this process ends).
 """
 
 import logging
@@ -125,6 +126,8 @@ class Worker:
             "submit": self._submit,
             "cancel": self._cancel,
             "embed": self._embed,
+            "load_adapter": partial(self._adapt, "load_adapter"),
+            "unload_adapter": partial(self._adapt, "unload_adapter"),
             "close": self._close,
         }
         while True:
@@ -133,9 +136,12 @@ class Worker:
 
     def load(
         self, model_ref: str, precision: str, device: str, tensor_parallel: int = 1, pipeline_parallel: int = 1,
-        **options: Any,
+        *, adapters: dict[str, str], again: bool, **options: Any,
     ) -> dict[str, Any]:  # fmt: skip
-        """Load the model; what the front has to know about it."""
+        """Load the model and its adapters; what the front has to know about them.
+
+        `again`: this process follows one that has ended; an adapter that is no longer there is then left out.
+        """
         ranks = tensor_parallel, pipeline_parallel
         directory = local_folder(model_ref)
         facts: dict[str, Any] = {"directory": str(directory), "name": model_name(model_ref, Path(directory))}
@@ -158,8 +164,22 @@ class Worker:
             facts |= {"max_length": engine.max_length, "makes_text": True, "places": places,
                       "max_running": engine.max_running, "blocks": engine.pool.num_blocks,
                       "block_size": engine.pool.block_size}  # fmt: skip
+        if adapters and self.engine is None:
+            raise UserError(f"{directory} makes embeddings, no text: it takes no adapters")
         facts |= {"vocab_size": config.vocab_size, "dimensions": config.hidden_size}
-        return {**facts, "embeds": self.embedder is not None}
+        return {**facts, "embeds": self.embedder is not None, "adapters": self._load_adapters(adapters, again)}
+
+    def _load_adapters(self, adapters: dict[str, str], again: bool) -> dict[str, str]:
+        """Load adapters by name and folder; those that are there. Raises UserError, unless `again`."""
+        for name, folder in adapters.items():
+            assert self.engine is not None
+            try:
+                self.engine.load_adapter(name, folder)
+            except UserError as error:
+                if not again:
+                    raise
+                log.error("the adapter %r is gone: %s", name, error)
+        return {} if self.engine is None else self.engine.adapter_folders
 
     def _load_ranks(
         self, directory: Path, precision: str, device: str, tensors: int, stages: int, *, weights: str | None = None,
@@ -179,11 +199,14 @@ class Worker:
         self.channel.put("lost", reason)
         self._end(ENGINE_DIED)
 
-    def _submit(self, first: int, prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> None:
+    def _submit(
+        self, first: int, prompts: Sequence[list[int]], params: Sequence[SamplingParams], adapter: str | None
+    ) -> None:
         assert self.engine is not None
         numbers = range(first, first + len(prompts))
         try:
-            requests = self.engine.submit_all(prompts, params, [partial(self._deliver, number) for number in numbers])
+            deliver = [partial(self._deliver, number) for number in numbers]
+            requests = self.engine.submit_all(prompts, params, deliver, adapter=adapter)
         except (UserError, QueueFullError, EngineClosedError) as error:  # the front checked before: seldom
             for number in numbers:
                 self.channel.put("event", number, TokenEvent(None, finish_reason="error", error=str(error)), Extra())
@@ -231,6 +254,22 @@ class Worker:
 
         assert self.embedder is not None
         self.embedder.submit(prompts).add_done_callback(done)
+
+    def _adapt(self, what: str, number: int, *arguments: str) -> None:
+        """Load or unload an adapter, on a thread of its own: files are read, and unloading waits for requests."""
+
+        def work() -> None:
+            try:
+                getattr(self.engine, what)(*arguments)
+            except UserError as error:
+                self.channel.put("adapter", number, str(error), True)
+            except Exception as error:
+                log.exception("%s failed", what)
+                self.channel.put("adapter", number, f"{type(error).__name__} in the engine", False)
+            else:
+                self.channel.put("adapter", number, None, False)
+
+        threading.Thread(target=work, name="soma-adapter", daemon=True).start()
 
     def _report(self) -> None:
         """Figures while the engine is busy, and once more when it is idle. A dead engine ends the process."""

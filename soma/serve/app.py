@@ -17,7 +17,7 @@ from soma.engine.process import EngineProcess
 from soma.engine.replicas import Replicas
 from soma.engine.request import TokenEvent
 from soma.model.tokenizer import Tokenizer
-from soma.serve import embeddings, errors, tokens
+from soma.serve import adapters, embeddings, errors, tokens
 from soma.serve.errors import ApiError
 from soma.serve.formats import ChatFormat, CompletionFormat
 from soma.serve.generation import Generation
@@ -73,16 +73,27 @@ class Service:
         raise ApiError(503, "the engine has stopped; the service must be restarted", code="engine_stopped",
                        retry_after=30)  # fmt: skip
 
-    def check_model(self, name: str) -> None:
-        """Raises ApiError 404 for a model that is not served here."""
-        if name != self.model_name:
-            raise ApiError(404, f"The model `{name}` does not exist; this server has `{self.model_name}`", "model",
-                           "model_not_found")  # fmt: skip
+    def check_model(self, name: str) -> str | None:
+        """The adapter of that name, None for the base model. Raises ApiError 404 for what is not served here."""
+        if name == self.model_name:
+            return None
+        adapters = self.engine.adapter_folders
+        if name in adapters:
+            return name
+        have = ", ".join(f"`{each}`" for each in (self.model_name, *adapters))
+        raise ApiError(404, f"The model `{name}` does not exist; this server has {have}", "model", "model_not_found")
 
-    def model(self) -> dict[str, Any]:
-        """The model's entry in /v1/models; the last three fields are ours."""
+    def models(self) -> list[dict[str, Any]]:
+        """What /v1/models lists: the base model and its adapters."""
+        adapters = self.engine.adapter_folders
+        return [self.model(self.model_name), *(self.model(name, adapters[name]) for name in adapters)]
+
+    def model(self, name: str, folder: str | None = None) -> dict[str, Any]:
+        """An entry in /v1/models, of an adapter if it has a folder. root and parent as vLLM's; the last three fields
+        are ours."""
         return {
-            "id": self.model_name, "object": "model", "created": self.created, "owned_by": "soma",
+            "id": name, "object": "model", "created": self.created, "owned_by": "soma",
+            "root": folder or self.model_name, "parent": None if folder is None else self.model_name,
             "max_model_len": self.engine.max_length, "chat_template": self.tokenizer.has_chat_template,
             "makes_text": self.makes_text,
         }  # fmt: skip
@@ -90,24 +101,26 @@ class Service:
 
 def create_app(
     engine: "AnyEngine", tokenizer: Tokenizer, model_name: str, *, max_body_bytes: int = MAX_BODY_BYTES,
-    embedder: "Embedder | None" = None,
+    embedder: "Embedder | None" = None, allow_adapter_loading: bool = False,
 ) -> FastAPI:  # fmt: skip
     """The application. `app.state.service` is its `Service`; who runs it closes the engine afterwards.
 
     `embedder` makes the embeddings beside an engine in this process; an engine process has its own.
+    `allow_adapter_loading`: clients may load adapters from folders of this machine, and unload them.
     """
     app = FastAPI(title="Soma", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.service = service = Service(engine, tokenizer, model_name, max_body_bytes, embedder)
     errors.install(app)
     embeddings.install(app, service)
     tokens.install(app, service)
+    adapters.install(app, service, allowed=allow_adapter_loading)
     page = files("soma.serve").joinpath("page.html").read_text(encoding="utf-8")
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         service.check_open()
         body = await read_body(request, ChatRequest, service.max_body_bytes)
-        service.check_model(body.model)
+        adapter = service.check_model(body.model)
         params = body.params()
         if not tokenizer.has_chat_template:
             raise ApiError(400, f"the model `{model_name}` has no chat template; use /v1/completions", "messages",
@@ -121,35 +134,35 @@ def create_app(
         known = params.logprobs is not None
         shape: ChatFormat
         if use is None:
-            shape = ChatFormat(service.names, model_name, logprobs=known)
+            shape = ChatFormat(service.names, body.model, logprobs=known)
         else:
-            shape = ToolChatFormat(service.names, model_name, use, logprobs=known)
-        return await answer(service, request, body, [prompt], params, shape)
+            shape = ToolChatFormat(service.names, body.model, use, logprobs=known)
+        return await answer(service, request, body, [prompt], params, shape, adapter)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         service.check_open()
         body = await read_body(request, CompletionRequest, service.max_body_bytes)
-        service.check_model(body.model)
+        adapter = service.check_model(body.model)
         params = body.params()
         prompts = await asyncio.to_thread(encode_all, tokenizer, body.prompts)
-        shape = CompletionFormat(service.names, model_name, logprobs=params.logprobs is not None)
+        shape = CompletionFormat(service.names, body.model, logprobs=params.logprobs is not None)
         if body.echo:
             n = body.n or 1
             for index in range(len(prompts) * n):
                 given = body.prompts[index // n]
                 text = given if isinstance(given, str) else tokenizer.decode(given)
                 shape.echo(index, text)
-        return await answer(service, request, body, prompts, params, shape)
+        return await answer(service, request, body, prompts, params, shape, adapter)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [service.model()]}
+        return {"object": "list", "data": service.models()}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        service.check_model(name)
-        return service.model()
+        adapter = service.check_model(name)
+        return service.model(name, service.engine.adapter_folders.get(name) if adapter else None)
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -174,14 +187,14 @@ def encode_all(tokenizer: Tokenizer, prompts: list[str] | list[list[int]]) -> li
 
 async def answer(
     service: Service, request: Request, body: Sampling, prompts: list[list[int]], params: SamplingParams,
-    shape: ChatFormat,
+    shape: ChatFormat, adapter: str | None,
 ) -> Response:  # fmt: skip
     """Run the generation and answer it whole or as a stream; a client that leaves stops it."""
     service.check_open()
     engine: Any = service.engine  # either kind: both are asked in the same way
     if params.guided is not None:  # not on the event loop: a large grammar takes a while to compile
         await asyncio.to_thread(engine.guides.check, params.guided)
-    generation = Generation(engine, service.metrics, prompts, params, body.n or 1)
+    generation = Generation(engine, service.metrics, prompts, params, body.n or 1, adapter)
     if body.stream:
         return EventStream(service, generation, stream(service, generation, shape, include_usage=body.include_usage))
     service.open += 1

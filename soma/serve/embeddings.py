@@ -63,7 +63,9 @@ def install(app: FastAPI, service: "Service") -> None:
     async def embeddings(request: Request) -> dict[str, Any]:
         service.check_open()
         body = await read_as(request, EmbeddingRequest, service.max_body_bytes)
-        service.check_model(body.model)
+        if service.check_model(body.model) is not None:
+            raise ApiError(400, f"`{body.model}` is an adapter; embeddings come from `{service.model_name}`", "model",
+                           "no_embeddings")  # fmt: skip
         if service.embedder is None:
             raise ApiError(400, "this server makes no embeddings", "model", "no_embeddings")
         size = service.embedder.dimensions

@@ -38,7 +38,7 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RequestError):
-        return ApiError(400, str(error), error.param, error.code)
+        return ApiError(404 if error.code == "model_not_found" else 400, str(error), error.param, error.code)
     if isinstance(error, UserError):
         return ApiError(400, str(error))
     if isinstance(error, QueueFullError):

@@ -19,8 +19,9 @@ class Generation:
     """
 
     def __init__(
-        self, engine: Engine, metrics: Metrics, prompts: Sequence[list[int]], params: SamplingParams, n: int
-    ) -> None:
+        self, engine: Engine, metrics: Metrics, prompts: Sequence[list[int]], params: SamplingParams, n: int,
+        adapter: str | None = None,
+    ) -> None:  # fmt: skip
         loop = asyncio.get_running_loop()
         self.metrics = metrics
         self.started = time.monotonic()
@@ -32,7 +33,7 @@ class Generation:
         total = len(prompts) * n
         self.requests: list[Request] = engine.submit_all(
             [prompts[i // n] for i in range(total)], [nth(params, i % n) for i in range(total)],
-            [put(i) for i in range(total)],
+            [put(i) for i in range(total)], adapter=adapter,
         )  # fmt: skip
         self.open = set(range(total))
         self.last: dict[int, float] = {}

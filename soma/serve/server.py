@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -62,6 +62,7 @@ def serve(
     max_running: int = 64, max_waiting: int = 256, weights: str | None = None, replicas: int = 1,
     speculate: str | None = None, draft_tokens: int | None = None, tensor_parallel: int = 1,
     pipeline_parallel: int = 1, grace: float = GRACE, in_process: bool = False,
+    adapters: Mapping[str, str] | None = None, allow_adapter_loading: bool = False,
     ready: Callable[[str], None] | None = None,
 ) -> None:  # fmt: skip
     """Serve a model until SIGTERM or SIGINT.
@@ -71,8 +72,11 @@ def serve(
     with a copy of the model each, behind this one front. `tensor_parallel`, `pipeline_parallel`: ranks that split each
     layer, times stages of layers, for each copy (`soma.engine.parallel`). `speculate`, `draft_tokens`: see `Engine`.
     `in_process`: no process of its own for the engine (one process to debug; a crash of the engine ends the service).
-    `ready` is called with the base URL once requests are answered; without it a note says so.
-    Raises UserError: no such model, a public host without `allow_public`, a port in use, no replicas.
+    `adapters`: names and PEFT folders of adapters, chosen as models by those names; with `allow_adapter_loading` clients
+    may load and unload others. `ready` is called with the base URL once requests are answered; without it a note says
+    so.
+    Raises UserError: no such model, a public host without `allow_public`, a port in use, no replicas, an adapter that
+    cannot be loaded.
     """
     sizes = {"replicas": replicas, "tensor_parallel": tensor_parallel, "pipeline_parallel": pipeline_parallel}
     for option, size in sizes.items():
@@ -89,10 +93,14 @@ def serve(
         engine, tokenizer, own_name, embedder = start_engine(
             model_ref, launched, precision=precision, device=device, max_length=max_length,
             max_running=max_running, max_waiting=max_waiting, weights=weights, speculate=speculate,
-            **({} if draft_tokens is None else {"draft_tokens": draft_tokens}), **more,
+            **({} if draft_tokens is None else {"draft_tokens": draft_tokens}), adapters=dict(adapters or {}), **more,
         )  # fmt: skip
         try:
-            app = create_app(engine, tokenizer, name or own_name, embedder=embedder)
+            if (name or own_name) in engine.adapter_folders:
+                raise UserError(f"adapter {name or own_name!r}: this is the name of the base model")
+            app = create_app(
+                engine, tokenizer, name or own_name, embedder=embedder, allow_adapter_loading=allow_adapter_loading
+            )
             url = base_url(listener)
             config = uvicorn.Config(
                 app, log_level="warning", access_log=False, timeout_graceful_shutdown=2, lifespan="off"
@@ -106,7 +114,8 @@ def serve(
 
 
 def start_engine(
-    model_ref: str | Path, launched: Sequence[Launched], *, precision: str, device: str, **options: Any
+    model_ref: str | Path, launched: Sequence[Launched], *, precision: str, device: str, adapters: Mapping[str, str],
+    **options: Any,
 ) -> "tuple[AnyEngine, Tokenizer, str, Embedder | None]":
     """The engine, in the processes that were launched or in this one, its tokenizer, the model's name, and who embeds
     (None: the engine process itself)."""
@@ -114,7 +123,7 @@ def start_engine(
         from soma.engine.process import EngineProcess
         from soma.engine.replicas import Replicas
 
-        options |= {"precision": precision, "device": device}
+        options |= {"precision": precision, "device": device, "adapters": adapters}
         world = options.get("tensor_parallel", 1) * options.get("pipeline_parallel", 1)
         process = (
             EngineProcess(model_ref, launched=launched[0], cores_share=world, **options) if len(launched) == 1
@@ -129,8 +138,23 @@ def start_engine(
     directory = local_folder(model_ref)
     model, tokenizer = load_weights(directory, precision=precision, device=device)
     engine = Engine(model, tokenizer, **options)
+    for name, folder in adapters.items():
+        engine.load_adapter(name, folder)
     embedder = Embedder(model, directory, max_length=engine.max_length)
     return engine, tokenizer, model_name(model_ref, directory), embedder
+
+
+def parse_adapters(given: Sequence[str]) -> dict[str, str]:
+    """Names and folders of adapters from NAME=FOLDER. Raises UserError for other texts and a name given twice."""
+    found: dict[str, str] = {}
+    for text in given:
+        name, _, folder = text.partition("=")
+        if not name or not folder:
+            raise UserError(f"adapter {text!r}: expected NAME=FOLDER")
+        if name in found:
+            raise UserError(f"adapter {text!r}: the name {name!r} was given twice")
+        found[name] = folder
+    return found
 
 
 def check_host(host: str, *, allow_public: bool) -> None:

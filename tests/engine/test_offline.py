@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from adapter_folders import greedy_alone, make_adapter
 
 from soma.base import progress
 from soma.base.errors import UserError
@@ -21,6 +22,7 @@ from soma.engine import offline
 from soma.engine.engine import Engine
 from soma.engine.offline import Summary, generate_file
 from soma.engine.params import SamplingParams
+from soma.model.lora_config import LoRAConfig
 from soma.model.tokenizer import Tokenizer
 
 PARAMS = SamplingParams(temperature=0.8, seed=5, max_tokens=12)
@@ -64,6 +66,18 @@ def test_answers_are_those_of_the_engine(
             "completion_tokens": len(done.ids), "error": None,
         }  # fmt: skip
     assert sorted(tmp_path.iterdir()) == [tmp_path / "in.jsonl", out]
+
+
+def test_with_an_adapter(tiny_folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    folder = make_adapter(tiny_folder, tmp_path / "adapter", LoRAConfig(r=4), 1)
+    source = write_rows(tmp_path / "in.jsonl", 3)
+    command = [sys.executable, "-m", "soma.cli", "generate", str(tiny_folder), str(source), "--max-tokens", "6",
+               "--adapter", str(folder)]  # fmt: skip
+    subprocess.run(command, check=True, timeout=120)
+    for number, row in enumerate(rows_of(tmp_path / "in.answers.jsonl")):
+        prompt = tokenizer.encode(f"hello {number}")
+        ids = greedy_alone(tiny_folder, folder, prompt, 6)
+        assert row["text"] == tokenizer.decode(ids) != tokenizer.decode(greedy_alone(tiny_folder, None, prompt, 6))
 
 
 def test_bad_rows_are_reported_and_stop_nobody(batch: Callable[..., Summary], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from adapter_folders import greedy_alone, make_adapter
 
 from soma.base import progress
 from soma.base.errors import UserError
@@ -25,6 +27,7 @@ from soma.engine.params import SamplingParams
 from soma.engine.process import EngineProcess
 from soma.engine.request import TokenEvent
 from soma.model.hub import load_model
+from soma.model.lora_config import LoRAConfig
 from soma.model.tokenizer import Tokenizer
 
 LONG = SamplingParams(max_tokens=4000, ignore_eos=True)
@@ -285,3 +288,36 @@ def test_messages_gather_into_frames() -> None:
     sender.close()
     assert list(frames) == []
     receiver.close()
+
+
+def test_adapters_in_the_process(tiny_folder: Path, tmp_path: Path) -> None:
+    """Loaded at the start and later, there again after a kill; one whose folder is gone is left out then."""
+    folders = {
+        name: make_adapter(tiny_folder, tmp_path / name, LoRAConfig(r=4), seed)
+        for seed, name in enumerate(("one", "two", "three"))
+    }
+    right = {name: greedy_alone(tiny_folder, folder, [5, 6, 7], 6) for name, folder in folders.items()}
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    engine = EngineProcess(tiny_folder, adapters={"one": str(folders["one"])})
+    try:
+        for name in ("two", "three"):
+            engine.load_adapter(name, folders[name])
+            with pytest.raises(UserError, match="loaded already"):
+                engine.load_adapter(name, folders[name])
+        assert list(engine.adapter_folders) == ["one", "two", "three"]
+        requests = {name: engine.submit([5, 6, 7], params, adapter=name) for name in folders}
+        assert {name: request.result().ids for name, request in requests.items()} == right
+        engine.unload_adapter("three")
+        with pytest.raises(RequestError, match="`three` does not exist"):
+            engine.submit([5], params, adapter="three")
+        with pytest.raises(RequestError, match="`three` does not exist"):
+            engine.unload_adapter("three")
+        shutil.rmtree(folders["two"])
+        engine.process.kill()
+        assert wait_for(lambda: engine.alive and engine.restarts == 1, 60)
+        assert list(engine.adapter_folders) == ["one"]
+        assert engine.submit([5, 6, 7], params, adapter="one").result().ids == right["one"]
+    finally:
+        engine.close()
+    with pytest.raises(UserError, match="no such model folder"):
+        EngineProcess(tiny_folder, adapters={"two": str(folders["two"])})
