@@ -131,7 +131,9 @@ class NativeModel:
 
     Reads the model's own weights and cache, without a copy. Activations are float32 between matrix products; what a
     product reads is rounded to bf16 (bf16 weights, on processors that multiply bf16) or to 8 bits with a scale for
-    each 32 numbers of a token (quantized weights). A token's result does not depend on the others in its batch.
+    each 32 numbers of a token (quantized weights). A token's result does not depend on the others in its batch, but
+    for bf16 models on processors with tiles (AMX): steps of many tokens (from 12 on with bf16 weights, from 96 on with
+    quantized ones) round otherwise, by what bf16 operands cost.
     """
 
     @staticmethod

@@ -3,7 +3,7 @@
    1805.02867) over chunks of KEYS keys, which are read where they lie in the cache: nothing is gathered in memory. */
 
 #define KEYS 64
-#define ROWS 64 /* rows of an item, unless one token alone has more heads */
+#define ROWS 128 /* rows of an item, unless one token alone has more heads: keys are packed once for all of them */
 
 /* Key j of the sequence at hand, for one layer and head. */
 typedef struct {
@@ -25,7 +25,17 @@ typedef struct {
     float *out;           /* (rows, padded) */
     float *top, *sum;     /* (rows) */
     operand *keys, *values; /* a chunk, packed: lanes of 16 keys, or of 16 columns, side by side */
+    void *products;         /* what `multiply` works in */
 } Workspace;
+
+#if NATIVE_BF16
+/* Numbers of two rows of 32 side by side: the first 16 of each, the last 16 of each. */
+static const uint16_t PAIR_UP[2][32] = {
+    {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
+    {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
+     24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63},
+};
+#endif
 
 /* c (rows, 16 lanes) += a (rows, depth) times b, `depth` lines of 16 lanes; in bf16 a lane has two neighbours in depth. */
 #if NATIVE_BF16
@@ -56,30 +66,93 @@ static void all_lanes(const operand *a, int64_t a_stride, const operand *b, int6
     for (; r < rows; r++) lanes(a + r * a_stride, a_stride, b, depth, 1, c + r * c_stride, c_stride);
 }
 
+#if NATIVE_TILES && NATIVE_BF16
+/* c (rows, columns) += a (rows, depth) times b: groups of 16 columns. Works on whole tiles of 16 rows. */
+static void all_tiles(const operand *a, int64_t a_stride, const operand *b, int64_t depth, int64_t columns,
+                      int64_t rows, float *c, int64_t c_stride) {
+    for (int64_t r = 0; r < rows; r += SIDE)
+        for (int64_t column = 0; column < columns; column += 2 * SIDE) {
+            float *into = c + r * c_stride + column;
+            const operand *left = b + column * depth, *right = left + SIDE * depth;
+            _tile_loadd(0, into, c_stride * 4);
+            _tile_loadd(1, into + SIDE, c_stride * 4);
+            for (int64_t d = 0; d < depth; d += LANES) {
+                _tile_loadd(4, a + r * a_stride + d, a_stride * 2);
+                _tile_loadd(6, left + d * SIDE, 64);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_loadd(7, right + d * SIDE, 64);
+                _tile_dpbf16ps(1, 4, 7);
+            }
+            _tile_stored(0, into, c_stride * 4);
+            _tile_stored(1, into + SIDE, c_stride * 4);
+        }
+}
+#endif
+
+/* c (rows, columns) += a (rows, depth) times b (columns / 16, depth / DEEP, 16, DEEP). */
+static void product(const operand *a, int64_t a_stride, const operand *b, int64_t depth, int64_t columns, int64_t rows,
+                    float *c, int64_t c_stride) {
+#if NATIVE_TILES && NATIVE_BF16
+    if (tiles_allowed()) {
+        all_tiles(a, a_stride, b, depth, columns, rows, c, c_stride);
+        return;
+    }
+#endif
+    for (int64_t column = 0; column < columns; column += 16)
+        all_lanes(a, a_stride, b + column * depth, depth, rows, c + column, c_stride);
+}
+
 /* Keys from .. to-1 as (4 groups of 16 keys, padded / DEEP, 16, DEEP), values as (padded / 16, KEYS / DEEP, 16, DEEP).
    What lies outside is 0: memory that no token was written to may hold anything. */
-static void pack(const Pages *pages, int64_t first, int64_t from, int64_t to, const Workspace *w) {
+#if NATIVE_BF16
+static void pack(const Pages *pages, const int64_t *at, int64_t from, int64_t to, const Workspace *w) {
+    int64_t padded = w->padded, width = pages->width;
+    const __m512i first = _mm512_loadu_si512(PAIR_UP[0]), second = _mm512_loadu_si512(PAIR_UP[1]);
+    for (int64_t e = 0; e < padded; e += LANES) {
+        int64_t count = MIN(LANES, width - e);
+        __mmask32 mask = count < LANES ? ((__mmask32)1 << count) - 1 : 0xFFFFFFFF;
+        for (int64_t key = 0; key < KEYS; key += 16) {
+            __m512i row[16];
+            for (int j = 0; j < 16; j++)
+                row[j] = _mm512_maskz_loadu_epi16(key + j >= from && key + j < to ? mask : 0, pages->keys + at[key + j] + e);
+            transpose(row);
+            for (int j = 0; j < 16; j++) _mm512_storeu_si512(w->keys + key * padded + e * 16 + j * 32, row[j]);
+        }
+        for (int64_t key = 0; key < KEYS; key += 2) {
+            __m512i two[2];
+            for (int j = 0; j < 2; j++)
+                two[j] = _mm512_maskz_loadu_epi16(key + j >= from && key + j < to ? mask : 0, pages->values + at[key + j] + e);
+            _mm512_storeu_si512(w->values + e * KEYS + key * 16, _mm512_permutex2var_epi16(two[0], first, two[1]));
+            _mm512_storeu_si512(w->values + (e + 16) * KEYS + key * 16, _mm512_permutex2var_epi16(two[0], second, two[1]));
+        }
+    }
+}
+#else
+static void pack(const Pages *pages, const int64_t *at, int64_t from, int64_t to, const Workspace *w) {
     int64_t padded = w->padded, width = pages->width;
     memset(w->keys, 0, sizeof(operand) * (size_t)(KEYS * padded));
     memset(w->values, 0, sizeof(operand) * (size_t)(KEYS * padded));
-    for (int64_t j = from; j < to; j++) {
-        int64_t key = j - first, at = place(pages, j);
-        const weight *k = pages->keys + at, *v = pages->values + at;
-        operand *into = w->keys + key / 16 * 16 * padded + key % 16 * DEEP;
-        for (int64_t e = 0; e < width; e++) into[e / DEEP * 16 * DEEP + e % DEEP] = NATIVE_BF16 ? (operand)k[e] : load(k[e]);
-        into = w->values + key / DEEP * 16 * DEEP + key % DEEP;
-        for (int64_t e = 0; e < width; e++)
-            into[e / 16 * KEYS * 16 + e % 16 * DEEP] = NATIVE_BF16 ? (operand)v[e] : load(v[e]);
+    for (int64_t key = from; key < to; key++) {
+        const weight *k = pages->keys + at[key], *v = pages->values + at[key];
+        for (int64_t e = 0; e < width; e++) w->keys[key / 16 * 16 * padded + key % 16 + e * 16] = load(k[e]);
+        for (int64_t e = 0; e < width; e++) w->values[key * 16 + e / 16 * KEYS * 16 + e % 16] = load(v[e]);
     }
+}
+#endif
+
+/* Ask for rows of the cache before they are needed: blocks lie apart, and the processor does not guess the next one. */
+INLINE void prefetch(const weight *rows, const int64_t *at, int64_t from, int64_t to, int64_t width) {
+    for (int64_t j = from; j < to; j++)
+        for (int64_t e = 0; e < width; e += 64 / (int64_t)sizeof(weight)) __builtin_prefetch(rows + at[j] + e);
 }
 
 /* Few rows: scores straight from the keys' rows in the cache; 4 keys at a time. */
-static void scores_in_place(const Pages *pages, int64_t first, int64_t from, int64_t to, int64_t rows,
+static void scores_in_place(const Pages *pages, const int64_t *at, int64_t from, int64_t to, int64_t rows,
                             const Workspace *w) {
     int64_t width = pages->width;
     for (int64_t j = from; j < to; j += 4) {
         const weight *k[4];
-        for (int i = 0; i < 4; i++) k[i] = pages->keys + place(pages, MIN(j + i, to - 1));
+        for (int i = 0; i < 4; i++) k[i] = pages->keys + at[MIN(j + i, to - 1)];
         for (int64_t r = 0; r < rows; r++) {
             const operand *q = w->q + r * w->padded;
             floats sum[4] = {{0}};
@@ -90,20 +163,49 @@ static void scores_in_place(const Pages *pages, int64_t first, int64_t from, int
                 for (int i = 0; i < 4; i++) sum[i] = madd(sum[i], load_chunk(q + e), load_some(k[i] + e, width - e));
             float four[4];
             sum4(sum[0], sum[1], sum[2], sum[3], four);
-            memcpy(w->scores + r * KEYS + (j - first), four, sizeof(float) * (size_t)MIN(4, to - j));
+            memcpy(w->scores + r * KEYS + j, four, sizeof(float) * (size_t)MIN(4, to - j));
         }
     }
 }
 
-static void values_in_place(const Pages *pages, int64_t first, int64_t from, int64_t to, int64_t rows,
-                            const Workspace *w) {
-    int64_t width = pages->width;
-    for (int64_t j = from; j < to; j++) {
-        const weight *v = pages->values + place(pages, j);
-        for (int64_t r = 0; r < rows; r++) {
-            float share = w->scores[r * KEYS + (j - first)], *out = w->out + r * w->padded;
-            for (int64_t e = 0; e < width; e++) out[e] += share * load(v[e]);
+/* Up to 4 rows and 64 columns, whose sums stay in registers. */
+INLINE void add_values(const weight *values, const int64_t *at, int64_t from, int64_t to, const float *shares,
+                       const int rows, const int vectors, float *out, int64_t stride) {
+    floats sum[4][4];
+    for (int r = 0; r < rows; r++) memcpy(sum[r], out + r * stride, sizeof(floats) * (size_t)vectors);
+    for (int64_t j = from; j < to; j++)
+        for (int i = 0; i < vectors; i++) {
+            floats v = load_floats(values + at[j] + i * 16);
+            for (int r = 0; r < rows; r++) sum[r][i] += shares[r * KEYS + j] * v;
         }
+    for (int r = 0; r < rows; r++) memcpy(out + r * stride, sum[r], sizeof(floats) * (size_t)vectors);
+}
+
+static void values_in_place(const Pages *pages, const int64_t *at, int64_t from, int64_t to, int64_t rows,
+                            const Workspace *w) {
+    int64_t width = pages->width, whole = width / 16 * 16;
+    for (int64_t r = 0; r < rows; r += 4) {
+        const float *shares = w->scores + r * KEYS;
+        float *out = w->out + r * w->padded;
+        for (int64_t e = 0; e < whole; e += 64) {
+            const weight *values = pages->values + e;
+#define SOME(rows)                                                                                                     \
+    if (whole - e >= 64) add_values(values, at, from, to, shares, rows, 4, out + e, w->padded);                        \
+    else for (int64_t i = 0; i < whole - e; i += 16)                                                                   \
+            add_values(values + i, at, from, to, shares, rows, 1, out + e + i, w->padded);                             \
+    break;
+            switch (MIN(4, rows - r)) {
+                case 1: SOME(1)
+                case 2: SOME(2)
+                case 3: SOME(3)
+                case 4: SOME(4)
+            }
+#undef SOME
+        }
+        for (int64_t i = r; i < MIN(r + 4, rows); i++)
+            for (int64_t j = from; j < to; j++)
+                for (int64_t e = whole; e < width; e++)
+                    w->out[i * w->padded + e] += w->scores[i * KEYS + j] * load(pages->values[at[j] + e]);
     }
 }
 
@@ -137,16 +239,18 @@ static void attend(const Pages *pages, int64_t position, int64_t tokens, int64_t
     float scale = 1.0f / sqrtf((float)pages->width);
     int is_packed = tokens > 1; /* to pack a chunk costs as much as some twenty rows gain */
     for (int64_t r = 0; r < rows; r++) w->top[r] = -INFINITY, w->sum[r] = 0;
-    memset(w->out, 0, sizeof(float) * (size_t)(rows * padded));
+    memset(w->out, 0, sizeof(float) * (size_t)(ROUND_UP(rows, 16) * padded));
     for (int64_t first = begin / KEYS * KEYS; first < last; first += KEYS) {
         int64_t from = first < begin ? begin : first, to = MIN(first + KEYS, last);
+        int64_t at[KEYS];
+        for (int64_t j = 0; j < KEYS; j++) at[j] = place(pages, first + j < from ? from : MIN(first + j, to - 1));
         if (is_packed) {
-            pack(pages, first, from, to, w);
-            memset(w->scores, 0, sizeof(float) * (size_t)(rows * KEYS));
-            for (int64_t key = 0; key < KEYS; key += 16)
-                all_lanes(w->q, padded, w->keys + key * padded, padded, rows, w->scores + key, KEYS);
+            pack(pages, at, from - first, to - first, w);
+            memset(w->scores, 0, sizeof(float) * (size_t)(ROUND_UP(rows, 16) * KEYS));
+            product(w->q, padded, w->keys, padded, KEYS, rows, w->scores, KEYS);
         } else {
-            scores_in_place(pages, first, from, to, rows, w);
+            prefetch(pages->values, at, from - first, to - first, pages->width);
+            scores_in_place(pages, at, from - first, to - first, rows, w);
         }
         for (int64_t r = 0; r < rows; r++) {
             int64_t end = position + r / group + 1, start = window && end > window ? end - window : 0;
@@ -156,14 +260,15 @@ static void attend(const Pages *pages, int64_t position, int64_t tokens, int64_t
                 soften(s, start, end, scale, w->top + r, w->sum + r, w->out + r * padded, pages->width);
             else
                 memset(s, 0, sizeof(float) * KEYS);
-            if (is_packed)
-                for (int64_t j = 0; j < KEYS; j++) w->p[r * KEYS + j] = to_operand(s[j]);
+            if (is_packed) to_operands(s, KEYS, w->p + r * KEYS);
         }
-        if (is_packed)
-            for (int64_t e = 0; e < padded; e += 16)
-                all_lanes(w->p, KEYS, w->values + e * KEYS, KEYS, rows, w->out + e, padded);
-        else
-            values_in_place(pages, first, from, to, rows, w);
+        if (is_packed) product(w->p, KEYS, w->values, KEYS, padded, rows, w->out, padded);
+        else {
+            int64_t next[KEYS], more = MIN(KEYS, last - first - KEYS);
+            for (int64_t j = 0; j < more; j++) next[j] = place(pages, first + KEYS + j);
+            prefetch(pages->keys, next, 0, more, pages->width);
+            values_in_place(pages, at, from - first, to - first, rows, w);
+        }
     }
     for (int64_t r = 0; r < rows; r++)
         for (int64_t e = 0; e < pages->width; e++) w->out[r * padded + e] /= w->sum[r];

@@ -74,6 +74,7 @@ static char *take(char **at, int64_t bytes) {
 static Input take_input(char **at, int64_t tokens, int64_t columns, int64_t most_rank) {
     int64_t padded = ROUND_UP(columns, GROUP);
     Input in = {padded, 0, 0, 0, 0, 0, 0, {0}};
+    tokens = ROUND_UP(tokens, 2 * BLOCK); /* tiles read more than there is */
     in.dense = (operand *)take(at, tokens * padded * (int64_t)sizeof(operand));
     in.values = (int8_t *)take(at, tokens * padded);
     in.scales = (float *)take(at, tokens * padded / GROUP * 4);
@@ -96,10 +97,10 @@ static int64_t lay_out(const Model *m, int64_t tokens, int64_t rows, int64_t mos
     s->shared = take_input(&at, tokens > rows ? tokens : rows, widest, most_rank);
     Input *own = (Input *)take(&at, threads * (int64_t)sizeof(Input));
     Workspace *work = (Workspace *)take(&at, threads * (int64_t)sizeof(Workspace));
-    int64_t padded = ROUND_UP(m->head, GROUP), most = tile_tokens(m) * (m->heads / m->kv_heads);
+    int64_t padded = ROUND_UP(m->head, GROUP), most = ROUND_UP(tile_tokens(m) * (m->heads / m->kv_heads), BLOCK);
     for (int i = 0; i < threads; i++) {
         Input in = take_input(&at, 1, widest, most_rank);
-        Workspace w = {padded, 0, 0, 0, 0, 0, 0, 0, 0};
+        Workspace w = {padded, 0, 0, 0, 0, 0, 0, 0, 0, 0};
         w.q = (operand *)take(&at, most * padded * (int64_t)sizeof(operand));
         w.p = (operand *)take(&at, most * KEYS * (int64_t)sizeof(operand));
         w.scores = (float *)take(&at, most * KEYS * 4);
@@ -108,6 +109,7 @@ static int64_t lay_out(const Model *m, int64_t tokens, int64_t rows, int64_t mos
         w.sum = (float *)take(&at, most * 4);
         w.keys = (operand *)take(&at, KEYS * padded * (int64_t)sizeof(operand));
         w.values = (operand *)take(&at, KEYS * padded * (int64_t)sizeof(operand));
+        w.products = take(&at, tile_bytes(tokens > rows ? tokens : rows, widest));
         if (base) own[i] = in, work[i] = w;
     }
     s->own = own, s->work = work;
@@ -120,8 +122,9 @@ static Input make_input(const Model *m, const Scratch *s, const Linear *const *r
     int64_t columns = readers[0]->columns;
     int dense = 0, quantized = 0;
     for (int i = 0; i < count; i++) {
-        dense |= readers[i]->bits == 0;
-        quantized |= readers[i]->bits != 0;
+        int is_dense = readers[i]->bits == 0 || path(readers[i], tokens) == BF16_TILES;
+        dense |= is_dense;
+        quantized |= !is_dense;
     }
     Input in = tokens == 1 ? s->own[thread] : s->shared;
     in.stride = ROUND_UP(columns, GROUP);
@@ -171,6 +174,9 @@ static void rotate(const Model *m, const Layer *layer, const Batch *b, float *qk
 static void attention(const Model *m, const Layer *layer, const Batch *b, const Scratch *s, int64_t tiles, int thread) {
     int64_t head = m->head, group = m->heads / m->kv_heads, heads = m->heads + 2 * m->kv_heads;
     const Workspace *w = &s->work[thread];
+#if NATIVE_TILES && NATIVE_BF16
+    if (tiles_allowed()) configure(BF16_TILES);
+#endif
     int64_t shift = 0;
     while (((int64_t)1 << shift) < m->block_size) shift++;
     /* From the last on: later tiles of a prompt see more keys, and are better not begun at the end. */
@@ -183,7 +189,7 @@ static void attention(const Model *m, const Layer *layer, const Batch *b, const 
         int64_t position = b->length[tile.sequence] - b->start[tile.sequence + 1] + tile.token;
         for (int64_t r = 0; r < tile.count * group; r++) {
             const float *q = s->qkv + ((tile.token + r / group) * heads + kv * group + r % group) * head;
-            for (int64_t e = 0; e < head; e++) w->q[r * w->padded + e] = to_operand(q[e]);
+            to_operands(q, head, w->q + r * w->padded);
             for (int64_t e = head; e < w->padded; e++) w->q[r * w->padded + e] = 0;
         }
         attend(&pages, position, tile.count, group, layer->window, w);
@@ -225,11 +231,11 @@ static int check(const Model *m, const Batch *b) {
 
 /* Append the batch's tokens to the cache of every layer. hidden (rows, width) after the final norm and logits (rows,
    vocabulary) of the tokens that b->row names. Gives what `check` says; if that is not 0, nothing was done. */
-int soma_step(const Model *m, const Batch *b, char *memory, float *hidden, float *logits, int threads) {
+int soma_step(const Model *m, const Batch *b, char *base, float *hidden, float *logits, int threads) {
     int wrong = check(m, b);
     if (wrong) return wrong;
     Scratch scratch, *s = &scratch;
-    lay_out(m, b->tokens, b->rows, b->most_rank, threads, memory, s);
+    lay_out(m, b->tokens, b->rows, b->most_rank, threads, base, s);
     int64_t queries = m->heads * m->head, kv = m->kv_heads * m->head, T = b->tokens, tiles = 0;
     for (int64_t i = 0; i < b->sequences; i++)
         for (int64_t t = b->start[i]; t < b->start[i + 1]; t += tile_tokens(m))
@@ -240,6 +246,7 @@ int soma_step(const Model *m, const Batch *b, char *memory, float *hidden, float
 #ifdef _OPENMP
         thread = omp_get_thread_num();
 #endif
+        void *memory = s->work[thread].products;
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < T * m->width; i++)
             s->x[i] = load(m->embedding[b->token[i / m->width] * m->width + i % m->width]);
@@ -248,25 +255,25 @@ int soma_step(const Model *m, const Batch *b, char *memory, float *hidden, float
             Shift shift = {b->adapter, b->updates, m->layers * PLACES + 1, l * PLACES, b->most_rank};
             Input in = make_input(m, s, (const Linear *[]){&layer->q, &layer->k, &layer->v}, 3, T, s->x,
                                   layer->input_norm, shift, thread);
-            multiply(&layer->q, &in, 0, T, STORE, s->qkv, queries + 2 * kv);
-            multiply(&layer->k, &in, 1, T, STORE, s->qkv + queries, queries + 2 * kv);
-            multiply(&layer->v, &in, 2, T, STORE, s->qkv + queries + kv, queries + 2 * kv);
+            multiply(&layer->q, &in, 0, T, STORE, s->qkv, queries + 2 * kv, memory);
+            multiply(&layer->k, &in, 1, T, STORE, s->qkv + queries, queries + 2 * kv, memory);
+            multiply(&layer->v, &in, 2, T, STORE, s->qkv + queries + kv, queries + 2 * kv, memory);
 #pragma omp barrier
             rotate(m, layer, b, s->qkv);
             attention(m, layer, b, s, tiles, thread);
             shift.place = l * PLACES + 3;
             in = make_input(m, s, (const Linear *[]){&layer->out}, 1, T, s->attended, 0, shift, thread);
-            multiply(&layer->out, &in, 0, T, ADD, s->x, m->width);
+            multiply(&layer->out, &in, 0, T, ADD, s->x, m->width, memory);
 #pragma omp barrier
             shift.place = l * PLACES + 4;
             in = make_input(m, s, (const Linear *[]){&layer->gate, &layer->up}, 2, T, s->x, layer->post_norm, shift,
                             thread);
-            multiply(&layer->gate, &in, 0, T, STORE, s->inner, m->inner);
-            multiply(&layer->up, &in, 1, T, GATED, s->inner, m->inner);
+            multiply(&layer->gate, &in, 0, T, STORE, s->inner, m->inner, memory);
+            multiply(&layer->up, &in, 1, T, GATED, s->inner, m->inner, memory);
 #pragma omp barrier
             shift.place = l * PLACES + 6;
             in = make_input(m, s, (const Linear *[]){&layer->down}, 1, T, s->inner, 0, shift, thread);
-            multiply(&layer->down, &in, 0, T, ADD, s->x, m->width);
+            multiply(&layer->down, &in, 0, T, ADD, s->x, m->width, memory);
 #pragma omp barrier
         }
 #pragma omp for schedule(static)
@@ -276,8 +283,9 @@ int soma_step(const Model *m, const Batch *b, char *memory, float *hidden, float
             int64_t before = m->layers * PLACES;
             Shift shift = {b->row_adapter, b->updates, before + 1, before, b->most_rank};
             Input in = make_input(m, s, (const Linear *[]){&m->lm_head}, 1, b->rows, hidden, 0, shift, thread);
-            multiply(&m->lm_head, &in, 0, b->rows, STORE, logits, m->vocabulary);
+            multiply(&m->lm_head, &in, 0, b->rows, STORE, logits, m->vocabulary, memory);
         }
+        release_tiles();
     }
     return 0;
 }

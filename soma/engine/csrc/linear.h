@@ -1,6 +1,7 @@
 /* y = x Wᵀ for any number of tokens, the weights read once: a block of 16 rows is multiplied with all tokens while it is
    in the nearest cache. One token runs at the speed of memory, many at that of the multipliers. Each number is summed in
-   the same order however many tokens there are, so a token's result does not depend on its company. */
+   the same order however many tokens there are, so a token's result does not depend on its company; but for bf16 tiles
+   (tiles.h), which round otherwise. */
 
 #define BLOCK 16  /* rows that a thread takes at a time */
 #ifdef __AVX2__
@@ -61,7 +62,7 @@ static void quantize(const float *x, int64_t columns, int8_t *values, float *sca
 static void prepare(const Input *in, int64_t t, const float *x, int64_t columns, int dense, int quantized) {
     if (dense) {
         operand *out = in->dense + t * in->stride;
-        for (int64_t i = 0; i < columns; i++) out[i] = to_operand(x[i]);
+        to_operands(x, columns, out);
         for (int64_t i = columns; i < ROUND_UP(columns, GROUP); i++) out[i] = 0;
     }
     if (quantized) {
@@ -116,10 +117,12 @@ static void dense_block(const Linear *linear, int64_t first, const Input *in, in
 
 #include "quantized.h"
 
+#include "tiles.h"
+
 enum Mode { STORE, ADD, GATED }; /* GATED: y = silu(y) · result */
 
-static void finish(const Linear *linear, int64_t first, const float *result, enum Mode mode, float *y) {
-    int64_t count = MIN(BLOCK, linear->rows - first);
+INLINE void finish_some(const Linear *linear, int64_t first, const int64_t count, const float *result, enum Mode mode,
+                        float *y) {
     float bias[BLOCK] = {0};
     if (linear->bias)
         for (int64_t r = 0; r < count; r++) bias[r] = load(linear->bias[first + r]);
@@ -131,22 +134,88 @@ static void finish(const Linear *linear, int64_t first, const float *result, enu
         for (int64_t r = 0; r < count; r++) y[r] = y[r] / (1.0f + exponential(-y[r])) * (result[r] + bias[r]);
 }
 
-/* Shared by the threads of the region around it, without a barrier at its end. y: (tokens, stride). Calls with as many
-   rows give a thread the same rows. `reader`: which of the products that read this input. */
-static void multiply(const Linear *linear, const Input *in, int reader, int64_t tokens, enum Mode mode, float *y,
-                     int64_t stride) {
+static void finish(const Linear *linear, int64_t first, const float *result, enum Mode mode, float *y) {
+    if (linear->rows - first >= BLOCK) finish_some(linear, first, BLOCK, result, mode, y);
+    else finish_some(linear, first, linear->rows - first, result, mode, y);
+}
+
+/* What a block of rows gives for a token, with what the token's adapter adds. */
+static void deliver(const Linear *linear, int64_t first, const Input *in, int reader, int64_t token, float *result,
+                    enum Mode mode, float *y) {
+    if (in->shift.of)
+        expand(&in->shift, token, reader, first / BLOCK, in->low + token * in->readers * in->shift.most, result);
+    finish(linear, first, result, mode, y + first);
+}
+
+static void block_in_vectors(const Linear *linear, int64_t first, const Input *in, int reader, int64_t tokens,
+                             enum Mode mode, float *y, int64_t stride) {
     int most = linear->bits ? QUANTIZED_TOKENS : TOKENS;
-#pragma omp for schedule(static) nowait
-    for (int64_t first = 0; first < linear->rows; first += BLOCK)
-        for (int64_t token = 0; token < tokens; token += most) {
-            float out[QUANTIZED_TOKENS][BLOCK] __attribute__((aligned(64)));
-            int count = (int)MIN(most, tokens - token);
-            if (linear->bits) quantized_block(linear, first / BLOCK, in, token, count, out);
-            else dense_block(linear, first, in, token, count, out);
-            if (in->shift.of)
-                for (int t = 0; t < count; t++)
-                    expand(&in->shift, token + t, reader, first / BLOCK,
-                           in->low + (token + t) * in->readers * in->shift.most, out[t]);
-            for (int t = 0; t < count; t++) finish(linear, first, out[t], mode, y + (token + t) * stride + first);
+    for (int64_t token = 0; token < tokens; token += most) {
+        float out[QUANTIZED_TOKENS][BLOCK] __attribute__((aligned(64)));
+        int count = (int)MIN(most, tokens - token);
+        if (linear->bits) quantized_block(linear, first / BLOCK, in, token, count, out);
+        else dense_block(linear, first, in, token, count, out);
+        for (int t = 0; t < count; t++)
+            deliver(linear, first, in, reader, token + t, out[t], mode, y + (token + t) * stride);
+    }
+}
+
+#if NATIVE_TILES
+/* Two blocks of rows, if there are two. */
+static void blocks_in_tiles(const Linear *linear, int64_t first, const Input *in, int reader, int64_t tokens,
+                            enum Mode mode, float *y, int64_t stride, void *memory, enum Path path) {
+    int blocks = first + BLOCK < linear->rows ? 2 : 1;
+    if (path == BYTE_TILES) {
+        for (int64_t row = first; row < first + blocks * BLOCK; row += BLOCK) {
+            byte_tiles(linear, row / BLOCK, in, tokens, memory);
+            for (int64_t t = 0; t < tokens; t++)
+                deliver(linear, row, in, reader, t, (float *)memory + t * BLOCK, mode, y + t * stride);
         }
+        return;
+    }
+#if NATIVE_BF16
+    int64_t depth = ROUND_UP(linear->columns, GROUP) / GROUP;
+    for (int b = 0; b < blocks; b++)
+        fill_panel(linear, first / BLOCK + b, (uint16_t *)memory + b * depth * BLOCK * GROUP);
+    for (int64_t token = 0; token < tokens; token += 2 * SIDE) {
+        float out[2 * SIDE][2 * BLOCK] __attribute__((aligned(64)));
+        const uint16_t *x = in->dense + token * in->stride;
+        if (tokens - token > SIDE) bf16_tile(x, in->stride, memory, depth, 1, out);
+        else bf16_tile(x, in->stride, memory, depth, 0, out);
+        for (int64_t t = 0; t < MIN(2 * SIDE, tokens - token); t++)
+            for (int b = 0; b < blocks; b++)
+                deliver(linear, first + b * BLOCK, in, reader, token + t, out[t] + b * BLOCK, mode,
+                        y + (token + t) * stride);
+    }
+#endif
+}
+#else
+static void release_tiles(void) {}
+static int64_t tile_bytes(int64_t tokens, int64_t columns) { return 0 * tokens * columns; }
+static enum Path path(const Linear *linear, int64_t tokens) { return (void)linear, (void)tokens, VECTORS; }
+#endif
+
+/* Shared by the threads of the region around it, without a barrier at its end. y: (tokens, stride). Calls with as many
+   rows and tokens give a thread the same rows. `reader`: which of the products that read this input. memory: a thread's
+   own `tile_bytes`. */
+static void multiply(const Linear *linear, const Input *in, int reader, int64_t tokens, enum Mode mode, float *y,
+                     int64_t stride, void *memory) {
+    int64_t unit = tokens < FEW ? BLOCK : 2 * BLOCK;
+#if NATIVE_TILES
+    enum Path which = path(linear, tokens);
+    if (which != VECTORS) configure(which);
+#else
+    (void)memory;
+#endif
+#pragma omp for schedule(static) nowait
+    for (int64_t first = 0; first < linear->rows; first += unit) {
+#if NATIVE_TILES
+        if (which != VECTORS) {
+            blocks_in_tiles(linear, first, in, reader, tokens, mode, y, stride, memory, which);
+            continue;
+        }
+#endif
+        for (int64_t row = first; row < MIN(first + unit, linear->rows); row += BLOCK)
+            block_in_vectors(linear, row, in, reader, tokens, mode, y, stride);
+    }
 }

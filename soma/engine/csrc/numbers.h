@@ -85,6 +85,56 @@ INLINE chunk load_some(const weight *from, int64_t count) {
 INLINE floats madd(floats sum, chunk a, chunk b) { return sum + a * b; }
 #endif
 
+INLINE void to_operands(const float *from, int64_t count, operand *out) {
+    int64_t i = 0;
+#if NATIVE_BF16
+    for (; i + 16 <= count; i += 16)
+        _mm256_storeu_si256((__m256i *)(out + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + i)));
+#endif
+    for (; i < count; i++) out[i] = to_operand(from[i]);
+}
+
+#if NATIVE_BF16
+/* 16 rows of 16 pairs become 16 lines of pairs of the 16 rows: what a tile of weights or keys reads. */
+INLINE void transpose(__m512i *v) {
+    __m512i a[16];
+#define EACH for (int i = 0; i < 16; i += 4)
+    for (int i = 0; i < 16; i += 2) {
+        a[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+        a[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    }
+    EACH {
+        v[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+        v[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+        v[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+        v[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        a[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88);
+        a[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xDD);
+        a[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
+        a[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xDD);
+    }
+    for (int i = 0; i < 4; i++) {
+        v[i] = _mm512_shuffle_i32x4(a[i], a[i + 8], 0x88);
+        v[i + 8] = _mm512_shuffle_i32x4(a[i], a[i + 8], 0xDD);
+        v[i + 4] = _mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0x88);
+        v[i + 12] = _mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0xDD);
+    }
+#undef EACH
+}
+#endif
+
+/* 16 neighbouring weights as floats. */
+INLINE floats load_floats(const weight *from) {
+#if NATIVE_BF16
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from));
+    return (floats)_mm512_slli_epi32(wide, 16);
+#else
+    return (floats)load_weights(from);
+#endif
+}
+
 /* Sums over the lanes of four vectors. The order of additions is the same for each, so that a product does not depend on
    which others are made with it. */
 INLINE void sum4(floats a, floats b, floats c, floats d, float *out) {
