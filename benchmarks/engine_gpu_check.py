@@ -123,7 +123,7 @@ def check_greedy() -> None:
         assert ids(engine.submit_all(prompts, greedy)) == expected, name
         assert ids(engine.submit_all(prompts, greedy)) == expected, f"{name}, behind a cached prefix"
         figures = engine.stats()
-        assert figures["prefix_cache_hits"] > 0
+        assert name == "preemption" or figures["prefix_cache_hits"] > 0
         assert name != "preemption" or figures["preemptions"] > 0, "nothing was preempted"
         if name == "batched":
             assert [engine.generate(prompt, greedy).ids for prompt in prompts[:6]] == expected[:6], "alone"

@@ -22,7 +22,7 @@ from soma.model.kernels import flash, flash_backward, fused, gemv, paged
 FLOATS = {"logsumexp", "delta", "parts"}
 INTEGERS = {"starts", "query_starts", "lengths", "tables", "slots"}
 POINTERS = {"q", "k", "v", "out", "grad", "dq", "dk", "dv", "keys", "values", "cos", "sin", "x", "residual", "weight",
-            "added", "gate", "up", "gain", "bias"}
+            "added", "gate", "up", "bias"}
 
 
 def compile(kernel, warps, stages, **constants):
@@ -65,7 +65,7 @@ compile(paged.reduce_kernel, 4, 2, HEAD=80, BLOCK_E=128, SPLITS=32)
 compile(fused.rms_norm_kernel, 8, 2, WIDTH=4096, BLOCK_D=4096, ADD=True)
 compile(fused.rope_write_kernel, 1, 2, HEAD=80, BLOCK_E=128, BLOCK_R=64, PAGE=16)
 compile(fused.swiglu_kernel, 4, 2, BLOCK_F=1024)
-compile(gemv.gemv_kernel, 8, 2, COLUMNS=4096, NORM=True, GATED=True, BIAS=True, ADD=True, BLOCK_K=1024)
+compile(gemv.gemv_kernel, 8, 2, COLUMNS=4096, GATED=True, BIAS=True, ADD=True, BLOCK_K=1024, AHEAD=True, EARLY=True)
 """
 
 

@@ -15,21 +15,16 @@ BOUNDS = {torch.float32: 1e-6, torch.float16: 1e-3}
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("columns", [64, 100, 2100])
-@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("columns", [64, 100, 2100, 9000])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("extra", [False, True])
-def test_gemv(columns: int, norm: bool, gated: bool, extra: bool, dtype: torch.dtype) -> None:
+def test_gemv(columns: int, gated: bool, extra: bool, dtype: torch.dtype) -> None:
     rows = 12
     weight = (torch.randn(rows + 3, columns + 5) / columns**0.5).to(dtype)[:rows, :columns]  # strided rows
-    x, gain, bias = (torch.randn(*shape).to(dtype) for shape in ((1, columns), (columns,), (rows,)))
+    x, bias = torch.randn(1, columns).to(dtype), torch.randn(rows).to(dtype)
     residual = torch.randn(1, rows // 2 if gated else rows).to(dtype)
-    found = gemv(
-        x, weight, bias if extra else None, gain_K=gain if norm else None, eps=1e-5, gated=gated,
-        residual_1N=residual if extra else None,
-    )  # fmt: skip
-    read = reference.rms_norm(x.double(), gain.double(), 1e-5) if norm else x.double()
-    expected = F.linear(read, weight.double(), bias.double() if extra else None)
+    found = gemv(x, weight, bias if extra else None, gated=gated, residual_1N=residual if extra else None)
+    expected = F.linear(x.double(), weight.double(), bias.double() if extra else None)
     if gated:
         expected = reference.swiglu(*expected.chunk(2, 1))
     bare = expected
@@ -37,4 +32,3 @@ def test_gemv(columns: int, norm: bool, gated: bool, extra: bool, dtype: torch.d
         expected = expected + residual.double()
     assert reference.relative_error(found, expected) < BOUNDS[dtype]
     assert not extra or reference.relative_error(found, bare) > 1e-2
-    assert not norm or reference.relative_error(found, F.linear(x.double(), weight.double())[:, : found.size(1)]) > 1e-2

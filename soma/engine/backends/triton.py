@@ -95,19 +95,20 @@ class TritonModel:
         return h_TD
 
     def features_of_one(self, x_1D: Tensor, rope: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
-        """As `features`, for one token: norms, activations and sums are parts of the matrix-vector products."""
-        norm: Tensor = self.first_norm
+        """As `features`, for one token: activations and sums are parts of the matrix-vector products."""
+        h_1D = rms_norm(x_1D, self.first_norm, self.eps)
         for index, (attention, mlp, post_norm, next_norm) in enumerate(self.layers):
             assert attention.fused is not None
             assert mlp.fused is not None
-            qkv = gemv(x_1D, attention.fused, attention.fused_bias, gain_K=norm, eps=self.eps)
+            qkv = gemv(h_1D, attention.fused, attention.fused_bias)
             q, k, v = qkv.split(attention.fused_sizes, dim=-1)
             out = self.attend(index, attention, q, k, v, rope, batch)
             x_1D = gemv(out, attention.o_proj.weight, attention.o_proj.bias, residual_1N=x_1D)
-            inner = gemv(x_1D, mlp.fused, mlp.fused_bias, gain_K=post_norm, eps=self.eps, gated=True)
+            h_1D = rms_norm(x_1D, post_norm, self.eps)
+            inner = gemv(h_1D, mlp.fused, mlp.fused_bias, gated=True)
             x_1D = gemv(inner, mlp.down_proj.weight, mlp.down_proj.bias, residual_1N=x_1D)
-            norm = next_norm
-        return rms_norm(x_1D, norm, self.eps)
+            h_1D = rms_norm(x_1D, next_norm, self.eps)
+        return h_1D
 
     def attend(
         self, layer: int, attention: Attention, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor],

@@ -34,6 +34,12 @@ def unsupported(head_dim: int, dtype: torch.dtype) -> str | None:
 
 
 @functools.cache
+def launches_early(device: torch.device) -> bool:
+    """Whether kernels may begin while the one before them ends (programmatic dependent launch): Hopper or newer."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@functools.cache
 def tuned(kernel: Any, tiles: tuple[Tile, ...], key: tuple[str, ...]) -> Any:
     """The kernel with Triton's autotuner around it: measured once for every value of the arguments named in `key`."""
     configs = [
