@@ -28,6 +28,7 @@ from soma.train.config import TrainConfig
 from soma.train.journal import Journal
 from soma.train.loop import Trainer
 from soma.train.objective import LanguageModeling, make_loader
+from soma.train.parallel.apply import parallelize
 from soma.train.tracking import NullTracker
 from soma.train.world import World
 
@@ -66,7 +67,7 @@ class Ours:
         model = load_model(start, dtype=torch.float32).to(device).train()
         work = Path(tempfile.mkdtemp())
         self.trainer = Trainer(
-            config, work, model=model, objective=LanguageModeling(model, config, compute),
+            config, work, parallel=parallelize(model, world.mesh), objective=LanguageModeling(model, config, compute),
             loader=make_loader(config, world, tokens, "train"), validation=None, steps=10**6, compute=compute,
             tokenizer=None, identity="", world=world, journal=Journal(work / "metrics.jsonl", NullTracker(), True),
         )  # type: ignore[arg-type]  # fmt: skip

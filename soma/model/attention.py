@@ -6,7 +6,7 @@ G query heads per key/value head, E head width, C latent width, R rotary width.
 
 from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,13 @@ from soma.model.rope import rotate, yarn_mscale
 
 if TYPE_CHECKING:
     from soma.model.kernels.packed import Packed
+
+
+class Across(Protocol):
+    """In place of a mask: attention to keys and values that lie on several ranks. It knows who sees whom."""
+
+    def __call__(self, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTV: Tensor, scale: float | None) -> Tensor:
+        """(B, H, T, V) for this rank's queries, keys and values."""
 
 
 def flash_supports(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> bool:
@@ -55,7 +62,9 @@ def make_mask(
     return mask
 
 
-def attend(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSV: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
+def attend(
+    q_BHTE: Tensor, k_BKSE: Tensor, v_BKSV: Tensor, mask: "Tensor | Across | None", scale: float | None = None
+) -> Tensor:  # fmt: skip
     """Softmax attention, (B, T, H·V). Without a mask: causal for T > 1 (then T = S), all keys for T = 1.
 
     One query: the G heads that share a key head go in as G rows of one head, which needs neither repeated keys nor a
@@ -64,6 +73,8 @@ def attend(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSV: Tensor, mask: Tensor | None, 
     """
     B, H, T, _ = q_BHTE.shape
     K = k_BKSE.size(1)
+    if callable(mask) and not isinstance(mask, Tensor):
+        return mask(q_BHTE, k_BKSE, v_BKSV, scale).transpose(1, 2).reshape(B, T, -1)
     if T == 1 and mask is None:
         q_BKGE = q_BHTE.reshape(B, K, H // K, -1)
         out_BKGV = F.scaled_dot_product_attention(q_BKGE, k_BKSE, v_BKSV, scale=scale)
@@ -101,7 +112,7 @@ class Attention(Fused):
         self,
         x_BTD: Tensor,
         rope: tuple[Tensor, Tensor] | None,
-        mask: "Tensor | Packed | None",
+        mask: "Tensor | Packed | Across | None",
         cache: KVCache | FlatCache | None,
     ) -> Tensor:
         B, T, _ = x_BTD.shape
@@ -171,7 +182,11 @@ class LatentAttention(nn.Module):
         return q_nope, rotate(q_rope, *rope, interleaved=self.interleaved)
 
     def forward(
-        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | FlatCache | None
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: "Tensor | Across | None",
+        cache: KVCache | FlatCache | None,
     ) -> Tensor:
         q_nope, q_rope = self.queries(x_BTD, rope)
         latent_BTC, shared_BTR = self.kv_a_proj_with_mqa(x_BTD).split([self.latent, self.rotary], dim=-1)
@@ -191,7 +206,9 @@ class LatentAttention(nn.Module):
             )
         return self.o_proj(self.attend_expanded(q_nope, q_rope, keys_B1SC, mask))
 
-    def attend_expanded(self, q_nope: Tensor, q_rope: Tensor, keys_B1SC: Tensor, mask: Tensor | None) -> Tensor:
+    def attend_expanded(
+        self, q_nope: Tensor, q_rope: Tensor, keys_B1SC: Tensor, mask: "Tensor | Across | None"
+    ) -> Tensor:
         """Attention over keys and values made for every head, (B, T, H·V)."""
         B, _, S, _ = keys_B1SC.shape
         latent_BSC, shared_B1SR = keys_B1SC[:, 0, :, : self.latent], keys_B1SC[..., self.latent :]

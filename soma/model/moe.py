@@ -162,11 +162,15 @@ class Experts(nn.Module):
         counts_E = torch.zeros(len(self.gate_proj), dtype=torch.int64, device=x_ND.device)
         counts_E = counts_E.index_add(0, chosen_NK.flatten(), one)
         x_PD = x_ND.to(dtype)[order_P // K]
-        gate_PI, up_PI = self.project("gate_proj", x_PD, counts_E), self.project("up_proj", x_PD, counts_E)
-        out_PD = self.project("down_proj", F.silu(gate_PI) * up_PI, counts_E)
+        out_PD = self.by_expert(x_PD, counts_E)
         back_P = torch.empty_like(order_P).scatter(0, order_P, torch.arange(N * K, device=x_ND.device))
         out_NKD = out_PD[back_P].view(N, K, -1)
         return (out_NKD * weights_NK[..., None].to(dtype)).sum(1)
+
+    def by_expert(self, x_PD: Tensor, counts_E: Tensor) -> Tensor:
+        """Each row, sorted by expert with `counts` rows each, through its expert."""
+        gate_PI, up_PI = self.project("gate_proj", x_PD, counts_E), self.project("up_proj", x_PD, counts_E)
+        return self.project("down_proj", F.silu(gate_PI) * up_PI, counts_E)
 
     def project(self, name: str, x_P: Tensor, counts_E: Tensor) -> Tensor:
         """Rows sorted by expert times their expert's matrix of the stack `name`."""

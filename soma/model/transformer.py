@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from soma.base.errors import UserError
-from soma.model.attention import Attention, LatentAttention, flash_supports, make_mask
+from soma.model.attention import Across, Attention, LatentAttention, flash_supports, make_mask
 from soma.model.cache import FlatCache, KVCache
 from soma.model.config import ModelConfig
 from soma.model.layers import MLP, compute_dtype, make_norm
@@ -24,7 +24,7 @@ from soma.model.rope import Rope
 if TYPE_CHECKING:
     from soma.model.kernels.packed import Packed
 
-Masks = dict[int | None, "Tensor | Packed | None"]
+Masks = dict[int | None, "Tensor | Packed | Across | None"]
 
 
 class Layer(nn.Module):

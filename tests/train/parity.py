@@ -202,13 +202,14 @@ def on_rank(rank: int, world_size: int, layout: dict[str, Any], cases: list[Case
 
 
 # The bounds: norm of a tensor's difference over its norm, and relative difference of losses and norms. In fp32 only the
-# order of sums differs. In bf16 every rank's matrix product is rounded to 8 bits before the sum over the ranks.
-BOUNDS = {"fp32": (2e-5, 1e-5), "bf16": (4e-2, 2e-2)}
+# order of sums differs. In bf16 every rank's matrix product is rounded to 8 bits before the sum over the ranks, and in
+# an MoE a token whose two best experts are that close goes to the other one.
+BOUNDS = {"fp32": (2e-5, 1e-5), "bf16": (4e-2, 2e-2), "bf16 moe": (2e-1, 5e-2)}
 
 
-def differences(ours: Outcome, expected: Outcome, precision: str) -> list[str]:
+def differences(ours: Outcome, expected: Outcome, bounds: str) -> list[str]:
     """What is out of bounds, in words; empty if the outcomes are equal."""
-    bound, scalar = BOUNDS[precision]
+    bound, scalar = BOUNDS[bounds]
     found = []
     for name, mine, theirs in (("loss", ours.losses, expected.losses), ("norm", ours.norms, expected.norms)):
         for step, (a, b) in enumerate(zip(mine, theirs, strict=True), 1):

@@ -28,6 +28,14 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp4": {"tp": 4},  # two key heads on four ranks
     "dp2-tp2": {"dp": 2, "tp": 2},
     "fsdp2-tp2-sp": {"fsdp": 2, "tp": 2, "sp": True},
+    "ep4": {"ep": 4},
+    "fsdp4-ep2": {"fsdp": 4, "ep": 2},
+    "fsdp2-tp2-ep2": {"fsdp": 2, "tp": 2, "ep": 2},
+    "cp4": {"cp": 4},
+    "cp4-gather": {"cp": 4, "cp_method": "all_gather"},
+    "fsdp2-cp2": {"fsdp": 2, "cp": 2},
+    "cp2-tp2-sp": {"cp": 2, "tp": 2, "sp": True},
+    "cp2-ep2": {"dp": 2, "cp": 2, "ep": 2},
 }
 
 
@@ -39,9 +47,8 @@ def accumulated(layout: dict[str, Any]) -> int:
 def cases(layout: dict[str, Any]) -> list[Case]:
     """All cases of a layout."""
     sizes = (None, accumulated(layout))
-    return [
-        Case(*values) for values in product(("dense", "moe"), ("fp32", "bf16"), sizes, ("adamw", "muon"))
-    ]  # fmt: skip
+    models = ("moe",) if "ep" in layout else ("dense", "moe")
+    return [Case(*values) for values in product(models, ("fp32", "bf16"), sizes, ("adamw", "muon"))]
 
 
 # Every layout once or twice; together every model, precision, accumulation and optimizer.
@@ -54,13 +61,22 @@ SLICE: dict[str, list[dict[str, Any]]] = {
     "tp4": [{"optimizer": "muon"}],
     "dp2-tp2": [{"model": "moe"}, {"model": "gpt2"}],
     "fsdp2-tp2-sp": [{"model": "latent", "optimizer": "muon"}, {"checkpointing": True}],
+    "ep4": [{"model": "moe", "microbatch": 1}],
+    "fsdp4-ep2": [{"model": "latent", "optimizer": "muon"}],
+    "fsdp2-tp2-ep2": [{"model": "moe", "optimizer": "muon"}],
+    "cp4": [{"optimizer": "muon"}, {"precision": "bf16"}],
+    "cp4-gather": [{"model": "latent"}],
+    "fsdp2-cp2": [{"model": "moe", "microbatch": 2}],
+    "cp2-tp2-sp": [{"model": "latent"}, {"checkpointing": True}],
+    "cp2-ep2": [{"model": "moe"}],
 }
 
 
 def check(pool: Pool, layout: dict[str, Any], chosen: list[Case]) -> None:
     outcomes = pool.run(on_rank, RANKS, layout, chosen, timeout=300)[0]
     for case, ours in zip(chosen, outcomes, strict=True):
-        assert differences(ours, alone(case), case.precision) == [], (layout, case)
+        bounds = case.precision if case.model == "dense" or case.precision == "fp32" else "bf16 moe"
+        assert differences(ours, alone(case), bounds) == [], (layout, case)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

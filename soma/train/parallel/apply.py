@@ -5,6 +5,7 @@ Order: tensor, expert, context, activation checkpointing, compile, data (replica
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from functools import partial, wraps
 from typing import Any
 
@@ -13,9 +14,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from soma.data.loader import Batch, PreferenceBatch
 from soma.model.moe import MoE
 from soma.model.transformer import Transformer
 from soma.train.loss import cross_entropy_sum, target_logprobs
+from soma.train.parallel.context import apply_context, columns_of
+from soma.train.parallel.expert import apply_experts
 from soma.train.parallel.local import scale_gradient, shard_offset, sum_both_ways
 from soma.train.parallel.mesh import Mesh
 from soma.train.parallel.norm import clip_gradients
@@ -50,8 +54,14 @@ class Parallel:
         return clip_gradients(parameters, limit, self.mesh.group("pp"))
 
     def own(self, batch: Any) -> Any:
-        """This rank's part of its data rank's batch."""
-        return batch
+        """This rank's part of its data rank's batch: with context parallelism, its columns."""
+        layout = self.mesh.layout
+        if layout.cp == 1:
+            return batch
+        if isinstance(batch, PreferenceBatch):
+            return PreferenceBatch(self.own(batch.chosen), self.own(batch.rejected))
+        columns = columns_of(batch.tokens.shape[1], layout.cp, self.mesh.place["cp"])
+        return Batch(*(getattr(batch, field.name)[:, columns] for field in fields(batch)))
 
     def cross_entropy_sum(self, logits_NV: Tensor, targets_N: Tensor) -> Tensor:
         """`soma.train.loss.cross_entropy_sum`, of scores that may be cut over the vocabulary."""
@@ -92,6 +102,11 @@ def parallelize(
     tensor = mesh.axis("tp")
     if tensor is not None:
         apply_tensor(model, tensor, layout.sp, mesh.experts)
+    if layout.ep > 1:
+        apply_experts(model, mesh)
+    across = mesh.group("cp")
+    if across is not None:
+        apply_context(model, across, layout.cp_method)
     share_balance(model, mesh, whole_batch)
     if activation_checkpointing:
         for layer in model.layers:
