@@ -2,7 +2,8 @@
 
 It has a paged cache of its own with the target's block numbers: a block that holds some tokens' keys and values in the
 target's cache holds the same tokens' in the draft's, so that tables, shared beginnings and preemption are the target's.
-What stands in the draft's cache decides how well it guesses, never what is accepted.
+What stands in the draft's cache decides how well it guesses, never what is accepted: where blocks have left the
+target's sliding window before the draft model came to them, it goes on without them.
 
 Shapes: S requests, V vocabulary.
 """

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from family_models import FAMILIES, V, make
+from speculating import Guesses, draft_always
 
 from soma.engine.backends.choose import why_not
 from soma.engine.engine import Engine
@@ -109,7 +110,8 @@ def preempt_often(engine: Engine, draw: random.Random) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_same_tokens_however_it_runs(family: str, start: Callable[..., Engine]) -> None:
-    """Alone, batched with random others, in chunks of any size, on a prefix hit, after preemption; in C and torch."""
+    """Alone, batched with random others, in chunks of any size, on a prefix hit, after preemption, speculated (guesses,
+    some of them wrong, and the model as its own draft model); in C and torch."""
     prompts, expected = clear_prompts(make(family))
     draw = random.Random(6)
     others = [[draw.randrange(V) for _ in range(draw.randrange(1, 60))] for _ in range(4)]
@@ -132,6 +134,16 @@ def test_the_same_tokens_however_it_runs(family: str, start: Callable[..., Engin
             preempt_often(engine, draw)
             assert results(engine.submit_all(prompts, greedy())) == expected, "after preemption"
             assert engine.stats()["preemptions"] >= 3
+        guesses = Guesses(dict(zip(map(tuple, prompts), expected, strict=True)), V)
+        for draft in (guesses, make(family)):
+            engine = start(make(family), prefill_chunk=20, backend=backend)
+            draft_always(engine, draft, most=3)
+            assert results(engine.submit_all(prompts, greedy())) == expected, "speculated"
+            drafted, accepted = engine.stats()["draft_tokens"], engine.stats()["accepted_tokens"]
+            if draft is guesses:
+                assert 0.3 * drafted < accepted < 0.95 * drafted
+            else:  # where blocks left the window before the draft model saw them, it misses what they told
+                assert accepted > (0.3 if engine.scheduler.window else 0.95) * drafted
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,5 +1,6 @@
 """How much is drafted follows what it is worth: injected costs and acceptance."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,3 +170,17 @@ def test_options(make_engine: Callable[..., Engine], tiny_folder: Path, tmp_path
         make_engine(speculate=str(other))
     with pytest.raises(UserError):
         make_engine(speculate=str(tmp_path / "nothing"))
+
+
+def test_the_engine_process_speculates(tiny_folder: Path) -> None:
+    """`soma serve --speculate ngram --draft-tokens 3` gives these options to the engine process."""
+    from soma.engine.process import EngineProcess
+
+    process = EngineProcess(tiny_folder, speculate="ngram", draft_tokens=3)
+    params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, logit_bias={5: 30.0})
+    assert process.generate([5] * 9, params).ids == [5] * 60
+    deadline = time.monotonic() + 10
+    while not process.stats()["accepted_tokens"] and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert process.stats()["draft_tokens"] >= process.stats()["accepted_tokens"] > 0
+    process.close()

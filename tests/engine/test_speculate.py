@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from family_models import make
+from speculating import draft_always
 from test_every_family import NoTokenizer, preempt_often, results
 
 from soma.engine import speculate
@@ -18,21 +19,10 @@ from soma.engine.engine import Engine
 from soma.engine.params import SamplingParams, TokenLogprob
 from soma.engine.request import Request
 from soma.engine.sampling import distribution, uniforms
-from soma.engine.speculate import NgramProposer, Speculator, verify
+from soma.engine.speculate import verify
 from soma.model.transformer import Transformer
 
 V = 203
-
-
-class Always(Speculator):
-    """Drafts as much as there is, whatever it costs."""
-
-    def plan(self, scheduler: Any) -> None:
-        self.planned = 0
-        super().plan(scheduler)
-        for request in scheduler.running:
-            if speculate.may_speculate(request):
-                request.num_draft = self.proposer.offer(request, self._room(request))
 
 
 @pytest.fixture
@@ -46,10 +36,7 @@ def start() -> Iterator[Callable[..., Engine]]:
     def begin(model: Transformer, draft: str | Transformer | None, most: int = 4, **options: Any) -> Engine:
         engine = Engine(model, NoTokenizer(), **{"block_size": 4, "cache_tokens": 2048, **options})
         if draft is not None:
-            proposer: Any = NgramProposer()
-            if isinstance(draft, Transformer):
-                proposer = DraftModel(draft, V, engine.pool.num_blocks, 4, 512)
-            engine.speculator = Always(proposer, most)
+            draft_always(engine, draft, most)
         made.append(engine)
         return engine
 

@@ -23,12 +23,13 @@ def request(**changes: Any) -> Any:
 
 def test_the_engine_is_asked_when_prometheus_asks() -> None:
     values = {"running": 3, "waiting": 2, "kv_cache_usage": 0.25, "prefix_cache_queries": 100,
-              "prefix_cache_hits": 64, "preemptions": 1}  # fmt: skip
+              "prefix_cache_hits": 64, "preemptions": 1, "draft_tokens": 80, "accepted_tokens": 50}  # fmt: skip
     metrics = Metrics(SimpleNamespace(stats=lambda: values), "m")  # type: ignore[arg-type]
     names = {
         "running": "num_requests_running", "waiting": "num_requests_waiting", "kv_cache_usage": "kv_cache_usage_perc",
         "prefix_cache_queries": "prefix_cache_queries_total", "prefix_cache_hits": "prefix_cache_hits_total",
-        "preemptions": "num_preemptions_total",
+        "preemptions": "num_preemptions_total", "draft_tokens": "spec_decode_num_draft_tokens_total",
+        "accepted_tokens": "spec_decode_num_accepted_tokens_total",
     }  # fmt: skip
     for _ in range(2):
         found = samples(metrics)
