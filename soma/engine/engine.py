@@ -32,7 +32,7 @@ from soma.engine.memory import GPU_SHARE, fitting_tokens
 from soma.engine.overlap import NOTHING, PLACEHOLDER, Flight, can_overlap, draw
 from soma.engine.paged import PagedCache
 from soma.engine.params import SamplingParams, TokenLogprob
-from soma.engine.request import Completion, Request, TokenEvent, Tokenizer
+from soma.engine.request import LATE, Completion, Request, TokenEvent, Tokenizer
 from soma.engine.runner import Runner
 from soma.engine.sampling import token_logprobs
 from soma.engine.scheduler import Scheduler, Work
@@ -330,7 +330,7 @@ class Engine:
         for request in [request for request in (*self.running, *self.waiting) if request.cancelled]:
             self._finish(request, "abort")
         for request in self.scheduler.expired(now):
-            self._finish(request, "error", "the request was not done in time")
+            self._finish(request, "error", LATE)
         return True
 
     def _step(self) -> None:

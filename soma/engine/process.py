@@ -227,9 +227,12 @@ class EngineProcess:
 
     def submit_all(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None,
-        deliver: Sequence[Callable[[TokenEvent], None]] | None = None, *, adapter: str | None = None,
+        deliver: Sequence[Callable[[TokenEvent], None]] | None = None, *, adapter: str | None = None, **options: Any,
     ) -> list[ProcessRequest]:  # fmt: skip
-        """Queue several requests, all of them or none. Events are delivered on this object's own thread."""
+        """Queue several requests, all of them or none. Events are delivered on this object's own thread.
+
+        options: `priority`, `key`, `timeout` of `Engine.submit_all`.
+        """
         each = params if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
         requests = [
             ProcessRequest(list(ids), one, self.check(ids, one), self.tokenizer, self._cancel,
@@ -248,7 +251,8 @@ class EngineProcess:
                 request.number, request.chosen = next(self.numbers), adapter
                 self.requests[request.number] = request
             channel.put("submit", requests[0].number, [request.prompt_ids for request in requests],
-                        [replace(one, stop=()) if one.stop else one for one in each], adapter)  # fmt: skip
+                        [replace(one, stop=()) if one.stop else one for one in each],
+                        {**options, "adapter": adapter})  # fmt: skip
         return requests
 
     async def stream(

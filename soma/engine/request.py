@@ -18,6 +18,7 @@ from soma.engine.text import StopScanner
 if TYPE_CHECKING:
     from soma.engine.adapters import Loaded
 
+LATE = "the request was not done in time"  # the error of one whose deadline has passed
 FINISH_REASONS = ("stop", "length", "abort", "error")
 
 

@@ -1,6 +1,6 @@
 """The engine's own process: what `soma.engine.process` starts and talks to. No HTTP, no text: ids in, ids out.
 
-Messages in:  ("start", options), ("submit", first number, prompts, params, adapter), ("cancel", number),
+Messages in:  ("start", options), ("submit", first number, prompts, params, options), ("cancel", number),
               ("embed", number, prompts), ("load_adapter", number, name, folder), ("unload_adapter", number, name),
               ("close", drain).
 Messages out: ("note", text), ("failed", text, is the user's mistake), ("ready", facts), ("event", number, TokenEvent,
@@ -200,13 +200,13 @@ class Worker:
         self._end(ENGINE_DIED)
 
     def _submit(
-        self, first: int, prompts: Sequence[list[int]], params: Sequence[SamplingParams], adapter: str | None
+        self, first: int, prompts: Sequence[list[int]], params: Sequence[SamplingParams], options: dict[str, Any]
     ) -> None:
         assert self.engine is not None
         numbers = range(first, first + len(prompts))
         try:
             deliver = [partial(self._deliver, number) for number in numbers]
-            requests = self.engine.submit_all(prompts, params, deliver, adapter=adapter)
+            requests = self.engine.submit_all(prompts, params, deliver, **options)
         except (UserError, QueueFullError, EngineClosedError) as error:  # the front checked before: seldom
             for number in numbers:
                 self.channel.put("event", number, TokenEvent(None, finish_reason="error", error=str(error)), Extra())

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from soma.engine.params import SamplingParams
 from soma.engine.process import EngineProcess
 from soma.engine.replicas import Replicas
-from soma.engine.request import TokenEvent
+from soma.engine.request import LATE, TokenEvent
 from soma.model.tokenizer import Tokenizer
 from soma.serve import adapters, embeddings, errors, tokens
 from soma.serve.errors import ApiError
@@ -194,7 +194,8 @@ async def answer(
     engine: Any = service.engine  # either kind: both are asked in the same way
     if params.guided is not None:  # not on the event loop: a large grammar takes a while to compile
         await asyncio.to_thread(engine.guides.check, params.guided)
-    generation = Generation(engine, service.metrics, prompts, params, body.n or 1, adapter)
+    options = {**body.scheduling, "adapter": adapter}
+    generation = Generation(engine, service.metrics, prompts, params, body.n or 1, **options)
     if body.stream:
         return EventStream(service, generation, stream(service, generation, shape, include_usage=body.include_usage))
     service.open += 1
@@ -234,11 +235,13 @@ async def collect(service: Service, generation: Generation, shape: ChatFormat) -
 
 
 def check(service: Service, event: TokenEvent) -> None:
-    """Raises ApiError if the engine failed on the request: 503 if all of it is gone, else 500."""
+    """Raises ApiError if the engine failed on the request: 503 if all of it is gone, 504 if it was late, else 500."""
     if event.finish_reason == "error":
         if event.is_lost and isinstance(service.engine, EngineProcess | Replicas):
             raise ApiError(503, event.error or "the engine is being restarted", code="engine_restarting",
                            retry_after=service.engine.retry_after)  # fmt: skip
+        if event.error == LATE:
+            raise ApiError(504, LATE, "timeout", "deadline_exceeded")
         raise ApiError(500, event.error or "the engine failed on this request", code="engine_error")
 
 

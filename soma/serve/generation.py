@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from soma.engine.engine import Engine, threadsafe
 from soma.engine.params import MASK64, SamplingParams
@@ -15,12 +16,12 @@ class Generation:
     """`n` answers to each of several prompts; choice `i` is answer `i % n` to prompt `i // n`.
 
     With a seed answer k draws from seed + k, so that the n answers differ and all can be had again.
-    Raises what `Engine.submit` raises, before anything runs.
+    options: further ones of `Engine.submit_all`. Raises what that raises, before anything runs.
     """
 
     def __init__(
         self, engine: Engine, metrics: Metrics, prompts: Sequence[list[int]], params: SamplingParams, n: int,
-        adapter: str | None = None,
+        **options: Any,
     ) -> None:  # fmt: skip
         loop = asyncio.get_running_loop()
         self.metrics = metrics
@@ -33,7 +34,7 @@ class Generation:
         total = len(prompts) * n
         self.requests: list[Request] = engine.submit_all(
             [prompts[i // n] for i in range(total)], [nth(params, i % n) for i in range(total)],
-            [put(i) for i in range(total)], adapter=adapter,
+            [put(i) for i in range(total)], **options,
         )  # fmt: skip
         self.open = set(range(total))
         self.last: dict[int, float] = {}

@@ -15,13 +15,14 @@ from soma.serve.structured import guided_of
 from soma.serve.tools import Tool, calls_for_template
 
 MAX_CHOICES = 128
+MAX_PRIORITY = 100  # a waiting request gains one in ten seconds: what is bound so far does not wait for ever
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 NESTED = ("messages", "role", "content", "stream_options", "include_usage")  # fields with a path of more than one name
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 # Fields that change nothing about the answer here: taken and left alone.
 IGNORED = {
-    "user", "store", "metadata", "service_tier", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
+    "store", "metadata", "service_tier", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
     "reasoning_effort", "verbosity",
 }  # fmt: skip
 # Fields that OpenAI has and that would change the answer: refused by name unless they say what we do anyway.
@@ -68,6 +69,15 @@ class Sampling(BaseModel):
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
     ignore_eos: bool | None = None
+
+    user: str | None = Field(None, max_length=512)  # users share the engine evenly
+    priority: int | None = Field(None, ge=-MAX_PRIORITY, le=MAX_PRIORITY)  # as vLLM's: lower runs first
+    timeout: float | None = Field(None, gt=0, allow_inf_nan=False)  # seconds
+
+    @property
+    def scheduling(self) -> dict[str, Any]:
+        """Options of `Engine.submit_all`: when the request runs, and how long it may take."""
+        return {"priority": self.priority or 0, "key": self.user or "", "timeout": self.timeout}
 
     @property
     def include_usage(self) -> bool:

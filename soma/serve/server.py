@@ -72,9 +72,9 @@ def serve(
     with a copy of the model each, behind this one front. `tensor_parallel`, `pipeline_parallel`: ranks that split each
     layer, times stages of layers, for each copy (`soma.engine.parallel`). `speculate`, `draft_tokens`: see `Engine`.
     `in_process`: no process of its own for the engine (one process to debug; a crash of the engine ends the service).
-    `adapters`: names and PEFT folders of adapters, chosen as models by those names; with `allow_adapter_loading` clients
-    may load and unload others. `ready` is called with the base URL once requests are answered; without it a note says
-    so.
+    `adapters`: names and PEFT folders of adapters, chosen as models by those names; with `allow_adapter_loading`
+    clients may load and unload others. `ready` is called with the base URL once requests are answered; without it a
+    note says so.
     Raises UserError: no such model, a public host without `allow_public`, a port in use, no replicas, an adapter that
     cannot be loaded.
     """
@@ -114,7 +114,12 @@ def serve(
 
 
 def start_engine(
-    model_ref: str | Path, launched: Sequence[Launched], *, precision: str, device: str, adapters: Mapping[str, str],
+    model_ref: str | Path,
+    launched: Sequence[Launched],
+    *,
+    precision: str,
+    device: str,
+    adapters: Mapping[str, str],
     **options: Any,
 ) -> "tuple[AnyEngine, Tokenizer, str, Embedder | None]":
     """The engine, in the processes that were launched or in this one, its tokenizer, the model's name, and who embeds

@@ -56,6 +56,13 @@ BAD_TEXT: list[tuple[dict[str, Any], str | None]] = [
     ({"prompt": [5] * 4096}, "prompt"),
     ({"prompt": None}, "prompt"),
     ({"model": 3}, "model"),
+    ({"priority": "high"}, "priority"),
+    ({"priority": 101}, "priority"),
+    ({"priority": 1.5}, "priority"),
+    ({"timeout": 0}, "timeout"),
+    ({"timeout": "5"}, "timeout"),
+    ({"user": 7}, "user"),
+    ({"user": "u" * 513}, "user"),
 ]
 BAD_CHAT: list[tuple[dict[str, Any], str | None]] = [
     ({"messages": []}, "messages"),
