@@ -355,7 +355,7 @@ class Trainer:
             tokens=self.at.tokens,
             loss=self.at.last_loss,
             validation_loss=self.at.last_validation,
-            parameters=sum(p.numel() for p in self.model.parameters()),
+            parameters=self.parallel.count_parameters(),
             flops_per_token=self.flops,
             seconds=self.clock.spent,
             tokens_per_second=speed,

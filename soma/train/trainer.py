@@ -26,6 +26,7 @@ from soma.train.loop import DivergenceError, Trainer, TrainResult
 from soma.train.objective import LanguageModeling, Objective, Preference, make_loader
 from soma.train.parallel.apply import Parallel, parallelize
 from soma.train.parallel.export import save_whole
+from soma.train.parallel.pipeline.training import stage_model
 from soma.train.tracking import NullTracker, Tracker
 from soma.train.world import World
 
@@ -69,18 +70,11 @@ def train(
         config, steps * config.tokens_per_step() * flops_per_token(network.config, config.sequence_length)
     )
     network.to(compute.device)
-    reference = copy.deepcopy(network) if isinstance(config, PreferenceConfig) else None
-    parallel = parallelize(
-        network, world.mesh, activation_checkpointing=config.activation_checkpointing, compile_layers=compute.compile,
-        whole_batch=config.microbatch_size is None,
-    )  # fmt: skip
-    if reference is not None:
-        parallelize(reference.requires_grad_(False), world.mesh)
-    layered = replace(compute, compile=False) if world.size > 1 else compute  # layers are compiled one by one then
+    parallel, objective = lay_out(config, network, world, compute)
     work.mkdir(parents=True, exist_ok=True)
     tracker.params(dump(config))
     trainer = Trainer(
-        config, work, parallel=parallel, objective=make_objective(config, parallel, reference, layered), loader=loader,
+        config, work, parallel=parallel, objective=objective, loader=loader,
         validation=validation_loader(config, world, tokens), steps=steps, compute=compute, tokenizer=names,
         identity=identity(config, network.config, model, index), world=world,
         journal=Journal(work / "metrics.jsonl", tracker, world.is_main),
@@ -117,6 +111,23 @@ def with_ends(shape: ModelConfig, ends: tuple[int, ...]) -> ModelConfig:
     """The config with `ends` after the end ids that it names: a tuned model stops at the end of its turn."""
     every = tuple(dict.fromkeys([*shape.eos_token_ids, *ends]))
     return shape.model_copy(update={"eos_token_id": every if len(every) > 1 else every[0]}) if every else shape
+
+
+def lay_out(
+    config: TrainConfig, network: Transformer, world: World, compute: Compute
+) -> tuple[Parallel, Objective]:  # fmt: skip
+    """Apply the layout to the network, in place, and make the objective that trains it."""
+    if world.mesh.layout.pp > 1:
+        return stage_model(network, config, world.mesh, compute)
+    reference = copy.deepcopy(network) if isinstance(config, PreferenceConfig) else None
+    parallel = parallelize(
+        network, world.mesh, activation_checkpointing=config.activation_checkpointing, compile_layers=compute.compile,
+        whole_batch=config.microbatch_size is None,
+    )  # fmt: skip
+    if reference is not None:
+        parallelize(reference.requires_grad_(False), world.mesh)
+    layered = replace(compute, compile=False) if world.size > 1 else compute  # layers are compiled one by one then
+    return parallel, make_objective(config, parallel, reference, layered)
 
 
 def make_objective(

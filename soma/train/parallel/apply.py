@@ -53,6 +53,15 @@ class Parallel:
             return nn.utils.clip_grad_norm_(parameters, limit)
         return clip_gradients(parameters, limit, self.mesh.group("pp"))
 
+    def share(self, tensor: Tensor | None, name: str, like: Tensor) -> Tensor:
+        """The tensor `name`, of the shape of `like`, on a rank that may not have it: here every rank has a piece."""
+        assert tensor is not None, name
+        return tensor
+
+    def count_parameters(self) -> int:
+        """Of the whole model."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
     def own(self, batch: Any) -> Any:
         """This rank's part of its data rank's batch: with context parallelism, its columns."""
         layout = self.mesh.layout

@@ -18,14 +18,14 @@ class Gather:
     """Brings tensors of a parallel model together, by name; all ranks must ask for the same ones in the same order."""
 
     def __init__(self, parallel: Parallel, shapes: Mapping[str, Tensor]) -> None:
-        self.tensors, self.shapes = parallel.model.state_dict(), shapes
+        self.parallel, self.tensors, self.shapes = parallel, parallel.model.state_dict(), shapes
         self.name, self.last = "", torch.empty(0)
 
     @torch.no_grad()
     def __call__(self, name: str) -> Tensor:
         """The whole tensor in the dtype of `shapes`, on the CPU. The last one is remembered (experts come in a row)."""
         if name != self.name:
-            tensor = self.tensors[name]
+            tensor = self.parallel.share(self.tensors.get(name), name, self.shapes[name])
             if isinstance(tensor, DTensor):
                 tensor = tensor.full_tensor()
             self.name, self.last = name, tensor.to("cpu", self.shapes[name].dtype)

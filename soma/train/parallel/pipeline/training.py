@@ -1,0 +1,152 @@
+"""A training run whose model lies on the ranks of a pipeline: what the loop calls in place of one model's passes."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from soma.base.errors import UserError
+from soma.data.loader import Batch
+from soma.model.transformer import Transformer
+from soma.train import loss
+from soma.train.compute import Compute
+from soma.train.config import PreferenceConfig, TrainConfig
+from soma.train.parallel.apply import Parallel
+from soma.train.parallel.config import Layout
+from soma.train.parallel.mesh import Mesh
+from soma.train.parallel.pipeline.execute import PipelineStep
+from soma.train.parallel.pipeline.schedule import Schedule
+from soma.train.parallel.pipeline.schedules import SCHEDULES, interleaved
+from soma.train.parallel.pipeline.stage import Microbatch
+from soma.train.parallel.reduce import Reducer
+
+
+def stage_model(
+    model: Transformer, config: TrainConfig, mesh: Mesh, compute: Compute
+) -> tuple["StagedParallel", "StagedLanguageModeling"]:  # fmt: skip
+    """Cut the model, in place, into the stages of a resolved layout with pp > 1; the loop's model and its objective.
+
+    Raises UserError where the schedule does not fit ranks, microbatches or layers, and for what a pipeline cannot do.
+    """
+    check(config, mesh.layout)
+    plan = make_plan(config, mesh.layout)
+    model.activation_checkpointing = config.activation_checkpointing
+    group = mesh.group("pp")
+    assert group is not None
+    try:
+        pipeline = PipelineStep(model, plan, group, autocast=compute.autocast, compiled=compute.compile)
+    except ValueError as error:
+        raise UserError(f"layout: pp {mesh.layout.pp}, schedule {plan.name}: {error}") from None
+    return StagedParallel(mesh, pipeline), StagedLanguageModeling(pipeline, config)
+
+
+def check(config: TrainConfig, layout: Layout) -> None:
+    """Raise UserError for what does not go with a pipeline."""
+    others = [f"{name} {getattr(layout, name)}" for name in ("fsdp", "tp", "cp", "ep") if getattr(layout, name) > 1]
+    if others:
+        raise UserError(
+            f"layout: pp {layout.pp} with {' and '.join(others)}: a pipeline goes with dp alone; leave it out"
+        )
+    if isinstance(config, PreferenceConfig):
+        raise UserError(f"layout: pp {layout.pp}: preference tuning has no pipeline; take dp, fsdp or tp")
+    if config.precision == "fp16":
+        raise UserError(f"layout: pp {layout.pp} with precision fp16: ranks would scale their losses apart; take bf16")
+    if config.sample_prompts:
+        raise UserError(f"layout: pp {layout.pp} with sample_prompts: no rank has the whole model; leave them out")
+
+
+def make_plan(config: TrainConfig, layout: Layout) -> Schedule:
+    """The layout's schedule for the microbatches of one data rank's rows."""
+    rows = config.batch_size // layout.data_ranks
+    microbatches = layout.microbatches or rows // (config.microbatch_size or rows)
+    if rows % microbatches or (config.microbatch_size and microbatches * config.microbatch_size != rows):
+        size = f", microbatch_size {config.microbatch_size}" if config.microbatch_size else ""
+        raise UserError(
+            f"layout: {microbatches} microbatches of {rows} sequences (batch_size / dp){size}: take microbatches "
+            f"{rows // (config.microbatch_size or max(1, rows // microbatches))}"
+        )
+    if layout.schedule not in SCHEDULES:
+        raise UserError(f"layout: schedule {layout.schedule!r}: expected one of {', '.join(SCHEDULES)}")
+    chunks = layout.virtual_stages
+    if (layout.schedule == "interleaved") != (chunks > 1):
+        raise UserError(
+            f"layout: virtual_stages {chunks} with schedule {layout.schedule}: interleaved has 2 or more, all others 1"
+        )
+    try:
+        if chunks > 1:
+            return interleaved(layout.pp, microbatches, chunks)
+        return SCHEDULES[layout.schedule](layout.pp, microbatches)
+    except ValueError as error:
+        raise UserError(f"layout: {error}") from None
+
+
+class StagedParallel(Parallel):
+    """This rank's part of the model, and its replicas' if there is dp as well."""
+
+    def __init__(self, mesh: Mesh, pipeline: PipelineStep) -> None:
+        data = mesh.group("tokens")
+        parameters = [parameter for parameter in pipeline.model.parameters() if parameter.requires_grad]
+        # All late: a gradient grows with every microbatch of the step, and is summed after the last.
+        super().__init__(pipeline.model, mesh, [] if data is None else [Reducer(parameters, parameters, data)])
+        self.pipeline = pipeline
+
+    def begin(self, last: bool) -> None:
+        """Nothing: a pipeline's step is one piece."""
+
+    def finish(self) -> None:
+        for reducer in self.reducers:
+            reducer.finish()
+        self.pipeline.sum_loads()
+
+    def clip(self, parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
+        return self.pipeline.clip(limit)
+
+    @torch.no_grad()
+    def share(self, tensor: Tensor | None, name: str, like: Tensor) -> Tensor:
+        """A tensor of any stage, on every rank of the pipeline, in float32."""
+        first = self.pipeline.replicas.holders(name)[0]
+        device = self.pipeline.device
+        whole = torch.empty(like.shape, device=device) if tensor is None else tensor.to(device, torch.float32)
+        dist.broadcast(whole, group=self.pipeline.group, group_src=first)
+        return whole
+
+    def count_parameters(self) -> int:
+        """Of the whole model, each once."""
+        replicas = self.pipeline.replicas
+        own = sum(
+            parameter.numel()
+            for name, parameter in self.model.named_parameters()
+            if replicas.holders(name)[0] == replicas.rank
+        )
+        total = torch.tensor(own, device=self.pipeline.device)
+        dist.all_reduce(total, group=self.pipeline.group)
+        return int(total)
+
+
+class StagedLanguageModeling:
+    """Next-token prediction through a pipeline: a batch is one part, which the schedule takes apart."""
+
+    def __init__(self, pipeline: PipelineStep, config: TrainConfig) -> None:
+        self.pipeline, self.isolate = pipeline, config.isolate_documents
+
+    def count(self, batch: Batch) -> int:
+        return int((batch.targets != loss.IGNORE).sum())
+
+    def parts(self, batch: Batch, size: int) -> Iterator[tuple[Batch, int]]:
+        yield batch, size
+
+    def backward(self, part: tuple[Batch, int], scale: Tensor, aux_scale: Tensor) -> Tensor:
+        microbatches = self.microbatches(part[0])
+        # The loop's aux_scale is for `size` sequences at a time.
+        share = len(part[0].tokens) / len(microbatches) / part[1]
+        return self.pipeline.step(microbatches, scale, aux_scale * share)
+
+    def loss(self, part: tuple[Batch, int]) -> Tensor:
+        return self.pipeline.evaluate(self.microbatches(part[0]))
+
+    def microbatches(self, batch: Batch) -> list[Microbatch]:
+        count = self.pipeline.schedule.microbatches
+        size = len(batch.tokens) // count
+        device = self.pipeline.device
+        return [Microbatch.of(batch, slice(i * size, (i + 1) * size), device, self.isolate) for i in range(count)]

@@ -1,0 +1,106 @@
+"""`train` on the ranks of a pipeline: the run of one process, and checkpoints that any other layout takes up."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from soma.base.errors import UserError
+from soma.model.config import ModelConfig
+from soma.model.hub import load_model
+from soma.train.config import PreferenceConfig, TrainConfig
+from soma.train.parallel.config import Layout
+from soma.train.parallel.pipeline.training import check, make_plan
+from soma.train.trainer import TrainResult, train
+from tests.train.pipeline_case import MODELS, SHAPE
+from tests.train.pool import Pool
+
+Run = Callable[..., TrainResult]
+
+
+def train_rank(rank: int, world_size: int, job: dict[str, Any]) -> dict[str, Any]:
+    result = train(
+        TrainConfig(**job["config"]), Path(job["out"]), Path(job["work"]), tokens=Path(job["tokens"]),
+        tokenizer=Path(job["tokenizer"]), model=ModelConfig(**job["model"]),
+    )  # fmt: skip
+    return {"parameters": result.parameters, "validation": result.validation_loss, "loss": result.loss}
+
+
+def losses(folder: Path) -> list[float]:
+    records = [json.loads(line) for line in (folder / "logs" / "metrics.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records if record["event"] == "train"]
+
+
+def same_model(one: Path, other: Path) -> None:
+    a, b = load_model(one), load_model(other)
+    for (name, x), (_, y) in zip(a.named_parameters(), b.named_parameters(), strict=True):
+        assert (x - y).abs().max() < 2e-4, name
+
+
+@pytest.mark.parametrize(
+    ("layout", "family"),
+    [
+        ({"pp": 2, "schedule": "1f1b"}, "dense"),
+        ({"pp": 2, "dp": 2, "schedule": "dualpipe"}, "moe"),
+        ({"pp": 2, "schedule": "zb-v", "microbatches": 4}, "moe"),
+    ],
+)
+def test_pipeline_trains_as_one_process(
+    run: Run, pool: Pool, small: dict, tmp_path: Path, chats: Path, tokenizer: Path, shape: ModelConfig,
+    layout: dict[str, Any], family: str,
+) -> None:  # fmt: skip
+    """Unequal answers, a validation loss, a whole model at the end; then one process goes on from a checkpoint."""
+    vocabulary = {"vocab_size": shape.vocab_size, "max_position_embeddings": 256}
+    model = ModelConfig(
+        **SHAPE | vocabulary, **MODELS[family], num_hidden_layers=4, tie_word_embeddings=family == "dense"
+    )
+    settings = small | {
+        "sequence_length": 64, "batch_size": 8 if "dp" in layout else 4, "microbatch_size": 1, "checkpoint_every": 3,
+        "steps": 6,
+    }  # fmt: skip
+    alone = run("a", TrainConfig(**settings), tokens=chats, model=model)
+    out, work = tmp_path / "b", tmp_path / "b-work"
+    out.mkdir()
+    job = {
+        "config": settings | {"layout": layout}, "out": str(out), "work": str(work), "tokens": str(chats),
+        "tokenizer": str(tokenizer), "model": model.model_dump(mode="json"),
+    }  # fmt: skip
+    for answer in pool.run(train_rank, layout["pp"] * layout.get("dp", 1), job):
+        assert answer["parameters"] == alone.parameters
+        assert answer["validation"] == pytest.approx(alone.validation_loss, abs=1e-4)
+        assert answer["loss"] == pytest.approx(alone.loss, abs=1e-4)
+    assert losses(out) == pytest.approx(losses(tmp_path / "a"), abs=1e-4)
+    same_model(alone.model, out / "model")
+    newest = sorted((work / "checkpoints").iterdir())[-1]
+    (newest / "manifest.json").unlink()
+    shutil.rmtree(out)
+    again = run("b", TrainConfig(**settings), tokens=chats, model=model, work=work)
+    same_model(alone.model, again.model)
+
+
+def test_what_does_not_fit_is_said() -> None:
+    config = TrainConfig(steps=1, batch_size=8, microbatch_size=1)
+    layout = Layout(pp=2, dp=1, microbatches=3)
+    with pytest.raises(UserError, match=r"3 microbatches of 8 sequences .* microbatch_size 1: take microbatches 8"):
+        make_plan(config, layout)
+    for changes, said in (
+        ({"schedule": "2f2b"}, "schedule '2f2b': expected one of gpipe, 1f1b"),
+        ({"schedule": "interleaved"}, "virtual_stages 1 with schedule interleaved: interleaved has 2 or more"),
+        ({"virtual_stages": 2}, "virtual_stages 2 with schedule 1f1b"),
+        ({"pp": 6, "schedule": "dualpipe"}, "use 6 and 12"),
+    ):
+        with pytest.raises(UserError, match=said):
+            make_plan(config, Layout(**({"pp": 2, "dp": 1} | changes)))
+    assert make_plan(config, Layout(pp=2, dp=2, schedule="interleaved", virtual_stages=3)).stages == 6
+    assert make_plan(config, Layout(pp=2, dp=2, schedule="interleaved", virtual_stages=3)).microbatches == 4
+    with pytest.raises(UserError, match="pp 2 with fsdp 2 and tp 2: a pipeline goes with dp alone"):
+        check(config, Layout(pp=2, dp=1, fsdp=2, tp=2))
+    with pytest.raises(UserError, match="take bf16"):
+        check(config.model_copy(update={"precision": "fp16"}), layout)
+    with pytest.raises(UserError, match="sample_prompts: no rank has the whole model"):
+        check(config.model_copy(update={"sample_prompts": ["a"]}), layout)
+    with pytest.raises(UserError, match="preference tuning has no pipeline"):
+        check(PreferenceConfig(steps=1), layout)
