@@ -169,8 +169,8 @@ class Speculator:
 
 
 def may_speculate(request: Request) -> bool:
-    """Whether a request is about to make one more token. A guide's next step is known only behind the token before."""
-    return request.generated > 0 and request.wanted - request.computed == 1 and request.params.guided is None
+    """Whether a request is about to make one more token."""
+    return request.generated > 0 and request.wanted - request.computed == 1
 
 
 def rejects(request: Request) -> bool:

@@ -4,12 +4,14 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jsonschema
 import numpy as np
 import pytest
 import torch
+from speculating import Guesses, draft_always
 
 from soma.engine.adjust import Row, SamplingState
 from soma.engine.engine import Engine
@@ -17,6 +19,7 @@ from soma.engine.errors import RequestError
 from soma.engine.guided import KEPT, Guided, Guides
 from soma.engine.params import SamplingParams
 from soma.engine.sampling import distribution, sample
+from soma.model.hub import load_model
 from soma.model.tokenizer import Tokenizer
 
 Make = Callable[..., Engine]
@@ -120,6 +123,27 @@ def test_preemption_and_prefix_cache_change_nothing(make_engine: Make, tokenizer
     assert engine.stats()["prefix_cache_hits"] > 0
     assert [one.ids for one in narrow] == [one.ids for one in wide]
     assert all(is_valid(one.text) for one, asked in zip(narrow, each, strict=True) if asked.guided)
+
+
+@pytest.mark.parametrize("draft", ["ngram", "guesses", "model"])
+def test_speculation_changes_nothing(make_engine: Make, tokenizer: Tokenizer, tiny_folder: Path, draft: str) -> None:
+    """Drafts that leave the grammar are refused, those that go on behind its end are cut, and the rest is accepted."""
+    guided = Guided.json_schema(PERSON)
+    prompts = [tokenizer.encode(f'"name": "large", "age": 10, "tags": ["red"], more {seed}') for seed in range(8)]
+    each = [params(seed, guided if seed % 4 else None, max_tokens=700 if seed % 4 else 40) for seed in range(8)]
+    plain = [one.result().ids for one in make_engine().submit_all(prompts, each)]
+    engine = make_engine()
+    known = {tuple(ids): answer for ids, answer in zip(prompts, plain, strict=True)}
+    guesses = Guesses(known, engine.config.vocab_size) if draft == "guesses" else None
+    draft_always(engine, guesses or (load_model(tiny_folder) if draft == "model" else "ngram"))
+    drafted = [one.result() for one in engine.submit_all(prompts, each)]
+    assert [one.ids for one in drafted] == plain
+    assert {one.finish_reason for one, asked in zip(drafted, each, strict=True) if asked.guided} == {"stop"}
+    assert engine.stats()["accepted_tokens"] > (5 if draft == "ngram" else 100)
+    if draft == "model":  # without a seed its drafts go through rejection sampling
+        requests = [one.result() for one in engine.submit_all(prompts, [replace(one, seed=None) for one in each])]
+        texts = [one.text for one, asked in zip(requests, each, strict=True) if asked.guided]
+        assert all(map(is_valid, texts))
 
 
 def test_rows_of_a_draft(tokenizer: Tokenizer) -> None:
