@@ -7,6 +7,7 @@ Requests are random ids, answers greedy and of a fixed length (`ignore_eos`), al
 """
 
 import argparse
+import gc
 import random
 import sys
 import time
@@ -55,6 +56,7 @@ def main() -> None:
     cases: list[Case] = []
     for work in options.work:
         cases += WORKS[work](options)
+        gc.collect()
         torch.cuda.empty_cache()
     finish("engine_gpu", options, cases, packages=["triton", "transformers", "vllm"])
 
@@ -137,28 +139,50 @@ def decode(options: argparse.Namespace) -> list[Case]:
 
 def throughput(options: argparse.Namespace) -> list[Case]:
     """256 requests at once, all of them running; vLLM's default is `max_num_seqs` 256 too."""
-    draw, cases = random.Random(1), []
-    model = random_model()
-    engine = Engine(model, Ids(), max_running=256, max_length=2304)
-    Timed(engine, prompts_of([500] * 64, 99), [8] * 64)
-    for name, bar in BARS.items():
-        ours = []
-        for seed in range(options.rounds):
-            if "100-1,024" in name:
-                lengths, counts = ([draw.randint(100, 1024) for _ in range(256)] for _ in range(2))
-            else:
+    cases = []
+    for cache_dtype in ("auto", "fp8"):
+        engine = Engine(random_model(), Ids(), max_running=256, max_length=2304, cache_dtype=cache_dtype)
+        Timed(engine, prompts_of([500] * 64, 99), [8] * 64)
+        draw = random.Random(1)
+        for name, bar in BARS.items():
+            ours = []
+            for seed in range(options.rounds):
                 lengths, counts = [1000] * 256, [1000] * 256
-            done = Timed(engine, prompts_of(lengths, seed), counts)
-            ours.append(sum(counts) / done.seconds)
-            first = sorted(done.first)
-            print(
-                f"  {name}: {sum(lengths):,} in, {sum(counts):,} out, {done.seconds:.2f} s, "
-                f"{ours[-1]:,.0f} output tokens/s, first token after {first[128]:.2f} s (median)",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
-        cases.append(make_case(name, "output tokens/s", ours, "the H200's bar", [bar] * len(ours), 1.0))
-    engine.close()
+                if "100-1,024" in name:
+                    lengths, counts = ([draw.randint(100, 1024) for _ in range(256)] for _ in range(2))
+                done = Timed(engine, prompts_of(lengths, seed), counts)
+                ours.append(sum(counts) / done.seconds)
+                first = sorted(done.first)
+                print(
+                    f"  {name}, cache {cache_dtype}: {sum(lengths):,} in, {sum(counts):,} out, {done.seconds:.2f} s, "
+                    f"{ours[-1]:,.0f} output tokens/s, first token after {first[128]:.2f} s (median)",
+                    file=sys.stderr, flush=True,
+                )  # fmt: skip
+            fp8 = cache_dtype == "fp8"
+            case = f"{name}, FP8 cache" if fp8 else name
+            cases.append(
+                make_case(case, "output tokens/s", ours, "the H200's bar", [bar] * len(ours), None if fp8 else 1.0)
+            )
+        engine.close()
+        del engine
+        gc.collect()
+        torch.cuda.empty_cache()
     return cases
+
+
+def batch_of_64(options: argparse.Namespace) -> list[Case]:
+    """64 requests of 512 in and 128 out, for ours and transformers, which answers them as one padded batch."""
+    model = random_model()
+    engine = Engine(model, Ids(), max_running=64, max_length=1024)
+    peer, ours, theirs = HuggingFace(engine.runner.model), [], []
+    for seed in range(options.warmup + options.rounds):
+        prompts = prompts_of([512] * 64, seed)
+        ours.append(64 * 128 / Timed(engine, prompts, [128] * 64).seconds)
+        theirs.append(64 * 128 / peer.seconds(prompts, 128))
+    engine.close()
+    first = options.warmup
+    case = "64 requests of 512 in, 128 out"
+    return [make_case(case, "output tokens/s", ours[first:], "transformers generate", theirs[first:])]
 
 
 class HuggingFace:
@@ -181,20 +205,24 @@ class HuggingFace:
             setattr(peer.model.rotary_emb, name, model.rope.inv_freq.clone())
         self.model = peer.eval()
 
-    def decode(self, prompt: list[int], count: int) -> float:
-        """Tokens/s after the first one."""
+    def seconds(self, prompts: list[list[int]], count: int) -> float:
+        """Seconds for `count` greedy tokens after each of several prompts of one length."""
         if self.model is None:
             return float("nan")
-        ids = torch.tensor([prompt], device=DEVICE)
-        words: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
-        seconds = []
-        for tokens in (1, count):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            self.model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, **words)
-            torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-        return (count - 1) / (seconds[1] - seconds[0])
+        ids = torch.tensor(prompts, device=DEVICE)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        self.model.generate(
+            ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0,
+            attention_mask=torch.ones_like(ids),
+        )  # fmt: skip
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def decode(self, prompt: list[int], count: int) -> float:
+        """Tokens/s after the first one."""
+        first = self.seconds([prompt], 1)
+        return (count - 1) / (self.seconds([prompt], count) - first)
 
 
 def flash(options: argparse.Namespace) -> list[Case]:
@@ -203,7 +231,7 @@ def flash(options: argparse.Namespace) -> list[Case]:
 
 
 WORKS: dict[str, Callable[[argparse.Namespace], list[Case]]] = {
-    "decode": decode, "throughput": throughput, "flash": flash,
+    "decode": decode, "throughput": throughput, "batch": batch_of_64, "flash": flash,
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from soma.engine.backends.reference import ReferenceModel
 from soma.engine.backends.triton import TritonModel
 from soma.engine.batch import Batch, make_batch
 from soma.engine.engine import Engine
-from soma.engine.paged import PagedCache
+from soma.engine.paged import FP8, PagedCache
 from soma.engine.params import SamplingParams
 from soma.engine.request import Request
 from soma.model.config import ModelConfig
@@ -22,6 +22,7 @@ from soma.model.transformer import Transformer
 
 BLOCK = 16
 LOGITS_BOUND = 1.1  # largest error of bf16 logits against float32, relative to that of the reference in bf16
+FP8_BOUND = 6e-2  # relative error of bf16 logits, Triton against the reference, both over an FP8 cache
 
 
 def check() -> None:
@@ -52,8 +53,22 @@ def check_logits() -> None:
         shown = " ".join(f"{error:.2e}" for error in errors)
         print(f"  check bf16 logits against float32, {name}: {shown}", file=sys.stderr, flush=True)
         assert all(error < LOGITS_BOUND * usual for error, usual in zip(errors, rows[0], strict=True)), name
+    check_fp8(model, ids, lengths)
     wrong = relative_error(outputs[1][2].flip(0).float(), right[2])
     assert wrong > 10 * max(rows[0]), "logits of other sequences passed"
+
+
+def check_fp8(model: Transformer, ids: list[list[int]], lengths: list[int]) -> None:
+    """An FP8 cache: Triton's logits are as near to the reference's as those over the full cache are."""
+    outputs = []
+    with torch.inference_mode():
+        for kind in (ReferenceModel, TritonModel):
+            backend = kind(model, PagedCache(model.config, 100, BLOCK, FP8, DEVICE))
+            outputs.append([backend.step(batch) for batch in steps(ids, lengths)])
+    errors = [relative_error(a.float(), b.float()) for a, b in zip(*outputs, strict=True)]
+    shown = " ".join(f"{error:.2e}" for error in errors)
+    print(f"  check bf16 logits over an FP8 cache, Triton against reference: {shown}", file=sys.stderr, flush=True)
+    assert max(errors) < FP8_BOUND
 
 
 def steps(ids: list[list[int]], lengths: list[int]) -> list[Batch]:

@@ -30,7 +30,7 @@ from soma.engine.errors import EngineClosedError, QueueFullError
 from soma.engine.guided import Guides
 from soma.engine.memory import GPU_SHARE, fitting_tokens
 from soma.engine.overlap import NOTHING, PLACEHOLDER, Flight, can_overlap, draw
-from soma.engine.paged import PagedCache
+from soma.engine.paged import PagedCache, cache_dtype_of
 from soma.engine.params import SamplingParams, TokenLogprob
 from soma.engine.request import LATE, Completion, Request, TokenEvent, Tokenizer
 from soma.engine.runner import Runner
@@ -61,6 +61,8 @@ class Engine:
         prefill_chunk: prompt tokens of one request in a step; None: 256 on a CPU, 2048 on a GPU.
         cache_tokens: tokens of the cache; None: what fits beside the largest step (see `soma.engine.memory`), but no
             more than `max_running` requests of `max_length` can use.
+        cache_dtype: "fp8" halves the cache's bytes per token against 16 bits (e4m3, no scales; Triton and reference
+            backends); "auto": the model's dtype.
         gpu_memory_utilization: share of a GPU's memory for weights, steps and cache together.
         cuda_graphs: replay decode steps as CUDA graphs, captured at the start (Triton backend).
         block_size: tokens of a block of the cache, a power of two.
@@ -78,7 +80,8 @@ class Engine:
     def __init__(
         self, model: Transformer, tokenizer: Tokenizer, *, max_length: int | None = None, max_running: int = 64,
         max_waiting: int = 256, step_tokens: int | None = None, prefill_chunk: int | None = None,
-        cache_tokens: int | None = None, block_size: int = 16, prefix_cache: bool = True, weights: str | None = None,
+        cache_tokens: int | None = None, cache_dtype: str = "auto", block_size: int = 16, prefix_cache: bool = True,
+        weights: str | None = None,
         backend: str = "auto", gpu_memory_utilization: float = GPU_SHARE, cuda_graphs: bool = True,
         overlap: bool | None = None, share: int = 1, group: "RankGroup | None" = None,
         speculate: str | Path | None = None, draft_tokens: int = DRAFT_TOKENS,
@@ -90,18 +93,26 @@ class Engine:
                     quantize(each, bits)
         self.config, self.tokenizer = model.config if group is None else group.config, tokenizer
         self.device = model.device
+        stored = cache_dtype_of(cache_dtype, model.dtype)
+        if group is not None and stored != model.dtype:
+            raise UserError(f"cache_dtype {cache_dtype!r} with a model over several processes: leave it at auto")
         self.guides = Guides(tokenizer, self.config.vocab_size)
         context = self.config.max_position_embeddings
         usual_step, usual_chunk = (8192, 2048) if self.device.type == "cuda" else (512, 256)
         step_tokens = max(step_tokens or usual_step, max_running + 1)
         if cache_tokens is None:
-            fit = partial(fitting_tokens, model, backend=backend) if group is None else group.fitting_tokens
+            fit = (
+                partial(fitting_tokens, model, backend=backend, cache_dtype=stored)
+                if group is None
+                else group.fitting_tokens
+            )
             fitting = fit(
                 block_size=block_size, step_tokens=step_tokens, max_running=max_running,
                 gpu_memory_utilization=gpu_memory_utilization, share=share,
             )  # fmt: skip
             if draft is not None:  # it has a cache of as many tokens
-                mine, other = (PagedCache.block_bytes(each.config, 1, each.dtype) for each in (model, draft))
+                mine = PagedCache.block_bytes(model.config, 1, stored)
+                other = PagedCache.block_bytes(draft.config, 1, draft.dtype)
                 fitting = int(fitting * mine / (mine + other))
             cache_tokens = max(block_size, min(fitting, max_running * (min(max_length or context, context) + 1)))
         blocks = max(1, cache_tokens // block_size)
@@ -111,7 +122,7 @@ class Engine:
             group.start(blocks, block_size)
             self.cache, self.runner = group.cache, group
         else:
-            self.cache = PagedCache(self.config, blocks, block_size, model.dtype, self.device)
+            self.cache = PagedCache(self.config, blocks, block_size, stored, self.device)
             graphs = (max_running, self.max_length) if cuda_graphs else None
             self.runner = Runner(model, self.cache, backend=backend, graphs=graphs)
         if self.runner.reason is not None:

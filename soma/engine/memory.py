@@ -25,13 +25,14 @@ log = logging.getLogger("soma.engine")
 
 def fitting_tokens(
     model: Transformer, block_size: int, step_tokens: int, max_running: int, *, backend: str = "auto",
-    gpu_memory_utilization: float = GPU_SHARE, share: int = 1,
+    gpu_memory_utilization: float = GPU_SHARE, share: int = 1, cache_dtype: torch.dtype | None = None,
 ) -> int:  # fmt: skip
     """Tokens that the cache of one of `share` engines for this model may have; 0 or less if there is no room at all."""
-    token_bytes = PagedCache.block_bytes(model.config, block_size, model.dtype) / block_size
+    dtype = cache_dtype or model.dtype
+    token_bytes = PagedCache.block_bytes(model.config, block_size, dtype) / block_size
     batch = largest_step(block_size, step_tokens, max_running, model.device)
     with torch.inference_mode():
-        cache = PagedCache(model.config, batch.longest // block_size + 1, block_size, model.dtype, model.device)
+        cache = PagedCache(model.config, batch.longest // block_size + 1, block_size, dtype, model.device)
         runner = Runner(model, cache, backend=backend)
         return int(room(runner, batch, gpu_memory_utilization) / share / token_bytes)
 

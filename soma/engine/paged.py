@@ -10,15 +10,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from soma.base.errors import UserError
 from soma.engine.batch import Batch
 from soma.model.config import ModelConfig
 from soma.model.formulas import kv_cache_bytes
+
+FP8 = torch.float8_e4m3fn
+FP8_MOST = 448.0  # the largest number of the format
+CACHE_DTYPES = ("auto", "fp8")
+
+
+def cache_dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The cache's dtype for a model of `dtype`: its own for "auto". Raises UserError for an unknown name."""
+    if name not in CACHE_DTYPES:
+        raise UserError(f"cache_dtype {name!r}: expected one of {', '.join(CACHE_DTYPES)}")
+    return FP8 if name == "fp8" else dtype
 
 
 class PagedCache:
     """Per layer keys and values (N, K, block_size, E). With MLA keys alone: (N, 1, block_size, latent + rotary).
 
-    N is one more than `num_blocks`: rows that pad a batch write to the block `scratch`, which no sequence has.
+    N is one more than `num_blocks`: rows that pad a batch write to the block `scratch`, which no sequence has. In
+    float8_e4m3fn (`FP8`) numbers are stored without scales, those beyond ±448 as ±448.
     """
 
     def __init__(
@@ -26,7 +39,7 @@ class PagedCache:
         device: torch.device | str = "cpu",
     ) -> None:  # fmt: skip
         self.config, self.num_blocks, self.block_size = config, num_blocks, block_size
-        self.scratch = num_blocks
+        self.scratch, self.dtype = num_blocks, dtype
         if config.is_mla:
             assert config.kv_lora_rank is not None
             shape = (num_blocks + 1, 1, block_size, config.kv_lora_rank + config.qk_rope_head_dim)
@@ -81,11 +94,13 @@ class PagedStep:
 
     def write(self, layer: int, k_TKE: Tensor, v_TKE: Tensor | None) -> None:
         """Put the new tokens' keys and values of a layer into their slots."""
-        keys = self.cache.keys[layer]
-        keys.transpose(1, 2)[self.block_T, self.place_T] = k_TKE.to(keys.dtype)
+        pairs = [(self.cache.keys[layer], k_TKE)]
         if v_TKE is not None:
-            values = self.cache.values[layer]
-            values.transpose(1, 2)[self.block_T, self.place_T] = v_TKE.to(values.dtype)
+            pairs.append((self.cache.values[layer], v_TKE))
+        for stored, new_TKE in pairs:
+            if stored.dtype == FP8:
+                new_TKE = new_TKE.clamp(-FP8_MOST, FP8_MOST)
+            stored.transpose(1, 2)[self.block_T, self.place_T] = new_TKE.to(stored.dtype)
 
     def _read(self, layer: int, table: Tensor, dtype: torch.dtype, width: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the blocks of one or more tables, (…, K, L, E)."""

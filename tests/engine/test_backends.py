@@ -1,6 +1,7 @@
 """Backends against the `Transformer`: Triton in its interpreter, padded decode batches, the choice among them."""
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +14,9 @@ from soma.engine.backends.choose import Backend, make_backend, why_not
 from soma.engine.backends.graphs import DecodeInputs, bucket_sizes
 from soma.engine.backends.reference import ReferenceModel
 from soma.engine.batch import Batch, make_batch
-from soma.engine.paged import PagedCache
+from soma.engine.engine import Engine
+from soma.engine.paged import FP8, PagedCache
+from soma.engine.params import SamplingParams
 from soma.model.transformer import Transformer
 
 BLOCK = 4
@@ -32,15 +35,17 @@ def triton_model(model: Transformer, cache: PagedCache) -> Backend:
 class Texts:
     """Texts at random places of a cache that is full of what others left there; `run` goes on by `counts` tokens."""
 
-    def __init__(self, model: Transformer, lengths: list[int], seed: int = 0) -> None:
+    def __init__(
+        self, model: Transformer, lengths: list[int], seed: int = 0, dtype: torch.dtype = torch.float32
+    ) -> None:
         draw = random.Random(seed)
         self.ids = [[draw.randrange(V) for _ in range(length)] for length in lengths]
         blocks = list(range(BLOCKS))
         draw.shuffle(blocks)
         self.tables = [np.array([blocks.pop() for _ in range(-(-n // BLOCK))], dtype=np.int32) for n in lengths]
-        self.cache = PagedCache(model.config, BLOCKS, BLOCK)
+        self.cache = PagedCache(model.config, BLOCKS, BLOCK, dtype)
         for tensor in [*self.cache.keys, *self.cache.values]:
-            tensor.normal_()
+            tensor.copy_(torch.randn(tensor.shape))
         self.done = [0] * len(lengths)
 
     def batch(self, counts: list[int]) -> Batch:
@@ -58,8 +63,10 @@ class Texts:
 STEPS = [[9, 13, 0, 1], [1, 1, 6, 0], [1, 1, 1, 1], [0, 1, 1, 1], [0, 1, 0, 0]]
 
 
-def logits(model: Transformer, make_model, spoil=lambda batch: batch) -> list[torch.Tensor]:
-    texts = Texts(model, [11, 17, 8, 3])
+def logits(
+    model: Transformer, make_model, spoil=lambda batch: batch, dtype: torch.dtype = torch.float32
+) -> list[torch.Tensor]:
+    texts = Texts(model, [11, 17, 8, 3], dtype=dtype)
     backend = make_model(model.fuse(), texts.cache)
     with torch.inference_mode():
         return [backend.step(spoil(texts.batch(counts))) for counts in STEPS]
@@ -138,3 +145,40 @@ def test_the_choice_and_its_reason() -> None:
 def test_what_triton_leaves_to_the_reference(family: str) -> None:
     pytest.importorskip("triton")
     assert why_not("triton", make(family)) in ("latent attention or experts", "layers differ from a Llama's")
+
+
+def relative_error(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True))
+
+
+def test_fp8_cache() -> None:
+    """Near the full cache. (Triton's kernels over such a cache: tests/model, and engine_gpu.py --check.)"""
+    model = make("llama")
+    exact, stored = logits(model, ReferenceModel), logits(model, ReferenceModel, dtype=FP8)
+    assert 1e-3 < relative_error(stored, exact) < 0.1
+
+
+@pytest.mark.parametrize("make_model", [ReferenceModel, triton_model])
+def test_fp8_saturates(make_model) -> None:
+    model = make("llama").fuse()
+    with torch.no_grad():
+        model.layers[0].self_attn.v_proj.weight.mul_(1e5)
+    texts = Texts(model, [5], dtype=FP8)
+    with torch.inference_mode():
+        make_model(model, texts.cache).step(texts.batch([4]))
+    slots = texts.tables[0][0]
+    assert texts.cache.values[0][slots].float().abs().max() == 448
+
+
+def test_fp8_in_the_engine(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(cache_dtype="fp8")
+    assert (engine.runner.name, engine.runner.reason) == ("reference", "the cache is torch.float8_e4m3fn")
+    assert engine.cache.keys[0].dtype == FP8
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    ids = engine.generate([5, 6, 7, 8], params).ids
+    assert len(ids) == 12
+    assert engine.generate([5, 6, 7, 8], params).ids == ids
+    with pytest.raises(UserError, match="cache_dtype 'fp4': expected one of auto, fp8"):
+        make_engine(cache_dtype="fp4")
+    with pytest.raises(UserError, match="backend 'native' cannot run this model: the cache is"):
+        make_engine(cache_dtype="fp8", backend="native")

@@ -56,3 +56,20 @@ def test_swiglu(dtype: torch.dtype) -> None:
     found = fused.swiglu(gate, up)
     assert reference.relative_error(found, reference.swiglu(gate.double(), up.double())) < BOUNDS[dtype]
     assert reference.relative_error(found, reference.swiglu(up.double(), gate.double())) > 1e-2
+
+
+def test_fp8_cache_write() -> None:
+    """Numbers of the format are stored as they are (the interpreter misrounds others), larger ones as its largest."""
+    stored = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    stored = stored[stored.isfinite()]
+    k, v = (stored[torch.randint(len(stored), (7, 2, 32))] for _ in range(2))
+    v[3, 1, 5], k[2, 0, 1] = 1e4, -500.0
+    keys, values = (torch.zeros(5, 2, 4, 32).to(torch.float8_e4m3fn) for _ in range(2))
+    slots = torch.randperm(20)[:7]
+    cos, sin = torch.ones(7, 16), torch.zeros(7, 16)
+    q = torch.randn(7, 4, 32)
+    assert torch.equal(fused.rope_write(q, k, v, cos, sin, keys, values, slots.int()), q)
+    for cache, new in ((keys, k), (values, v)):
+        expected = reference.write(new.clamp(-448, 448), torch.zeros(5, 2, 4, 32), slots)
+        assert torch.equal(cache.float(), expected)
+    assert values.float().max() == 448

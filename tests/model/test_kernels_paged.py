@@ -71,6 +71,17 @@ def test_half_precision() -> None:
     assert error(case([1, 1], [40, 99], 2, 1, 64, dtype=torch.float16), splits=2) < 1e-3
 
 
+@pytest.mark.parametrize(("new", "splits"), [([1, 30], None), ([1, 1], 2)])
+def test_fp8_cache(new: list[int], splits: int | None) -> None:
+    """What is stored is read exactly; the arithmetic is that of the queries."""
+    q, keys, values, starts, lengths, tables = case(new, [40, 99], 4, 2, 32)
+    stored = [torch.nan_to_num(cache).to(torch.float8_e4m3fn) for cache in (keys, values)]
+    found = paged_attention(q, *stored, starts, lengths, tables, splits=splits)
+    exact = [cache.double() for cache in stored]
+    expected = reference.paged_attention(q.double(), *exact, starts.tolist(), lengths.tolist(), tables)
+    assert reference.relative_error(found, expected) < 1e-6
+
+
 def test_random_batches() -> None:
     for _ in range(4):
         count = int(torch.randint(1, 5, ()))

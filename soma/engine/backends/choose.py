@@ -6,6 +6,7 @@ All of them hold one model and one paged cache, and are held to the reference in
 from importlib.util import find_spec
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from soma.base.errors import UserError
@@ -26,9 +27,11 @@ class Backend(Protocol):
         ...
 
 
-def why_not(name: str, model: Transformer) -> str | None:
-    """Why a backend cannot run this model; None if it can."""
+def why_not(name: str, model: Transformer, cache_dtype: torch.dtype | None = None) -> str | None:
+    """Why a backend cannot run this model (over a cache of that dtype; None: the model's); None if it can."""
     if name == "native":
+        if cache_dtype not in (None, model.dtype):
+            return f"the cache is {cache_dtype}"
         return NativeModel.supports(model)
     if name == "triton":
         if find_spec("triton") is None:
@@ -49,12 +52,12 @@ def make_backend(
     """
     if name not in BACKENDS:
         raise UserError(f"backend {name!r}: expected one of {', '.join(BACKENDS)}")
-    if name in ("native", "triton") and (reason := why_not(name, model)) is not None:
+    if name in ("native", "triton") and (reason := why_not(name, model, cache.dtype)) is not None:
         raise UserError(f"backend {name!r} cannot run this model: {reason}")
     reason = None
     if name == "auto":
         name = "triton" if model.device.type == "cuda" else "native"
-        if (reason := why_not(name, model)) is not None:
+        if (reason := why_not(name, model, cache.dtype)) is not None:
             name = "reference"
     if name == "native":
         return NativeModel(model, cache.keys, cache.values, cache.block_size), name, None

@@ -89,15 +89,15 @@ class DecodeGraphs:
     """Captures `features` (a decode batch to its hidden states) for every bucket of batch sizes."""
 
     def __init__(
-        self, features: Callable[[Batch], Tensor], cache: PagedCache, hidden_size: int, max_sequences: int,
+        self, features: Callable[[Batch], Tensor], cache: PagedCache, like_VD: Tensor, max_sequences: int,
         max_length: int,
     ) -> None:  # fmt: skip
-        keys = cache.keys[0]
-        self.device = keys.device
+        """like_VD: a tensor with the width, dtype and device of the hidden states."""
+        self.device = like_VD.device
         self.width = -(-max_length // cache.block_size)
         self.sizes = bucket_sizes(max_sequences)
         self.inputs = DecodeInputs(max_sequences, self.width, cache.scratch, cache.block_size, self.device)
-        self.out_SD = torch.empty(max_sequences, hidden_size, dtype=keys.dtype, device=self.device)
+        self.out_SD = like_VD.new_empty(max_sequences, like_VD.size(1))
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         begin = time.monotonic()
         self.inputs.fill(min(max_length, TUNING_LENGTH), cache.num_blocks)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from soma.engine.backends.graphs import DecodeGraphs
 from soma.engine.batch import Batch
-from soma.engine.paged import PagedCache
+from soma.engine.paged import FP8, PagedCache
 from soma.model.adapted import AdaptedLinear, adapters
 from soma.model.attention import Attention
 from soma.model.kernels.fused import add_rms_norm, rms_norm, rope_write, swiglu
@@ -41,7 +41,7 @@ class TritonModel:
 
     def __init__(self, model: Transformer, cache: PagedCache, graphs: tuple[int, int] | None = None) -> None:
         assert self.supports(model) is None, self.supports(model)
-        assert all(keys.dtype == model.dtype for keys in cache.keys)
+        assert cache.dtype in (model.dtype, FP8)
         self.model, self.cache, self.eps = model, cache, model.config.norm_eps
         self.layers: list[tuple[Attention, MLP, Tensor, Tensor]] = []
         norms = [layer.get_parameter("input_layernorm.weight") for layer in model.layers]
@@ -62,7 +62,7 @@ class TritonModel:
         )  # fmt: skip
         self.graphs = None
         if graphs is not None:
-            self.graphs = DecodeGraphs(self.features, cache, model.config.hidden_size, *graphs)
+            self.graphs = DecodeGraphs(self.features, cache, model.embed_tokens.weight, *graphs)
             self.step(self.graphs.inputs.rows(1))  # compiles what lies outside the graph
 
     def step(self, batch: Batch) -> Tensor:

@@ -61,11 +61,19 @@ def run_rms_norm(
 
 
 @triton.jit
+def store_cached(target, value, mask, SATURATE: tl.constexpr):
+    """Store in the cache's dtype; with SATURATE, which FP8 needs, numbers beyond its range become its largest."""
+    if SATURATE:
+        value = tl.minimum(tl.maximum(value.to(tl.float32), -448.0), 448.0)
+    tl.store(target, value.to(target.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def rope_write_kernel(
     q, k, v, cos, sin, out, keys, values, slots, num_heads,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     stride_b, stride_k, stride_s,
-    HEAD: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, PAGE: tl.constexpr,
+    HEAD: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, PAGE: tl.constexpr, SATURATE: tl.constexpr,
 ):  # fmt: skip
     """One program: one token and one head: a query head is rotated, a key head rotated and cached with its values."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -76,19 +84,23 @@ def rope_write_kernel(
     s = tl.load(sin + token * half + columns, mask=mask, other=0.0).to(tl.float32)
     if head < num_heads:
         source = q + token * stride_qt + head * stride_qh
-        target = out + token * stride_ot + head * stride_oh
     else:
         source = k + token * stride_kt + (head - num_heads) * stride_kh
-        slot = tl.load(slots + token).to(tl.int64)
-        place = slot // PAGE * stride_b + (head - num_heads) * stride_k + slot % PAGE * stride_s
-        target = keys + place
-        wide = tl.arange(0, BLOCK_E)
-        value = tl.load(v + token * stride_vt + (head - num_heads) * stride_vh + wide, mask=wide < HEAD, other=0.0)
-        tl.store(values + place + wide, value, mask=wide < HEAD)
     a = tl.load(source + columns, mask=mask, other=0.0).to(tl.float32)
     b = tl.load(source + half + columns, mask=mask, other=0.0).to(tl.float32)
-    tl.store(target + columns, (a * c - b * s).to(target.dtype.element_ty), mask=mask)
-    tl.store(target + half + columns, (b * c + a * s).to(target.dtype.element_ty), mask=mask)
+    first, second = a * c - b * s, b * c + a * s
+    if head < num_heads:
+        target = out + token * stride_ot + head * stride_oh + columns
+        tl.store(target, first.to(out.dtype.element_ty), mask=mask)
+        tl.store(target + half, second.to(out.dtype.element_ty), mask=mask)
+    else:
+        slot = tl.load(slots + token).to(tl.int64)
+        place = slot // PAGE * stride_b + (head - num_heads) * stride_k + slot % PAGE * stride_s
+        wide = tl.arange(0, BLOCK_E)
+        value = tl.load(v + token * stride_vt + (head - num_heads) * stride_vh + wide, mask=wide < HEAD, other=0.0)
+        store_cached(keys + place + columns, first, mask, SATURATE)
+        store_cached(keys + place + half + columns, second, mask, SATURATE)
+        store_cached(values + place + wide, value, wide < HEAD, SATURATE)
 
 
 def rope_write(
@@ -98,7 +110,8 @@ def rope_write(
     """Rotated queries (T, H, E); the rotated keys and the values go to their slots of the paged cache.
 
     cos_TR, sin_TR: (T, E/2), contiguous, as `rope.Rope` gives them; pairs are (i, i + E/2). keys, values:
-    (num_blocks, K, block_size, E) of one layout and of q's dtype; slots_T: block · block_size + offset, no slot twice.
+    (num_blocks, K, block_size, E) of one layout, in q's dtype or float8_e4m3fn (beyond ±448 saturated); slots_T:
+    block · block_size + offset, no slot twice.
     """
     T, H, E = q_THE.shape
     K, page = k_TKE.size(1), keys.size(2)
@@ -107,13 +120,15 @@ def rope_write(
     assert sin_TR.is_contiguous()
     assert q_THE.stride(2) == k_TKE.stride(2) == v_TKE.stride(2) == keys.stride(3) == 1
     assert keys.stride() == values.stride()
-    assert keys.dtype == values.dtype == q_THE.dtype
+    assert keys.dtype == values.dtype
+    assert keys.dtype in (q_THE.dtype, torch.float8_e4m3fn)
     out_THE = torch.empty(T, H, E, dtype=q_THE.dtype, device=q_THE.device)
     rope_write_kernel[(T, H + K)](
         q_THE, k_TKE, v_TKE, cos_TR, sin_TR, out_THE, keys, values, slots_T, H,
         q_THE.stride(0), q_THE.stride(1), k_TKE.stride(0), k_TKE.stride(1), v_TKE.stride(0), v_TKE.stride(1), H * E, E,
         keys.stride(0), keys.stride(1), keys.stride(2),
-        HEAD=E, BLOCK_E=triton.next_power_of_2(E), BLOCK_R=triton.next_power_of_2(E // 2), PAGE=page, num_warps=1,
+        HEAD=E, BLOCK_E=triton.next_power_of_2(E), BLOCK_R=triton.next_power_of_2(E // 2), PAGE=page,
+        SATURATE=keys.dtype != q_THE.dtype, num_warps=1,
     )  # fmt: skip
     return out_THE
 
