@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from tiny import make_model
 
 from soma.base.errors import UserError
@@ -69,13 +70,16 @@ def check_tokens(folder: Path, tensors: int, stages: int, **more: Any) -> None:
         for place in range(len(prompts))
     ]  # fmt: skip
     scored = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, logprobs=2, prompt_logprobs=1)
-    one = Engine(load_model(folder), Tokenizer.load(folder), cache_tokens=4096, backend="reference", **more)
+    device = "cuda" if torch.cuda.device_count() >= 2 else "cpu"
+    one = Engine(
+        load_model(folder, device=device), Tokenizer.load(folder), cache_tokens=4096, backend="reference", **more
+    )
     try:
         wanted = [request.result().ids for request in one.submit_all(prompts, params)]
         score = one.generate(prompts[0], scored)
     finally:
         one.close()
-    with parallel(folder, tensors, stages, **SQUEEZED, **more) as engine:
+    with parallel(folder, tensors, stages, device=device, **SQUEEZED, **more) as engine:
         assert [request.result().ids for request in engine.submit_all(prompts, params)] == wanted
         assert wait_for(lambda: engine.stats()["preemptions"] > 0, 2)
         hits = engine.stats()["prefix_cache_hits"]
@@ -97,6 +101,14 @@ def test_two_tensor_ranks(tmp_path: Path) -> None:
 
 def test_two_stages(tmp_path: Path) -> None:
     check_tokens(make_model(tmp_path, family="qwen3", num_hidden_layers=3, head_dim=24), 1, 2)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs are needed")
+@pytest.mark.parametrize(("tensors", "stages"), [(2, 1), (1, 2)])
+def test_two_gpus(tmp_path: Path, tensors: int, stages: int) -> None:
+    """The same over NCCL and Triton attention, in float32."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    check_tokens(make_model(tmp_path), tensors, stages)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import random
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from family_models import BASE, FAMILIES, V, make
 from soma.base.errors import UserError
 from soma.engine.backends.reference import ReferenceModel
 from soma.engine.batch import Batch, make_batch
-from soma.engine.paged import PagedCache
+from soma.engine.paged import PagedCache, PagedStep
 from soma.engine.parallel.links import Links
 from soma.engine.parallel.parts import pack, ranges, unpack
 from soma.engine.parallel.stage import StageModel
@@ -23,6 +24,7 @@ from soma.model.hub import load_config, load_model, save_model
 from soma.model.shard import Shard, build_shard, check_split, load_shard
 from tests.train.pool import Pool
 
+TRITON = find_spec("triton") is not None
 BLOCKS, BLOCK = 40, 8
 MORE: dict[str, dict[str, Any]] = {
     "mixtral": {**FAMILIES["mixtral"], "moe_intermediate_size": 96},  # what its config.json can say
@@ -177,6 +179,25 @@ def test_parts_are_the_batch() -> None:
     assert ranges(np.array([0, 6, 7, 8, 12]), 2) == [(0, 1), (1, 4)]
     assert ranges(np.array([0, 100]), 4) == [(0, 1)]
     assert ranges(np.array([0, 1, 2, 3, 4]), 2) == [(0, 2), (2, 4)]
+
+
+@pytest.mark.skipif(not TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("name", ["llama", "mixed-windows", "mixtral"])
+def test_attention_in_triton_is_that_of_the_reference(name: str) -> None:
+    """Under Triton's interpreter, in float32; on GPUs `test_parallel.py` compares tokens."""
+    from soma.engine.parallel.triton_step import TritonStep
+
+    model = make(name).fuse()
+    caches = [PagedCache(model.config, BLOCKS, BLOCK) for _ in range(2)]
+    assert TritonStep.supports(model.config, model.dtype)
+    assert not TritonStep.supports(ModelConfig(**FAMILIES["deepseek_v2"]), model.dtype)
+    with torch.inference_mode():
+        for batch in steps(V, 3):
+            given, right = (
+                model.features(batch.tokens_T[None], batch.positions_T[None], cache=kind(cache, batch))[0]
+                for kind, cache in zip((TritonStep, PagedStep), caches, strict=True)
+            )
+            assert torch.allclose(given, right, atol=1e-4, rtol=1e-4), (given - right).abs().max()
 
 
 def test_what_cannot_be_split_says_why() -> None:

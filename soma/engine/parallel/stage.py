@@ -4,7 +4,8 @@ Shape letters: T tokens of a microbatch, R rows whose logits are wanted, D model
 vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from soma.engine.batch import Batch
 from soma.engine.paged import PagedCache, PagedStep
 from soma.engine.parallel.links import Links
+from soma.model.cache import FlatCache
 from soma.model.config import ModelConfig
 from soma.model.transformer import Masks, Transformer
 
@@ -26,6 +28,7 @@ class StageModel:
     def __init__(self, model: Transformer, cache: PagedCache, links: Links, whole: ModelConfig) -> None:
         self.model, self.cache, self.links, self.whole = model.fuse(), cache, links, whole
         self.shard = links.shard
+        self.make_step = step_maker(model)
         self.vocabulary = self.shard.vocabulary(whole)
         if self.shard.tensors > 1:
             for layer in model.layers:
@@ -59,7 +62,7 @@ class StageModel:
             cos, sin = model.rope(batch.positions_T[None], x_BTD.dtype)
             rope = (cos[:, None], sin[:, None])
         masks: Masks = dict.fromkeys(model.windows)
-        step = PagedStep(self.cache, batch)
+        step = self.make_step(self.cache, batch)
         for layer in model.layers:
             x_BTD, _ = layer(x_BTD, rope, masks, None, step)
         if not self.shard.is_last:
@@ -108,3 +111,13 @@ class StageModel:
                 part = torch.empty(rows, width, dtype=logits.dtype, device=logits.device)
                 logits[:, start : start + width] = self.links.take_logits(part, last + place)
         return logits
+
+
+def step_maker(model: Transformer) -> Callable[[PagedCache, Batch], FlatCache]:
+    """What attends over the paged cache: Triton kernels on a GPU where they can, else plain PyTorch."""
+    if model.device.type == "cuda" and find_spec("triton") is not None:
+        from soma.engine.parallel.triton_step import TritonStep
+
+        if TritonStep.supports(model.config, model.dtype):
+            return TritonStep
+    return PagedStep
