@@ -26,7 +26,7 @@ from soma.engine.paged import PagedCache
 from soma.engine.parallel.links import TIMEOUT
 from soma.engine.parallel.part import Part, Plan
 from soma.engine.parallel.parts import pack
-from soma.engine.parallel.wire import read, write
+from soma.engine.parallel.wire import first_line, read, write
 from soma.model.config import ModelConfig
 from soma.model.hub import load_config
 from soma.model.shard import check_split
@@ -76,8 +76,9 @@ class RankGroup:
             self.part = Part(plan, 0)
             for peer in self.peers:
                 self._answer(peer)
-            store = dist.TCPStore("127.0.0.1", 0, plan.world_size, True, timeout=TIMEOUT, wait_for_workers=False)
-            self._all("join", store.port)
+            # It must live as long as the group: NCCL connects two ranks when they first talk to each other.
+            self.store = dist.TCPStore("127.0.0.1", 0, plan.world_size, True, timeout=TIMEOUT, wait_for_workers=False)
+            self._all("join", self.store.port)
             self.is_ready = True
         except BaseException:
             self.close()
@@ -130,7 +131,7 @@ class RankGroup:
         except Exception as error:
             log.exception("a step failed on rank 0")
             if not self.closing.wait(2.0):  # a rank that is gone is named by who watches it
-                self._lose(f"rank 0 failed: {type(error).__name__}: {error}")
+                self._lose(f"rank 0 failed: {first_line(error)}")
             raise
         self.since = 0.0
         assert logits_RV is not None

@@ -18,7 +18,7 @@ from typing import Any
 
 from soma.base.errors import UserError
 from soma.engine.parallel.part import Part
-from soma.engine.parallel.wire import read, write
+from soma.engine.parallel.wire import first_line, read, write
 
 PR_SET_PDEATHSIG = 1
 log = logging.getLogger("soma.engine")
@@ -54,7 +54,8 @@ class Rank:
         except Exception as error:
             if not isinstance(error, UserError):
                 log.exception("a rank failed")
-            write(self.sock, "failed", str(error) or type(error).__name__, isinstance(error, UserError))
+            said = str(error) if isinstance(error, UserError) else first_line(error)
+            write(self.sock, "failed", said, isinstance(error, UserError))
             sys.stderr.flush()
             os._exit(1)
 

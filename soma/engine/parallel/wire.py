@@ -24,6 +24,11 @@ def read(sock: socket.socket) -> tuple[Any, ...] | None:
     return None if body is None else pickle.loads(body)
 
 
+def first_line(error: Exception) -> str:
+    """An error without torch's stack of C++ frames."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
 def _bytes(sock: socket.socket, size: int) -> bytes | None:
     data = bytearray(size)
     view, done = memoryview(data), 0
