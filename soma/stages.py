@@ -124,7 +124,8 @@ def _seeded(config: Any, recipe: Recipe) -> Any:
 
 
 def _json(config: BaseModel) -> dict[str, Any]:
-    return config.model_dump(mode="json")
+    # The ranks' layout does not change what is trained, so it is no part of an artefact's key.
+    return config.model_dump(mode="json", exclude={"layout"})
 
 
 # --- Data ---
@@ -248,17 +249,13 @@ def _required(base: StartModel | None) -> StartModel:
 
 
 def _train(job: Build, name: str, config: TrainConfig, model: Any, tokens: Path, base: StartModel | None) -> str | None:
+    from soma.train.parallel import ranks
     from soma.train.trainer import train
 
-    result = train(
-        config,
-        job.out,
-        job.state,
-        tokens=tokens,
-        tokenizer=_tokenizer(job, base),
-        model=model,
-        tracker=job.tracking.for_stage(name),
-    )
+    call: dict[str, Any] = {"config": config, "out": job.out, "work": job.state, "tokens": tokens, "model": model}
+    call["tokenizer"] = _tokenizer(job, base)
+    ranks.together(call)
+    result = train(**call, tracker=job.tracking.for_stage(name))
     return "max_seconds cut the number of steps to what this machine's speed allowed" if result.limited else None
 
 

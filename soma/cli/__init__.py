@@ -6,7 +6,7 @@ import sys
 import typer
 
 from soma.base.errors import UserError
-from soma.cli import models, recipes, schedules, sweeps, upkeep
+from soma.cli import models, recipes, schedules, sweeps, training, upkeep
 
 # Mistakes about paths, not ours: no right to write there, a read-only disk, a file where a folder should be …
 NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
@@ -40,6 +40,7 @@ def _options(
 
 app.command("run")(recipes.run)
 app.add_typer(recipes.recipe_app, name="recipe")
+app.command("train")(training.train)
 app.command("adapt")(recipes.adapt)
 app.command("sweep")(sweeps.sweep)
 app.command("chat")(models.chat)

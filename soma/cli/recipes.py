@@ -41,7 +41,7 @@ def run(
     if explain:
         _explain(loaded, runs, as_json)
         return
-    _execute(loaded, runs, as_json, first=first, last=last, force=force)
+    execute(loaded, runs, as_json, first=first, last=last, force=force)
 
 
 def _name_registry(recipe: Any, runs: Path) -> None:
@@ -66,19 +66,29 @@ def _explain(recipe: Any, runs: Path, as_json: bool) -> None:
                 typer.echo(f"{'':<20}   {reason}")
 
 
-def _execute(recipe: Any, runs: Path, as_json: bool, **selection: Any) -> None:
+def execute(recipe: Any, runs: Path, as_json: bool, **selection: Any) -> None:
+    """Run a recipe with a progress display and print its summary; one rank of several takes its part and ends."""
     from soma.run import run as run_recipe
+    from soma.train.parallel.launch import launched
 
     _name_registry(recipe, runs)
+    if launched():
+        from soma.train.parallel import ranks
+        from soma.train.trainer import train
+
+        if ranks.begin() > 0:
+            ranks.follow(train)
+            ranks.leave()
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     with progress.use(progress.choose(as_json=as_json)) as reporter:
         result = run_recipe(recipe, runs, **selection)
         reporter.event("finished", folder=str(result.folder), metrics=result.record["metrics"])
-    if as_json:
-        return
-    typer.echo("")
-    for line in summary(result):
-        typer.echo(line)
+    if not as_json:
+        typer.echo("")
+        for line in summary(result):
+            typer.echo(line)
+    if launched():
+        ranks.leave()
 
 
 def summary(result: Any) -> list[str]:
@@ -155,4 +165,4 @@ def adapt(
     """
     from soma.adapt import adapt_recipe
 
-    _execute(adapt_recipe(name, model, data, overrides or []), runs, as_json)
+    execute(adapt_recipe(name, model, data, overrides or []), runs, as_json)

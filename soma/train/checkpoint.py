@@ -52,11 +52,15 @@ class Checkpoints:
         return self.directory / f"step-{step:08d}"
 
     def newest(self) -> int | None:
-        """Step of the newest whole checkpoint; a torn one on the way is named in a note. Removes half-written ones."""
-        if self.world.is_main and self.directory.is_dir():
-            for path in self.directory.glob(".step-*"):
-                shutil.rmtree(path)
-        self.world.barrier()
+        """Step of the newest whole checkpoint; a torn one on the way is named in a note. Removes half-written ones.
+
+        Rank 0 looks, all ranks get the answer.
+        """
+        return self.world.agree(self._newest() if self.world.is_main else None)
+
+    def _newest(self) -> int | None:
+        for path in self.directory.glob(".step-*"):
+            shutil.rmtree(path)
         for step in reversed(self.steps()):
             fault = torn(self.path(step))
             if fault is None:

@@ -219,18 +219,17 @@ class Trainer:
         loss = self.validation_loss() if self.validation is not None else None
         at.validated_at = at.done
         self.model.eval()
-        if self.world.is_main:
-            for prompt in config.sample_prompts:
-                text = continue_text(
-                    self.model,
-                    self.tokenizer,
-                    prompt,
-                    config.sample_tokens,
-                    config.sample_temperature,
-                    config.seed,
-                    chat=isinstance(config, TuneConfig) and self.tokenizer.has_chat_template,
-                )
-                self.journal.write("sample", at.done, prompt=prompt, text=text)
+        for prompt in config.sample_prompts:  # on all ranks: with shards each has a part of the weights
+            text = continue_text(
+                self.model,
+                self.tokenizer,
+                prompt,
+                config.sample_tokens,
+                config.sample_temperature,
+                config.seed,
+                chat=isinstance(config, TuneConfig) and self.tokenizer.has_chat_template,
+            )
+            self.journal.write("sample", at.done, prompt=prompt, text=text)
         self.model.train()
         if loss is None:
             return False
@@ -320,7 +319,7 @@ class Trainer:
 
     def resume(self) -> None:
         """Take up the newest whole checkpoint, if there is one."""
-        step = self.world.agree(self.checkpoints.newest())
+        step = self.checkpoints.newest()
         if step is None:
             self.journal.start(0)
             return

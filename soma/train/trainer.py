@@ -25,6 +25,7 @@ from soma.train.journal import Journal
 from soma.train.loop import DivergenceError, Trainer, TrainResult
 from soma.train.objective import LanguageModeling, Objective, Preference, make_loader
 from soma.train.parallel.apply import Parallel, parallelize
+from soma.train.parallel.config import Layout
 from soma.train.parallel.export import save_whole
 from soma.train.parallel.pipeline.training import stage_model
 from soma.train.tracking import NullTracker, Tracker
@@ -62,8 +63,7 @@ def train(
     check_tokens(config, tokens, index, names)
     network, kept_dtype = make_model(config, model, names)
     check_model(config, network.config, index, tokens)
-    world.mesh.layout.check_model(network.config)
-    world.mesh.layout.check_batch(config.batch_size, config.microbatch_size, config.sequence_length)
+    check_layout(config, world.mesh.layout, network.config)
     loader = make_loader(config, world, tokens, "train")
     steps = total_steps(config, loader.sequences_per_epoch)
     compute = resolve(
@@ -200,6 +200,19 @@ def check_model(config: TrainConfig, model: ModelConfig, index: dict[str, Any], 
             f"sequence_length {config.sequence_length} is more than the model's max_position_embeddings "
             f"{model.max_position_embeddings}: shorten the one or (RoPE models) raise the other"
         )
+
+
+def check_layout(config: TrainConfig, layout: Layout, model: ModelConfig) -> None:
+    """Raise UserError where the layout does not fit the batch, the model, or what else is asked for."""
+    layout.check_batch(config.batch_size, config.microbatch_size, config.sequence_length)
+    layout.check_model(model)
+    cut = [name for name in ("tp", "cp", "pp") if getattr(layout, name) > 1]
+    if cut and config.sample_prompts:
+        raise UserError(
+            f"sample_prompts: no samples are drawn under layout {cut[0]}: leave them out, or use dp or fsdp"
+        )
+    if config.precision == "fp16" and layout.fsdp * layout.tp * layout.ep > 1:
+        raise UserError("precision fp16: its loss scaler works with layout dp and cp alone: take bf16")
 
 
 def write_artefact(result: TrainResult, compute: Compute, out: Path, work: Path) -> None:

@@ -25,7 +25,7 @@ from soma.train.loop import Trainer
 from soma.train.objective import LanguageModeling
 from soma.train.parallel.apply import Parallel, parallelize
 from soma.train.parallel.config import Layout
-from soma.train.parallel.export import Gather
+from soma.train.parallel.export import Gather, save_whole
 from soma.train.tracking import NullTracker
 from soma.train.world import World
 
@@ -119,6 +119,9 @@ class Rows:
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
 
 
 def make_batch(step: int) -> Batch:
@@ -230,3 +233,27 @@ def differences(ours: Outcome, expected: Outcome, bounds: str) -> list[str]:
             if not error <= bound:
                 found.append(f"{what}, {name}: {error:.2g} apart")
     return found
+
+
+def save_on_rank(rank: int, world_size: int, layout: dict[str, Any], case: Case, folder: str) -> None:
+    """Two steps, then a checkpoint."""
+    trainer = make_trainer(case, World.join(Layout(**layout), "cpu"), Path(folder))
+    trainer.journal.start(0)
+    for _ in range(STEPS - 1):
+        trainer.train_step()
+        trainer.at.done += 1
+    trainer.save()
+
+
+def resume_on_rank(
+    rank: int, world_size: int, layout: dict[str, Any], case: Case, folder: str, model: str
+) -> Outcome | None:
+    """The third step from a checkpoint, whatever layout wrote it; the weights go into a model folder."""
+    trainer = make_trainer(case, World.join(Layout(**layout), "cpu"), Path(folder))
+    trainer.resume()
+    assert trainer.at.done == STEPS - 1
+    trainer.train_step()
+    outcome = trainer.outcome
+    outcome.weights = gathered(trainer.parallel)
+    save_whole(trainer.parallel, trainer.model.config, torch.float32, Path(model), None)
+    return outcome if rank == 0 else None

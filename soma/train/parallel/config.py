@@ -135,6 +135,9 @@ class Layout(BaseModel):
                 f"layout: ep {self.ep} does not divide num_experts {model.num_experts} "
                 f"({model.num_experts / self.ep:.3g} each): take ep {nearest_divisor(model.num_experts, self.ep)}"
             )
+        scaling = model.rope_scaling or {}
+        if self.cp > 1 and scaling.get("rope_type", scaling.get("type")) == "dynamic":
+            raise UserError("layout: cp cuts the sequence, and rope_type dynamic depends on all of it: take cp 1")
         stages = self.pp * self.virtual_stages
         if stages > model.num_hidden_layers:
             raise UserError(

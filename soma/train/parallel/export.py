@@ -32,7 +32,9 @@ class Gather:
         return self.last
 
 
-def save_whole(parallel: Parallel, config: ModelConfig, dtype: torch.dtype, directory: Path, tokenizer: Path) -> None:
+def save_whole(
+    parallel: Parallel, config: ModelConfig, dtype: torch.dtype, directory: Path, tokenizer: Path | None
+) -> None:
     """Write the model as `hub.save_model` does, under `config`, in `dtype`. All ranks call it; rank 0 writes.
 
     Besides its own pieces a rank holds one whole tensor at a time (an MoE layer's experts are three).

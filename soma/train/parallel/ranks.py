@@ -1,0 +1,81 @@
+"""A run under `torchrun`: rank 0 walks through the recipe, the others wait and join in whenever it trains.
+
+So only one process reads and writes the store, and a stage that trains is the same call on every rank. All ranks must
+see the runs folder under the same path.
+"""
+
+import datetime
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+LONG = datetime.timedelta(days=30)  # that rank 0 may spend on other stages before it trains
+
+
+def join() -> int:
+    """Join the process group that `torchrun` describes; this process's rank. GPUs are dealt out by local rank."""
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend)
+    return dist.get_rank()
+
+
+class Calls:
+    """Calls that rank 0 makes and the others take part in. Every rank makes one, at the same time."""
+
+    def __init__(self) -> None:
+        self.group = dist.new_group(backend="gloo", timeout=LONG)
+
+    def together(self, job: dict[str, Any] | None) -> None:
+        """On rank 0: let the others call with these arguments; None: there are no more calls."""
+        dist.broadcast_object_list([job], src=0, group=self.group)
+
+    def follow(self, function: Callable[..., Any]) -> None:
+        """On the other ranks: `function(**job)` for every job, to the last."""
+        while True:
+            box: list[dict[str, Any] | None] = [None]
+            dist.broadcast_object_list(box, src=0, group=self.group)
+            if box[0] is None:
+                return
+            function(**box[0])
+
+
+calls: Calls | None = None  # of this process, while it is one of several
+
+
+def begin() -> int:
+    """Join, and be ready for `together`; this process's rank."""
+    global calls
+    rank = join()
+    calls = Calls()
+    return rank
+
+
+def together(job: dict[str, Any]) -> None:
+    """Before rank 0 trains: the others do too, with the same arguments. Alone: nothing."""
+    if calls is not None:
+        calls.together(job)
+
+
+def follow(function: Callable[..., Any]) -> None:
+    """The life of a rank that is not 0."""
+    assert calls is not None
+    calls.follow(function)
+
+
+def leave() -> None:
+    """End this process once all ranks are done. Not by way of the interpreter's exit: there a thread of Gloo may free a
+    tensor while Python is gone (half of 34 runs with pipelines ended in an abort)."""
+    if calls is not None and dist.get_rank() == 0:
+        calls.together(None)
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -1,0 +1,109 @@
+"""What one layout has saved, another goes on with; a model folder comes out of any of them."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from soma.base.artefact import file_hash
+from soma.model.hub import load_model
+from soma.train.checkpoint import torn
+from soma.train.world import World
+from tests.train.parity import (
+    STEPS,
+    Case,
+    Outcome,
+    alone,
+    differences,
+    gathered,
+    make_trainer,
+    resume_on_rank,
+    save_on_rank,
+)  # fmt: skip
+from tests.train.pool import Pool
+
+RANKS = 4
+# (layout that saves, layout that goes on, its ranks)
+MOVES: list[tuple[dict[str, Any], dict[str, Any], int, Case]] = [
+    ({"dp": 4}, {"fsdp": 2, "tp": 2, "sp": True}, 4, Case(optimizer="muon")),
+    ({"fsdp": 2, "tp": 2, "ep": 2}, {"dp": 2}, 2, Case(model="latent")),
+    ({"dp": 2, "fsdp": 2}, {"cp": 2, "tp": 2}, 4, Case()),
+    ({"fsdp": 4, "ep": 4}, {"dp": 2, "tp": 2, "ep": 2}, 4, Case(model="moe", optimizer="muon")),
+]
+
+
+def last_step(outcome: Outcome) -> Outcome:
+    """What a run that begins with the last step has to compare with."""
+    return replace(
+        outcome, losses=outcome.losses[-1:], norms=outcome.norms[-1:], gradients=outcome.gradients[-1:]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("before", "after", "ranks", "case"), MOVES)
+def test_another_layout_goes_on(
+    pool: Pool, tmp_path: Path, before: dict[str, Any], after: dict[str, Any], ranks: int, case: Case
+) -> None:
+    pool.run(save_on_rank, RANKS, before, case, str(tmp_path))
+    ours = pool.run(resume_on_rank, ranks, after, case, str(tmp_path), str(tmp_path / "model"))[0]
+    expected = last_step(alone(case))
+    assert differences(ours, expected, "fp32") == []
+    model = load_model(tmp_path / "model").state_dict()
+    assert model.keys() <= ours.weights.keys()
+    assert all(torch.equal(value, ours.weights[name]) for name, value in model.items())
+
+
+def test_one_process_goes_on_and_a_missing_shard_is_named(pool: Pool, tmp_path: Path) -> None:
+    case = Case()
+    pool.run(save_on_rank, RANKS, {"fsdp": 4}, case, str(tmp_path))
+    checkpoint = tmp_path / "checkpoints" / f"step-{STEPS - 1:08d}"
+    trainer = make_trainer(case, World(), tmp_path)
+    trainer.resume()
+    trainer.train_step()
+    trainer.outcome.weights = gathered(trainer.parallel)
+    assert differences(trainer.outcome, last_step(alone(case)), "fp32") == []
+    shards = sorted((checkpoint / "state").glob("*.distcp"))
+    assert len(shards) == RANKS
+    shards[2].unlink()
+    assert torn(checkpoint) == f"state/{shards[2].name} is missing"
+    assert trainer.checkpoints.newest() is None
+
+
+RECIPE = """
+name: tiny
+data: {sources: [TEXTS], validation_fraction: 0.2}
+tokenizer: {vocab_size: 320}
+model: {hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2}
+train: {steps: 6, sequence_length: 64, batch_size: 8, checkpoint_every: 2, precision: fp32, compile: false}
+tracking: {enabled: false}
+"""
+
+
+@pytest.mark.parametrize("layout", ["fsdp=2", pytest.param("tp=2", marks=pytest.mark.slow)])
+def test_torchrun(tmp_path: Path, layout: str) -> None:
+    """`soma train` under torchrun gives the model of one process, under the same key."""
+    (tmp_path / "texts").mkdir()
+    for index in range(12):
+        text = "\n".join(f"def function_{number}(x):\n    return x + {number * index}" for number in range(40))
+        (tmp_path / "texts" / f"module_{index}.py").write_text(text)
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(RECIPE.replace("TEXTS", str(tmp_path / "texts")))
+    models = []
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for name, start, options in (("one", [], []), ("two", torchrun, ["--set", f"train.layout.{layout}"])):
+        soma = ["-m", "soma.cli", "train", str(recipe), "--runs", str(tmp_path / name), *options]
+        command = [sys.executable, *start, *soma]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+        assert done.returncode == 0, done.stderr
+        models.append((tmp_path / name / "tiny" / "train").resolve())
+    assert len({path.name for path in models}) == 1
+    expected = load_model(models[0] / "model").state_dict()
+    for path in models[1:]:
+        assert file_hash(path / "model" / "config.json") == file_hash(models[0] / "model" / "config.json")
+        for name, value in load_model(path / "model").state_dict().items():
+            assert (value - expected[name]).abs().max() < 1e-4, name
