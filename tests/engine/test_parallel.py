@@ -1,11 +1,8 @@
 """A model over several processes: the tokens of one process, and no process left behind, whoever dies."""
 
 import logging
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -156,30 +153,6 @@ def test_a_rank_that_hangs(tiny_folder: Path, caplog: pytest.LogCaptureFixture) 
     with parallel(tiny_folder, 1, 2, step_seconds=1.5) as engine, caplog.at_level(logging.ERROR):
         check_loss(engine, lambda zero, rank: rank.send_signal(signal.SIGSTOP))
     assert "a step has not ended after 1.5 s; rank 1 (tensor 0, stage 1) does not answer" in caplog.text
-
-
-def test_all_ranks_end_with_the_front(tiny_folder: Path) -> None:
-    """Killed while it computes, one rank even stopped: the kernel takes that along with rank 0."""
-    code = (
-        "import sys, time; from soma.engine.process import EngineProcess;"
-        "from soma.engine.params import SamplingParams;"
-        "e = EngineProcess(sys.argv[1], tensor_parallel=2);"
-        "r = e.submit([5], SamplingParams(max_tokens=4000, ignore_eos=True));"
-        "r.events.get(); print(e.process.pid, flush=True); time.sleep(60)"
-    )
-    front = subprocess.Popen(
-        [sys.executable, "-c", code, str(tiny_folder)], stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert front.stdout is not None
-    zero = psutil.Process(int(front.stdout.readline()))
-    (rank,) = zero.children()
-    rank.send_signal(signal.SIGSTOP)
-    front.kill()
-    front.wait()
-    front.stdout.close()
-    for process in (zero, rank):
-        process.wait(timeout=5)
 
 
 def test_what_cannot_be_split_starts_nothing(tiny_folder: Path) -> None:
