@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from speculating import Guesses, draft_always
 
 from soma.engine.batch import Batch
 from soma.engine.blocks import BlockPool
@@ -111,16 +112,21 @@ def play(engine: Engine, actions: list[Any]) -> list[tuple[tuple[int, ...], int,
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    actions=ACTIONS, blocks=st.sampled_from([22, 30, 80]), prefix_cache=st.booleans(), chunk=st.sampled_from([3, 8, 64])
-)
+    actions=ACTIONS, blocks=st.sampled_from([22, 30, 80]), prefix_cache=st.booleans(),
+    chunk=st.sampled_from([3, 8, 64]), draft=st.sampled_from([None, None, "guesses", "model"]),
+)  # fmt: skip
 def test_random_use(
-    make_engine: Callable[..., Engine], answers: Answers, actions: list[Any], blocks: int, prefix_cache: bool,
-    chunk: int,
+    make_engine: Callable[..., Engine], tiny_folder: Path, answers: Answers, actions: list[Any], blocks: int,
+    prefix_cache: bool, chunk: int, draft: str | None,
 ) -> None:  # fmt: skip
     engine = make_engine(
         cache_tokens=blocks * SIZE, block_size=SIZE, prefix_cache=prefix_cache, prefill_chunk=chunk, max_running=5,
         step_tokens=32,
     )  # fmt: skip
+    if draft == "guesses":
+        draft_always(engine, Guesses(answers, engine.config.vocab_size), most=6)
+    elif draft == "model":
+        draft_always(engine, load_model(tiny_folder), most=3)
     watch = Watch(engine)
     for prompt, count, request in play(engine, actions):
         done = request.result()
