@@ -36,7 +36,7 @@ CASES = (
 )
 
 
-def cyclic(length: int) -> Transformer:
+def cyclic(length: int, device: str) -> Transformer:
     """The model whose text repeats after `length` tokens."""
     model = Transformer(SHAPE, dtype=torch.bfloat16).eval()
     assert model.lm_head is not None
@@ -51,14 +51,14 @@ def cyclic(length: int) -> Transformer:
         model.lm_head.weight[after_V] = (
             rows_VD / SHAPE.hidden_size * 16
         )  # logits: 16 for the next, about 0.7 for others
-    return model
+    return model.to(device)
 
 
 def measure(
     name: str, length: int, requests: int, tokens: int, temperature: float, bar: float, options: Any
 ) -> list[Case]:
     """One case: both engines on the same requests."""
-    engines = {kind: Engine(cyclic(length), Ids(), max_length=512, prefix_cache=False, cache_tokens=512 * requests,
+    engines = {kind: Engine(cyclic(length, options.device), Ids(), max_length=512, prefix_cache=False, cache_tokens=512 * requests,
                             speculate=kind) for kind in ("ngram", None)}  # fmt: skip
     prompts = [[(7 * r + i) % length for i in range(PROMPT)] for r in range(requests)]
     params = [
@@ -71,7 +71,8 @@ def measure(
         made[kind] = [request.result().ids for request in engines[kind].submit_all(prompts, params)]
         return requests * tokens / (time.perf_counter() - start)
 
-    title = f"135M Llama bf16, {name}: {requests} × {PROMPT} in, {tokens} out, {options.threads} threads"
+    where = f"{options.threads} threads" if options.device == "cpu" else options.device
+    title = f"135M Llama bf16, {name}: {requests} × {PROMPT} in, {tokens} out, {where}"
     cases = compare(title, "tokens/s", lambda: run("ngram"), {"without speculation": lambda: run(None)},
                     bars={"without speculation": bar}, rounds=options.rounds, warmup=options.warmup)  # fmt: skip
     figures = engines["ngram"].stats()
@@ -84,7 +85,9 @@ def measure(
 
 
 def main() -> None:
-    options = parser("speculate", (__doc__ or "").splitlines()[0], rounds=5).parse_args()
+    arguments = parser("speculate", (__doc__ or "").splitlines()[0], rounds=5)
+    arguments.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    options = arguments.parse_args()
     torch.set_num_threads(options.threads)
     cases = []
     for case in CASES:

@@ -35,6 +35,7 @@ log = logging.getLogger("soma.engine")
 
 DRAFT_TOKENS = 8
 PROBE = 64  # one step of so many goes without drafts, so that it is known what that takes
+SMALL, LONGEST_REST = 8, 16  # requests; steps
 # Added to a seed: independent random numbers for the same place.
 DRAFT_STREAM, ACCEPT_STREAM, RESIDUAL_STREAM = (1 << 60) + 1, (1 << 60) + 2, (1 << 60) + 3
 
@@ -102,6 +103,7 @@ class Speculator:
         self.acceptance: WeakKeyDictionary[Request, Acceptance] = WeakKeyDictionary()
         self.guesses: WeakKeyDictionary[Request, tuple[int, int]] = WeakKeyDictionary()  # not checked: place, token
         self.planned = 0
+        self.rest = self.resting = 0  # steps without thinking about it, where a large batch drafts nothing
         self.num_draft_tokens = self.num_accepted_tokens = 0
         self.drafting = 0.0  # seconds of the step that went into drafts
 
@@ -112,7 +114,8 @@ class Speculator:
         for request in scheduler.running:
             request.num_draft, request.draft, request.proposed = 0, [], None
         ready = [request for request in scheduler.running if may_speculate(request)]
-        if not ready or self.planned % PROBE == 0:
+        self.resting -= self.resting > 0
+        if not ready or self.resting or self.planned % PROBE == 0:
             return
         most = [self.proposer.offer(request, self._room(request)) for request in ready]
         rates = [self._rate(request) for request in ready]
@@ -120,6 +123,8 @@ class Speculator:
         pending = sum(request.wanted - request.computed for request in (*scheduler.running, *waiting))
         base = min(pending, scheduler.step_tokens)
         lengths = draft_lengths(rates, most, base, scheduler.step_tokens - base, self.costs, self.proposer.costs)
+        self.rest = min(2 * self.rest + 1, LONGEST_REST) if len(ready) > SMALL and not any(lengths) else 0
+        self.resting = self.rest
         for request, length in zip(ready, lengths, strict=True):
             request.num_draft = length
             if length == 0:
@@ -187,6 +192,8 @@ def verify(requests: Sequence[Request], logits_RV: Tensor) -> list[list[TokenLog
     logits_RV: for each request in turn the rows behind its last token and behind each token of its draft. A request
     with `proposed` (K, V), the distributions that its draft was drawn from, goes through rejection sampling.
     """
+    if not any(request.draft for request in requests):
+        return [[token] for token in sample(logits_RV, [Row(request.sampling) for request in requests])]
     rows: list[Row] = []
     starts: list[int] = []
     for request in requests:

@@ -3,17 +3,20 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from test_every_family import NoTokenizer
 
 from soma.base.errors import UserError
 from soma.engine.engine import Engine
 from soma.engine.goodput import STALE, Acceptance, StepCosts, draft_lengths
 from soma.engine.ngram import NgramIndex
 from soma.engine.params import SamplingParams
-from soma.engine.speculate import PROBE
+from soma.engine.request import Request
+from soma.engine.speculate import PROBE, Speculator
 
 
 def costs(seconds: Callable[[int], float], sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)) -> StepCosts:
@@ -97,6 +100,37 @@ def test_acceptance() -> None:
     for _ in range(500):
         made.fade()
     assert 0.5 < made.rate < 0.75
+
+
+def test_a_large_batch_that_drafts_nothing_is_left_alone() -> None:
+    """It is thought about ever more seldom, down to every 16th step; one draft, and it is each step again."""
+
+    class Offers:
+        costs = None
+        asked = 0
+
+        def offer(self, request: Any, most: int) -> int:
+            self.asked += 1
+            return most
+
+        def first(self, request: Any) -> int | None:
+            return None
+
+    def asked(seconds: Callable[[int], float], steps: int) -> int:
+        offers = Offers()
+        speculator = Speculator(offers, 4)  # type: ignore[arg-type]
+        speculator.costs = costs(seconds)
+        running = [Request([1], SamplingParams(max_tokens=100), NoTokenizer(), 100) for _ in range(20)]
+        for request in running:
+            request.tokens.append(5)
+            request.computed = 1
+        scheduler = SimpleNamespace(running=running, waiting=[], max_running=20, step_tokens=400)
+        for _ in range(steps):
+            speculator.plan(scheduler)  # type: ignore[arg-type]
+        return offers.asked // len(running)
+
+    assert asked(lambda tokens: 0.01 * tokens, 60) == 7  # steps 1, 2, 5, 12, 27, 43, 59
+    assert asked(lambda tokens: 0.01, 60) == 60
 
 
 def test_ngrams() -> None:
