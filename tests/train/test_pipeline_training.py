@@ -46,6 +46,13 @@ def same_model(one: Path, other: Path) -> None:
         ({"pp": 2, "schedule": "1f1b"}, "dense"),
         ({"pp": 2, "dp": 2, "schedule": "dualpipe"}, "moe"),
         ({"pp": 2, "schedule": "zb-v", "microbatches": 4}, "moe"),
+        ({"pp": 2, "tp": 2, "sp": True, "schedule": "zb-h1"}, "dense"),
+        ({"pp": 2, "tp": 2, "schedule": "dualpipe"}, "moe"),
+        pytest.param(
+            {"pp": 2, "dp": 2, "tp": 2, "sp": True, "schedule": "interleaved", "virtual_stages": 2},
+            "moe",
+            marks=pytest.mark.parallel,
+        ),
     ],
 )
 def test_pipeline_trains_as_one_process(
@@ -53,7 +60,7 @@ def test_pipeline_trains_as_one_process(
     layout: dict[str, Any], family: str,
 ) -> None:  # fmt: skip
     """Unequal answers, a validation loss, a whole model at the end; then one process goes on from a checkpoint."""
-    vocabulary = {"vocab_size": shape.vocab_size, "max_position_embeddings": 256}
+    vocabulary = {"vocab_size": shape.vocab_size + 1, "max_position_embeddings": 256}
     model = ModelConfig(
         **SHAPE | vocabulary, **MODELS[family], num_hidden_layers=4, tie_word_embeddings=family == "dense"
     )
@@ -68,7 +75,7 @@ def test_pipeline_trains_as_one_process(
         "config": settings | {"layout": layout}, "out": str(out), "work": str(work), "tokens": str(chats),
         "tokenizer": str(tokenizer), "model": model.model_dump(mode="json"),
     }  # fmt: skip
-    for answer in pool.run(train_rank, layout["pp"] * layout.get("dp", 1), job):
+    for answer in pool.run(train_rank, layout["pp"] * layout.get("dp", 1) * layout.get("tp", 1), job):
         assert answer["parameters"] == alone.parameters
         assert answer["validation"] == pytest.approx(alone.validation_loss, abs=1e-4)
         assert answer["loss"] == pytest.approx(alone.loss, abs=1e-4)
@@ -96,8 +103,8 @@ def test_what_does_not_fit_is_said() -> None:
             make_plan(config, Layout(**({"pp": 2, "dp": 1} | changes)))
     assert make_plan(config, Layout(pp=2, dp=2, schedule="interleaved", virtual_stages=3)).stages == 6
     assert make_plan(config, Layout(pp=2, dp=2, schedule="interleaved", virtual_stages=3)).microbatches == 4
-    with pytest.raises(UserError, match="pp 2 with fsdp 2 and tp 2: a pipeline goes with dp alone"):
-        check(config, Layout(pp=2, dp=1, fsdp=2, tp=2))
+    with pytest.raises(UserError, match="pp 2 with fsdp 2 and cp 2: a pipeline goes with dp and tp"):
+        check(config, Layout(pp=2, dp=1, fsdp=2, cp=2))
     with pytest.raises(UserError, match="take bf16"):
         check(config.model_copy(update={"precision": "fp16"}), layout)
     with pytest.raises(UserError, match="sample_prompts: no rank has the whole model"):

@@ -49,6 +49,12 @@ def total_norm(parameters: Iterable[nn.Parameter], stages: dist.ProcessGroup | N
 def clip_gradients(parameters: Sequence[nn.Parameter], limit: float, stages: dist.ProcessGroup | None = None) -> Tensor:
     """Scale all gradients so that their norm is at most `limit`; returns the norm before, as `clip_grad_norm_` does."""
     norm = total_norm(parameters, stages)
+    scale_gradients(parameters, norm, limit)
+    return norm
+
+
+@torch.no_grad()
+def scale_gradients(parameters: Sequence[nn.Parameter], norm: Tensor, limit: float) -> None:
+    """Scale gradients of the norm `norm` to one of at most `limit`, as `clip_grad_norm_` does."""
     factor = (limit / (norm + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_([local_part(p.grad) for p in parameters if p.grad is not None and p.grad.numel()], factor)
-    return norm

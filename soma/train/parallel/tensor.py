@@ -24,13 +24,14 @@ COLUMNS, ROWS = [Shard(0)], [Shard(1)]  # of a (outputs, inputs) matrix: by outp
 
 
 def apply_tensor(model: Transformer, mesh: DeviceMesh, sequence: bool, experts: DeviceMesh | None) -> None:
-    """Cut a model over the ranks of a one-dimensional mesh. `sequence`: sequence parallelism too.
+    """Cut a model, or a pipeline rank's part of one, over a one-dimensional mesh. `sequence`: sequence parallelism too.
 
     `experts`: the mesh of (ep ×) tp ranks that MoE layers' experts are cut over.
     """
     group = mesh.get_group()
-    cut_embedding(model.embed_tokens, mesh, sequence)
-    if hasattr(model, "embed_positions"):
+    if model.embed_tokens is not None:
+        cut_embedding(model.embed_tokens, mesh, sequence)
+    if getattr(model, "embed_positions", None) is not None:
         keep_whole(model.embed_positions, mesh, partial=sequence)
         if sequence:
             model.embed_positions.register_forward_hook(own_positions(group))
@@ -51,6 +52,8 @@ def apply_tensor(model: Transformer, mesh: DeviceMesh, sequence: bool, experts: 
         else:
             cut_mlp(layer.mlp, mesh)
         wrap_block(layer.mlp, group, sequence)
+    if model.norm is None:
+        return
     keep_whole(model.norm, mesh, partial=sequence)
     # The head that follows is a block too: each rank scores its part of the vocabulary.
     model.norm.register_forward_hook(lambda module, args, x_BTD: enter(x_BTD, group, sequence))

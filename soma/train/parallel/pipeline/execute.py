@@ -144,6 +144,7 @@ class PipelineStep:
     split: run B and W apart where the schedule has them apart. Without it a B does both (and W nothing): for layouts
     whose gradients must come from autograd's own accumulation (FSDP).
     dtype: of what is sent; default that of the parameters. It must be the dtype of the residual stream.
+    sequence_ranks: over which the residual stream is cut along T (sequence parallelism).
 
     Raises ValueError where group and schedule have other numbers of ranks, and where the schedule is none.
     """
@@ -152,7 +153,7 @@ class PipelineStep:
         self, model: Transformer, schedule: Schedule, group: dist.ProcessGroup | None = None, *,
         layers: Sequence[Sequence[int]] | None = None, chunk_loss: loss.ChunkLoss | None = None,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext, compiled: bool = False,
-        split: bool = True, dtype: torch.dtype | None = None,
+        split: bool = True, dtype: torch.dtype | None = None, sequence_ranks: int = 1,
     ) -> None:  # fmt: skip
         validate(schedule)
         group = dist.group.WORLD if group is None else group
@@ -163,7 +164,7 @@ class PipelineStep:
             )
         self.model, self.schedule, self.group, self.rank = model, schedule, group, dist.get_rank(group)
         self.dtype = next(model.parameters()).dtype if dtype is None else dtype
-        self.width = model.config.hidden_size
+        self.width, self.sequence_ranks = model.config.hidden_size, sequence_ranks
         layers = layers_of_stages(len(model.layers), schedule.stages) if layers is None else layers
         tied = model.lm_head is None
         self.stages = cut(model, schedule, self.rank, layers)
@@ -203,9 +204,9 @@ class PipelineStep:
         return next(self.model.parameters()).device
 
     def buffer(self, index: int) -> Tensor:
-        """Room for what a microbatch sends from stage to stage: (B, T, D)."""
-        shape = self.microbatches[index].tokens.shape
-        return torch.empty(*shape, self.width, dtype=self.dtype, device=self.device)
+        """Room for what a microbatch sends from stage to stage: (B, T, D), or a part of T."""
+        B, T = self.microbatches[index].tokens.shape
+        return torch.empty(B, T // self.sequence_ranks, self.width, dtype=self.dtype, device=self.device)
 
     def step(
         self, microbatches: Sequence[Microbatch], scale: Tensor | float, aux_scale: Tensor | float

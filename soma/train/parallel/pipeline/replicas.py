@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from soma.train.parallel.norm import scale_gradients, total_norm
 from soma.train.parallel.pipeline.schedule import Schedule
 from soma.train.parallel.pipeline.stage import holders
 
@@ -61,17 +62,17 @@ class Replicas:
 
     @torch.no_grad()
     def clip(self, limit: float) -> Tensor:
-        """Clip the norm of all gradients over all ranks; returns it as it was."""
-        gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
-        own = [gradient for name, gradient in gradients.items() if self.holders(name)[0] == self.rank]
-        norm = torch.nn.utils.get_total_norm(own)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        total = norm.to(next(self.model.parameters()).device, torch.float32) ** 2
-        dist.all_reduce(total, group=self.group)
-        total = total.sqrt()
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        torch.nn.utils.clip_grads_with_norm_(parameters, limit, total)
-        return total
+        """Clip the norm of all gradients over all ranks; returns it as it was. Each parameter counts once."""
+        named = {name: p for name, p in self.model.named_parameters() if p.grad is not None}
+        own = [parameter for name, parameter in named.items() if self.holders(name)[0] == self.rank]
+        if own:
+            norm = total_norm(own, self.group)
+        else:  # all of this rank's are copies
+            norm = torch.zeros((), device=next(self.model.parameters()).device)
+            dist.all_reduce(norm, group=self.group)
+            norm = norm.sqrt()
+        scale_gradients(list(named.values()), norm, limit)
+        return norm
 
 
 def sum_together(tensors: list[Tensor], group: dist.ProcessGroup) -> None:

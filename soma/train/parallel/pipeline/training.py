@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from soma.base.errors import UserError
 from soma.data.loader import Batch
@@ -19,7 +20,8 @@ from soma.train.parallel.pipeline.execute import PipelineStep
 from soma.train.parallel.pipeline.schedule import Schedule
 from soma.train.parallel.pipeline.schedules import SCHEDULES, interleaved
 from soma.train.parallel.pipeline.stage import Microbatch
-from soma.train.parallel.reduce import Reducer
+from soma.train.parallel.reduce import Reducer, settle_partial
+from soma.train.parallel.tensor import apply_tensor
 
 
 def stage_model(
@@ -29,24 +31,40 @@ def stage_model(
 
     Raises UserError where the schedule does not fit ranks, microbatches or layers, and for what a pipeline cannot do.
     """
-    check(config, mesh.layout)
-    plan = make_plan(config, mesh.layout)
+    layout = mesh.layout
+    check(config, layout)
+    plan = make_plan(config, layout)
     model.activation_checkpointing = config.activation_checkpointing
-    group = mesh.group("pp")
+    group, tensor, whole = mesh.group("pp"), mesh.axis("tp"), Parallel(model, mesh)
     assert group is not None
+
+    def head(x_ND: Tensor, targets_N: Tensor) -> Tensor:
+        with compute.autocast():
+            logits_NV = model.logits(x_ND)
+        return whole.cross_entropy_sum(logits_NV, targets_N)
+
     try:
-        pipeline = PipelineStep(model, plan, group, autocast=compute.autocast, compiled=compute.compile)
+        # A matrix that is cut over tp ranks gets its gradient from autograd, so a B does all there.
+        pipeline = PipelineStep(
+            model, plan, group, chunk_loss=head, autocast=compute.autocast, compiled=compute.compile and tensor is None,
+            split=tensor is None, sequence_ranks=layout.tp if layout.sp else 1,
+        )  # fmt: skip
     except ValueError as error:
-        raise UserError(f"layout: pp {mesh.layout.pp}, schedule {plan.name}: {error}") from None
+        raise UserError(f"layout: pp {layout.pp}, schedule {plan.name}: {error}") from None
+    if tensor is not None:
+        apply_tensor(model, tensor, layout.sp, mesh.experts)
+        if compute.compile:
+            for layer in model.layers:
+                layer.forward = torch.compile(layer.forward, dynamic=False)
     return StagedParallel(mesh, pipeline), StagedLanguageModeling(pipeline, config)
 
 
 def check(config: TrainConfig, layout: Layout) -> None:
     """Raise UserError for what does not go with a pipeline."""
-    others = [f"{name} {getattr(layout, name)}" for name in ("fsdp", "tp", "cp", "ep") if getattr(layout, name) > 1]
+    others = [f"{name} {getattr(layout, name)}" for name in ("fsdp", "cp", "ep") if getattr(layout, name) > 1]
     if others:
         raise UserError(
-            f"layout: pp {layout.pp} with {' and '.join(others)}: a pipeline goes with dp alone; leave it out"
+            f"layout: pp {layout.pp} with {' and '.join(others)}: a pipeline goes with dp and tp; leave it out"
         )
     if isinstance(config, PreferenceConfig):
         raise UserError(f"layout: pp {layout.pp}: preference tuning has no pipeline; take dp, fsdp or tp")
@@ -97,6 +115,7 @@ class StagedParallel(Parallel):
     def finish(self) -> None:
         for reducer in self.reducers:
             reducer.finish()
+        settle_partial(list(self.model.parameters()))
         self.pipeline.sum_loads()
 
     def clip(self, parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
@@ -107,6 +126,8 @@ class StagedParallel(Parallel):
         """A tensor of any stage, on every rank of the pipeline, in float32."""
         first = self.pipeline.replicas.holders(name)[0]
         device = self.pipeline.device
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
         whole = torch.empty(like.shape, device=device) if tensor is None else tensor.to(device, torch.float32)
         dist.broadcast(whole, group=self.pipeline.group, group_src=first)
         return whole
