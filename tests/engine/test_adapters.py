@@ -250,6 +250,18 @@ def test_what_is_refused_leaves_nothing(start: Callable[..., Engine], tmp_path: 
         engine.load_adapter("other", folder)
 
 
+def test_speculation_proposes_for_adapters_too(start: Callable[..., Engine], tmp_path: Path) -> None:
+    folders = make_adapters("llama", tmp_path)
+    engine = start(make("llama"), speculate="ngram")
+    for name, folder in folders.items():
+        engine.load_adapter(name, folder)
+    prompt = prompts(1, seed=6)[0] * 3
+    requests = {name: engine.submit(prompt, greedy(30), adapter=name) for name in (None, *folders)}
+    for name, request in requests.items():
+        assert request.result().ids == alone(merged("llama", folders.get(name or "")), prompt, 30)[0]
+    assert engine.stats()["draft_tokens"] > 0
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_over_rounded_weights(start: Callable[..., Engine], tmp_path: Path, bits: int) -> None:
     """C over 8 and 4 bits with an adapter against the layers of QLoRA over the same rounded weights: the activations'
