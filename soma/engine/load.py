@@ -10,6 +10,7 @@ from soma.base import progress
 from soma.base.errors import UserError
 from soma.base.machine import native_bf16
 from soma.engine.engine import Engine
+from soma.model.compressed import to_dense
 from soma.model.folder import local_folder
 from soma.model.hub import load_config, load_model
 from soma.model.shard import Shard, load_shard
@@ -43,6 +44,8 @@ def load_model_for(directory: Path, *, precision: str, device: str, shard: Shard
     """The model of a folder, or a shard of it; arguments and errors as for `load_engine`."""
     place, dtype = choose_device(device), choose_dtype(precision)
     model = load_model(directory, dtype, place) if shard is None else load_shard(directory, shard, dtype, place)
+    if place.type == "cpu" and to_dense(model):
+        progress.current().note(f"{directory.name}: weights that C cannot read rounded are computed in {model.dtype}")
     is_slow = place.type == "cpu" and model.dtype != torch.float32 and not native_bf16()
     if precision == "auto" and is_slow:
         progress.current().note(f"{directory.name}: this CPU has no native bf16; the weights are computed in fp32")
@@ -52,7 +55,7 @@ def load_model_for(directory: Path, *, precision: str, device: str, shard: Shard
 
 def load_tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer of a folder. Raises UserError if it has more tokens than the model."""
-    tokenizer, known = Tokenizer.load(directory), load_config(directory).vocab_size
+    tokenizer, known = Tokenizer.load(directory), load_config(directory, quantized=True).vocab_size
     if tokenizer.vocab_size > known:
         raise UserError(
             f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {known}; they do not belong "

@@ -17,6 +17,7 @@ from soma.engine.batch import Batch
 from soma.engine.build import library
 from soma.model.adapted import LowRank, Segment
 from soma.model.attention import Attention
+from soma.model.compressed import ScaledLinear
 from soma.model.layers import MLP
 from soma.model.lora import lora_layers
 from soma.model.quantized import QuantizedLinear
@@ -150,6 +151,8 @@ class NativeModel:
             return "layers differ from a Llama's"
         if lora_layers(model):
             return "adapters that are not merged"
+        if any(isinstance(module, ScaledLinear) for module in model.modules()):
+            return "weights in a rounded format that C does not read"
         if (config.rope_scaling or {}).get("rope_type", (config.rope_scaling or {}).get("type")) == "dynamic":
             return "rotary frequencies depend on the length"
         if library(model.dtype) is None:

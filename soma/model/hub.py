@@ -3,12 +3,15 @@
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from soma.base.artefact import read_json, write_json
 from soma.base.errors import UserError
+from soma.model.compressed import load_compressed, stored
+from soma.model.compressed_config import read_quantization
 from soma.model.config import ModelConfig
 from soma.model.families import config_from_hf, config_to_hf
 from soma.model.folder import local_folder
@@ -25,39 +28,61 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 DEFAULT_SHARD_BYTES = 4 << 30
 
 
-def load_config(directory: str | Path) -> ModelConfig:
-    """The ModelConfig of a Hugging Face folder. UserError if config.json is absent, broken or of an unknown family."""
+def load_config(directory: str | Path, *, quantized: bool = False) -> ModelConfig:
+    """The ModelConfig of a Hugging Face folder. UserError if config.json is absent, broken or of an unknown family, or,
+    unless `quantized`, if it has a quantization_config."""
+    raw, path = read_config(directory)
+    if quantized:
+        raw.pop("quantization_config", None)
+    return config_from_hf(raw, path)
+
+
+def read_config(directory: str | Path) -> tuple[dict[str, Any], Path]:
+    """The dict of a folder's config.json, and the file. UserError if there is none or it is broken."""
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise UserError(f"{directory}: no config.json there, so it is not a model folder")
     raw = read_json(path)
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a JSON object is expected")
-    return config_from_hf(raw, path)
+    return raw, path
 
 
-def load_model(ref: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Transformer:
+def load_model(
+    ref: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", *, quantized: bool = True
+) -> Transformer:
     """The model in a Hugging Face folder, in eval mode.
 
     ref: local folder, `hf:org/name[@revision]`, `registry:NAME@VERSION`. dtype None: that of the token embedding on
     disk. Each tensor is read straight into its place (and cast there if dtypes differ), so no second copy exists.
+    quantized: take folders whose weights are rounded (`soma.model.compressed`); they cannot be trained.
     Raises UserError naming the file and the tensor that is missing, unexpected, mis-shaped, of a dtype that is no
     float, or cut off.
     """
     directory = local_folder(ref)
-    config = load_config(directory)
+    config, (raw, path) = load_config(directory, quantized=quantized), read_config(directory)
+    given = raw.get("quantization_config")
+    quantization = None if given is None else read_quantization(given, path)
     files, location = open_weights(directory, config)
     try:
         model = Transformer(config, device="meta")
         meta = model.state_dict()
         layout = disk_layout(config, meta)
-        check_names(config, directory, layout, location)
-        if dtype is None:
+        if dtype is None and layout[0].name in location:
             dtype = DTYPES[describe(location, layout[0].name)[0]]
+        fill_experts: Callable[[Mapping[str, Tensor]], None] | None = None
+        if quantization is not None:
+            layout, location, fill_experts = load_compressed(
+                model, layout, location, quantization, dtype or torch.float32, torch.device(device)
+            )
+        check_names(config, directory, layout, location)
+        assert dtype is not None
         allocate(model, dtype, torch.device(device))
         targets = model.state_dict()
         for entry in layout:
             read_entry(entry, location, targets)
+        if fill_experts is not None:
+            fill_experts(targets)
     finally:
         for file in files:
             file.close()
@@ -175,19 +200,21 @@ def save_model(
 
     Weights go to `model.safetensors`, or to shards of at most `max_shard_bytes` (a larger tensor has its own) with an
     index; one tensor at a time is copied. The same weights give the same bytes. Token ids that the config does not
-    name are taken from the tokenizer.
+    name are taken from the tokenizer. Layers of 8 and 4 bits are stored as they are, in compressed-tensors' format.
     """
-    tensors = model.state_dict()
-    save_tensors(model.config, tensors, tensors.__getitem__, directory, tokenizer_dir, max_shard_bytes)
+    config, tensors, fetch, quantization = stored(model)
+    save_tensors(config, tensors, fetch, directory, tokenizer_dir, max_shard_bytes, quantization)
 
 
 def save_tensors(
     config: ModelConfig, shapes: Mapping[str, Tensor], fetch: Callable[[str], Tensor], directory: Path,
     tokenizer_dir: Path | None = None, max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    quantization: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """`save_model` for tensors that `fetch(name)` brings one by one, in the order of `disk_layout`.
 
     `shapes` has all names of `Transformer.state_dict()` with the shape and dtype of each (meta tensors will do).
+    quantization: the folder's quantization_config, if weights are rounded.
     """
     directory.mkdir(parents=True, exist_ok=True)
     if tokenizer_dir is not None:
@@ -196,6 +223,8 @@ def save_tensors(
                 shutil.copyfile(tokenizer_dir / name, directory / name)
         config = with_token_ids(config, tokenizer_dir)
     raw = config_to_hf(config, str(shapes["embed_tokens.weight"].dtype).removeprefix("torch."))
+    if quantization is not None:
+        raw["quantization_config"] = quantization
     weight_files = save_weights(config, shapes, fetch, directory, max_shard_bytes)
     for path in [*directory.glob("model*.safetensors"), directory / INDEX]:
         if path.name not in weight_files:

@@ -43,7 +43,7 @@ def disk_layout(config: ModelConfig, names: Iterable[str]) -> list[Entry]:
         return gpt2_layout(list(names))
     entries = []
     for name in names:
-        if name == "lm_head.weight":
+        if name.startswith("lm_head."):
             entries.append(Entry(name, ((name, None),)))
         elif match := re.fullmatch(r"(layers\.\d+)\.mlp\.experts\.(\w+)", name):
             for expert in range(config.num_experts):

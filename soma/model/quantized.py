@@ -102,8 +102,9 @@ class QuantizedLinear(nn.Module):
         return cls(*round_to_nearest(weight_NK, bits, group), bits, bias, group)
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        scales = self.scales
         super()._apply(fn, recurse)
-        self.scales = self.scales.half()  # whatever dtype the model is cast to
+        self.scales = scales.to(self.scales.device)  # whatever dtype the model is cast to
         return self
 
     @property

@@ -93,7 +93,7 @@ def train(
 def make_model(config: TrainConfig, model: ModelConfig | Path, tokenizer: Tokenizer) -> tuple[Transformer, torch.dtype]:
     """The network in float32, with fresh weights or those of a folder, and the dtype that these had on disk."""
     if isinstance(model, Path):
-        network = load_model(model)
+        network = load_model(model, quantized=False)
         dtype = network.dtype
         return network.float(), dtype
     ends: dict[str, Any] = {}

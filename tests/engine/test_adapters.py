@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from family_models import FAMILIES, V, make
+from speculating import draft_always
 
 from soma.base.errors import UserError
 from soma.engine.adapters import Adapters
@@ -252,7 +253,8 @@ def test_what_is_refused_leaves_nothing(start: Callable[..., Engine], tmp_path: 
 
 def test_speculation_proposes_for_adapters_too(start: Callable[..., Engine], tmp_path: Path) -> None:
     folders = make_adapters("llama", tmp_path)
-    engine = start(make("llama"), speculate="ngram")
+    engine = start(make("llama"))
+    draft_always(engine, "ngram", 4)
     for name, folder in folders.items():
         engine.load_adapter(name, folder)
     prompt = prompts(1, seed=6)[0] * 3

@@ -1,5 +1,6 @@
 """The step in C over the paged cache against the Transformer: every trait of the families that it runs, any batch."""
 
+import json
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import make_config
 from torch import Tensor
 
@@ -16,8 +18,10 @@ from soma.base import progress
 from soma.base.machine import Compiler
 from soma.engine import build
 from soma.engine.batch import Batch, make_batch
+from soma.engine.load import load_model_for
 from soma.engine.native import NativeModel
 from soma.model.config import ModelConfig
+from soma.model.hub import load_model, save_model
 from soma.model.quantized import GROUP, quantize
 from soma.model.transformer import Transformer
 
@@ -343,3 +347,34 @@ def test_it_is_built_once(fresh: Notes, monkeypatch: pytest.MonkeyPatch) -> None
         build.library.cache_clear()
         assert build.library(torch.float32) is not None
     assert len([call for call in calls if "forward.c" in str(call)]) == 1
+
+
+def test_a_stored_rounded_model_runs_in_c(tmp_path: Path) -> None:
+    """What `--weights int4` makes, stored and loaded: the same logits to the last bit."""
+    model = quantize(make_model("qwen2"), 4)
+    save_model(model, tmp_path / "small")
+    again = load_model_for(tmp_path / "small", precision="auto", device="cpu")
+    assert again.lm_head is not None
+    assert NativeModel.supports(again) is None
+    ours, right = (random_run(make_native(each), TEXTS, 1) for each in (again, model))
+    assert all(torch.equal(one, other) for one, other in zip(ours, right, strict=True))
+
+
+def test_fp8_weights_are_computed_from_dense_ones(tmp_path: Path) -> None:
+    save_model(make_model("llama"), tmp_path)
+    tensors, exact = load_file(tmp_path / "model.safetensors"), {}
+    for name in [name for name in tensors if "_proj" in name]:
+        scale = tensors[name].abs().amax() / 448
+        exact[name] = (tensors[name] / scale).to(torch.float8_e4m3fn)
+        tensors |= {name: exact[name], name + "_scale": scale[None]}
+    save_file(tensors, tmp_path / "model.safetensors")
+    weights = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+    raw = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": {
+        "quant_method": "compressed-tensors", "format": "float-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}, "ignore": ["lm_head"]}}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    rounded = load_model(tmp_path)
+    assert NativeModel.supports(rounded) == "weights in a rounded format that C does not read"
+    dense = load_model_for(tmp_path, precision="auto", device="cpu")
+    ours, right = torch.cat(random_run(make_native(dense), TEXTS, 1)), torch.cat(exact_logits(rounded, TEXTS))
+    torch.testing.assert_close(ours, right, atol=1e-4, rtol=1e-4)
