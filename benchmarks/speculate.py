@@ -58,8 +58,13 @@ def measure(
     name: str, length: int, requests: int, tokens: int, temperature: float, bar: float, options: Any
 ) -> list[Case]:
     """One case: both engines on the same requests."""
-    engines = {kind: Engine(cyclic(length, options.device), Ids(), max_length=512, prefix_cache=False, cache_tokens=512 * requests,
-                            speculate=kind) for kind in ("ngram", None)}  # fmt: skip
+    engines = {
+        kind: Engine(
+            cyclic(length, options.device), Ids(), max_length=512, prefix_cache=False, cache_tokens=512 * requests,
+            speculate=kind,
+        )
+        for kind in ("ngram", None)
+    }  # fmt: skip
     prompts = [[(7 * r + i) % length for i in range(PROMPT)] for r in range(requests)]
     params = [
         SamplingParams(temperature=temperature, seed=r, max_tokens=tokens, ignore_eos=True) for r in range(requests)
