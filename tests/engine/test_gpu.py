@@ -48,11 +48,11 @@ def test_the_same_greedy_tokens(make_gpu_engine: Make) -> None:
 def test_the_cache_fills_its_share(make_gpu_engine: Make) -> None:
     engine = make_gpu_engine(cache_tokens=None, max_length=4096, max_running=2)
     assert engine.pool.num_blocks * 16 >= 2 * 4096  # a tiny model: all that two requests can use
-    small = make_gpu_engine(cache_tokens=None, max_running=10_000, gpu_memory_utilization=0.3)
-    free, total = torch.cuda.mem_get_info()
-    assert 0.2 * total < total - free < 0.4 * total
     engine.close()
-    small.close()
+    share = make_gpu_engine(cache_tokens=None, max_running=10_000, gpu_memory_utilization=0.1, cuda_graphs=False)
+    free, total = torch.cuda.mem_get_info()
+    assert 0.08 * total < total - free < 0.12 * total
+    share.close()
 
 
 def test_fp8_cache(make_gpu_engine: Make) -> None:
