@@ -1,10 +1,12 @@
 """Stages: what a rank keeps, backwards in two parts, and which message goes where in which order."""
 
+import datetime
 from collections.abc import Callable
 from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from soma.train import loss
@@ -186,3 +188,21 @@ def test_evaluation_timeline_and_mistakes(pool: Pool, name: str) -> None:
         assert total == pytest.approx(expected, rel=1e-6)
         assert few == f"schedule {name} is for 8 microbatches, got 7"
         assert other == "schedule 1f1b is for 3 ranks, the pipeline has 4"
+
+
+def wait_for_nobody(rank: int, world_size: int) -> str:
+    """Rank 1 never takes part."""
+    group = dist.new_group([0, 1], timeout=datetime.timedelta(seconds=1))
+    case = Case("1f1b", ranks=2, microbatches=2, layers=2)
+    pipeline = PipelineStep(make_model(case), case.plan(), group)
+    if rank == 1:
+        return ""
+    with pytest.raises(RuntimeError) as error:
+        pipeline.step(parts(case, batches(case)[0]), 1.0, 1.0)
+    return str(error.value)
+
+
+def test_a_rank_that_is_missing_is_named() -> None:
+    own = Pool()
+    assert own.run(wait_for_nobody, 2)[0].startswith("pipeline rank 0 waits for B1.0 of rank 1: ")
+    own.close()

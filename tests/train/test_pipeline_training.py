@@ -47,7 +47,7 @@ def same_model(one: Path, other: Path) -> None:
         ({"pp": 2, "dp": 2, "schedule": "dualpipe"}, "moe"),
         ({"pp": 2, "schedule": "zb-v", "microbatches": 4}, "moe"),
         ({"pp": 2, "tp": 2, "sp": True, "schedule": "zb-h1"}, "dense"),
-        ({"pp": 2, "tp": 2, "schedule": "dualpipe"}, "moe"),
+        pytest.param({"pp": 2, "tp": 2, "schedule": "dualpipe"}, "moe", marks=pytest.mark.parallel),
         pytest.param(
             {"pp": 2, "dp": 2, "tp": 2, "sp": True, "schedule": "interleaved", "virtual_stages": 2},
             "moe",
