@@ -13,7 +13,7 @@ from soma.model.transformer import Transformer
 
 class Always(Speculator):
     def plan(self, scheduler: Any) -> None:
-        self.planned = 0
+        self.planned = self.rest = self.resting = 0
         super().plan(scheduler)
         for request in scheduler.running:
             if speculate.may_speculate(request):
