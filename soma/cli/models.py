@@ -87,7 +87,7 @@ def generate(
     from soma.engine.load import load_engine
     from soma.engine.offline import generate_file
     from soma.engine.params import SamplingParams
-    from soma.serve.prompts import encode_prompt
+    from soma.engine.prompts import encode_prompt
 
     target = out or file.with_name(f"{file.stem}.answers{file.suffix}")
     params = SamplingParams(

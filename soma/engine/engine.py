@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
@@ -32,11 +32,13 @@ from soma.engine.memory import GPU_SHARE, fitting_tokens
 from soma.engine.overlap import NOTHING, PLACEHOLDER, Flight, can_overlap, draw
 from soma.engine.paged import PagedCache, cache_dtype_of
 from soma.engine.params import SamplingParams, TokenLogprob
+from soma.engine.prompts import Prompt, answer_all, ids_of
 from soma.engine.request import LATE, Completion, Request, TokenEvent, Tokenizer
 from soma.engine.runner import Runner
 from soma.engine.sampling import token_logprobs
 from soma.engine.scheduler import Scheduler, Work
 from soma.engine.speculate import DRAFT_TOKENS, NgramProposer, Speculator, verify
+from soma.model.folder import local_folder
 from soma.model.quantized import quantize
 from soma.model.transformer import Transformer
 
@@ -52,8 +54,9 @@ class Engine:
     """Runs requests on a model until `close()`.
 
     Args:
-        model: what `soma.model.hub.load_model` gives. The engine fuses its layers, which ends its training.
-        tokenizer: for end-of-text ids and text.
+        model: a folder or reference, or what `soma.model.hub.load_model` gives. The engine fuses its layers, which
+            ends its training.
+        tokenizer: for end-of-text ids and text; that of the folder where `model` is one.
         max_length: most tokens of a prompt and its answer together; None: the model's context, or what memory holds.
         max_running: requests that run at once.
         max_waiting: requests that wait at most; more raise `QueueFullError`.
@@ -78,7 +81,8 @@ class Engine:
     """
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, *, max_length: int | None = None, max_running: int = 64,
+        self, model: Transformer | str | Path, tokenizer: Tokenizer | None = None, *,
+        max_length: int | None = None, max_running: int = 64,
         max_waiting: int = 256, step_tokens: int | None = None, prefill_chunk: int | None = None,
         cache_tokens: int | None = None, cache_dtype: str = "auto", block_size: int = 16, prefix_cache: bool = True,
         weights: str | None = None,
@@ -86,6 +90,11 @@ class Engine:
         overlap: bool | None = None, share: int = 1, group: "RankGroup | None" = None,
         speculate: str | Path | None = None, draft_tokens: int = DRAFT_TOKENS,
     ) -> None:  # fmt: skip
+        if isinstance(model, str | Path):
+            from soma.engine.load import load_weights
+
+            model, tokenizer = load_weights(local_folder(model))
+        assert tokenizer is not None
         draft = None if speculate in (None, "ngram") else load_draft(str(speculate), model, tokenizer)
         if (bits := weight_bits(weights)) is not None:
             for each in (model, draft):
@@ -263,12 +272,13 @@ class Engine:
             self.changed.notify()
 
     async def stream(
-        self, prompt_ids: Sequence[int], params: SamplingParams | None = None
+        self, prompt: Prompt, params: SamplingParams | None = None, *, adapter: str | None = None
     ) -> AsyncIterator[TokenEvent]:
-        """Submit and yield events on the running event loop; leaving the loop early cancels the request."""
+        """Submit text or ids and yield events on the running event loop; leaving it early cancels the request."""
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[TokenEvent] = asyncio.Queue()
-        request = self.submit(prompt_ids, params, threadsafe(loop, events.put_nowait))
+        deliver = threadsafe(loop, events.put_nowait)
+        request = self.submit(ids_of(self, prompt), params, deliver, adapter=adapter)
         try:
             while True:
                 event = await events.get()
@@ -278,9 +288,22 @@ class Engine:
         finally:
             request.cancel()
 
-    def generate(self, prompt_ids: Sequence[int], params: SamplingParams | None = None) -> Completion:
-        """Run one request to its end."""
-        return self.submit(prompt_ids, params).result()
+    @overload
+    def generate(
+        self, prompts: Prompt, params: SamplingParams | None = None, *, adapter: str | None = None
+    ) -> Completion: ...
+
+    @overload
+    def generate(
+        self, prompts: list[str] | list[list[int]] | list[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None, *, adapter: str | None = None,
+    ) -> list[Completion]: ...  # fmt: skip
+
+    def generate(self, prompts: Any, params: Any = None, *, adapter: str | None = None) -> Any:
+        """The answer to a prompt (text or ids), or the answers to a list of them: see `answer_all`."""
+        if isinstance(prompts, str) or not prompts or isinstance(prompts[0], int):
+            return self.submit(ids_of(self, prompts), params, adapter=adapter).result()
+        return answer_all(self, prompts, params, adapter)
 
     @property
     def alive(self) -> bool:

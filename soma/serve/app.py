@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from soma.engine.params import SamplingParams
 from soma.engine.process import EngineProcess
+from soma.engine.prompts import encode_prompt
 from soma.engine.replicas import Replicas
 from soma.engine.request import LATE, TokenEvent
 from soma.model.tokenizer import Tokenizer
@@ -22,7 +23,7 @@ from soma.serve.errors import ApiError
 from soma.serve.formats import ChatFormat, CompletionFormat
 from soma.serve.generation import Generation
 from soma.serve.metrics import Metrics
-from soma.serve.prompts import TokenNames, encode_prompt
+from soma.serve.prompts import TokenNames
 from soma.serve.protocol import ChatRequest, CompletionRequest, Sampling, read_body
 from soma.serve.tool_calls import ToolChatFormat, with_calls
 from soma.serve.tools import read_tools

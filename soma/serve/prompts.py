@@ -1,32 +1,11 @@
-"""From what clients send to token ids, and from single tokens to what clients are shown."""
+"""From single tokens to what clients are shown."""
 
 import functools
 import re
 
-from soma.engine.errors import RequestError
 from soma.model.tokenizer import Tokenizer
 
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
-
-
-def begins_with_bos(tokenizer: Tokenizer) -> bool:
-    """Whether this tokenizer puts a begin-of-text token before plain text, as its own settings say."""
-    ids = tokenizer.inner.encode("a", add_special_tokens=True).ids
-    return tokenizer.bos_id is not None and ids[:1] == [tokenizer.bos_id]
-
-
-def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a plain prompt. An empty one becomes the token that begins (or ends) texts; RequestError if none does."""
-    ids = tokenizer.encode(text)
-    if begins_with_bos(tokenizer):
-        assert tokenizer.bos_id is not None
-        return [tokenizer.bos_id, *ids]
-    if ids:
-        return ids
-    start = [tokenizer.bos_id] if tokenizer.bos_id is not None else list(tokenizer.eos_ids[:1])
-    if not start:
-        raise RequestError("the prompt is empty, and this model has no token that begins a text", "prompt")
-    return start
 
 
 @functools.cache

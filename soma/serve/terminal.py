@@ -15,9 +15,9 @@ from soma.engine.engine import Engine
 from soma.engine.errors import RequestError
 from soma.engine.load import load_engine
 from soma.engine.params import SamplingParams
+from soma.engine.prompts import encode_prompt
 from soma.engine.request import Request
 from soma.model.tokenizer import Tokenizer
-from soma.serve.prompts import encode_prompt
 
 HELP = "/reset forgets the conversation, /exit (or Ctrl-D) ends it, Ctrl-C stops an answer"
 # A model's text must not move the cursor or rename the window: control characters are shown as their pictures (␛).
