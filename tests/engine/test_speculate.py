@@ -88,9 +88,12 @@ def test_the_same_tokens_with_and_without(draft: str, kind: str, start: Callable
     }[kind]  # fmt: skip
     prompts = repeating()
     params = [
-        SamplingParams(seed=i, max_tokens=3 + 4 * i, stop_token_ids=(7, 11, 12) if i % 2 else (), logprobs=1, **more)
+        SamplingParams(
+            seed=i, max_tokens=3 + 4 * i, stop_token_ids=(7, 11, 12) if i % 2 else (), logprobs=1,
+            prompt_logprobs=1 if i % 3 == 0 else None, **more,
+        )
         for i in range(len(prompts))
-    ]
+    ]  # fmt: skip
     plain = [request.result() for request in start(make("llama"), None).submit_all(prompts, params)]
     for options in ({}, {"prefill_chunk": 5, "prefix_cache": False}, {"preempt": True}):
         preempt = options.pop("preempt", False)
@@ -101,6 +104,11 @@ def test_the_same_tokens_with_and_without(draft: str, kind: str, start: Callable
             done = other.result()
             assert done.ids == mine.ids
             assert done.finish_reason == mine.finish_reason
+            assert (done.prompt_logprobs is None) == (mine.prompt_logprobs is None)
+            for a, b in zip((done.prompt_logprobs or [])[1:], (mine.prompt_logprobs or [])[1:], strict=True):
+                assert a is not None
+                assert b is not None
+                assert (a.id, a.logprob) == (b.id, pytest.approx(b.logprob, abs=1e-4))
             assert [row.logprob for row in done.logprobs] == pytest.approx(
                 [row.logprob for row in mine.logprobs], abs=1e-4
             )
