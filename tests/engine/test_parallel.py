@@ -23,7 +23,7 @@ from soma.engine.process import EngineProcess
 from soma.model.hub import load_model
 from soma.model.tokenizer import Tokenizer
 
-LONG = SamplingParams(max_tokens=4000, ignore_eos=True)
+LONG = SamplingParams(max_tokens=250, ignore_eos=True)
 FIGURES = ("prefix_cache_queries", "prefix_cache_hits", "preemptions")
 
 
@@ -52,10 +52,27 @@ def ranks_of(engine: EngineProcess) -> list[psutil.Process]:
     return psutil.Process(engine.process.pid).children()
 
 
+def check_loss(engine: EngineProcess, strike: Callable[[psutil.Process, psutil.Process], None]) -> None:
+    """Every client is told, nobody of the old group is left, and a new one works."""
+    (rank,), zero = ranks_of(engine), psutil.Process(engine.process.pid)
+    requests = engine.submit_all([[5, 6]], LONG)
+    for request in requests:
+        assert request.events.get(timeout=30).id is not None
+    strike(zero, rank)
+    ends = [list(request)[-1] for request in requests]
+    assert [(end.finish_reason, end.is_lost) for end in ends] == [("error", True)]
+    assert wait_for(lambda: engine.alive, 120)
+    assert not rank.is_running()
+    assert not zero.is_running()
+    assert engine.generate([5], SamplingParams(max_tokens=3, ignore_eos=True)).finish_reason == "length"
+
+
 SQUEEZED: dict[str, Any] = {"max_running": 4, "cache_tokens": 256, "prefill_chunk": 7, "step_tokens": 24}
 
 
-def check_tokens(folder: Path, tensors: int, stages: int, **more: Any) -> None:
+def check_tokens(
+    folder: Path, tensors: int, stages: int, then: Callable[[EngineProcess], None] | None = None, **more: Any
+) -> None:
     """Greedy and seeded, in chunks, behind cached prefixes, and with a cache so small that requests are preempted."""
     draw = random.Random(tensors * 10 + stages)
     begin = [draw.randrange(4, 300) for _ in range(40)]
@@ -89,11 +106,19 @@ def check_tokens(folder: Path, tensors: int, stages: int, **more: Any) -> None:
         )
         for found, right in zip(given.prompt_logprobs[1:], score.prompt_logprobs[1:], strict=True):  # type: ignore[index]
             assert found.logprob == pytest.approx(right.logprob, abs=1e-4)  # type: ignore[union-attr]
+        if then is not None:
+            then(engine)
 
 
-def test_two_tensor_ranks(tmp_path: Path) -> None:
-    """With one key/value head, which both ranks hold."""
-    check_tokens(make_model(tmp_path, num_key_value_heads=1), 2, 1)
+def test_two_tensor_ranks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With one key/value head, which both ranks hold; in the end one is killed."""
+
+    def kill_one(engine: EngineProcess) -> None:
+        with caplog.at_level(logging.ERROR):
+            check_loss(engine, lambda zero, rank: rank.kill())
+
+    check_tokens(make_model(tmp_path, num_key_value_heads=1), 2, 1, kill_one)
+    assert "rank 1 (tensor 1, stage 0) ended with status -9" in caplog.text
 
 
 def test_two_stages(tmp_path: Path) -> None:
@@ -124,28 +149,11 @@ def test_gpt2_in_two_stages_of_two(tmp_path: Path) -> None:
     check_tokens(make_model(tmp_path, family="gpt2", num_key_value_heads=4, intermediate_size=256), 2, 2)
 
 
-def check_loss(engine: EngineProcess, strike: Callable[[psutil.Process, psutil.Process], None]) -> None:
-    """Every client is told, nobody of the old group is left, and a new one works."""
-    (rank,), zero = ranks_of(engine), psutil.Process(engine.process.pid)
-    requests = engine.submit_all([[5, 6]] * 5, LONG)
-    for request in requests:
-        assert request.events.get(timeout=30).id is not None
-    strike(zero, rank)
-    ends = [list(request)[-1] for request in requests]
-    assert {(end.finish_reason, end.is_lost) for end in ends} == {("error", True)}
-    assert wait_for(lambda: engine.alive)
-    assert not rank.is_running()
-    assert not zero.is_running()
-    assert engine.generate([5], SamplingParams(max_tokens=3, ignore_eos=True)).finish_reason == "length"
-
-
-def test_a_rank_killed(tiny_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.slow
+def test_rank_0_killed(tiny_folder: Path) -> None:
     with parallel(tiny_folder, 2, 1) as engine:
         assert not engine.embeds
         check_loss(engine, lambda zero, rank: zero.kill())
-        with caplog.at_level(logging.ERROR):
-            check_loss(engine, lambda zero, rank: rank.kill())
-    assert "rank 1 (tensor 1, stage 0) ended with status -9" in caplog.text
 
 
 @pytest.mark.slow

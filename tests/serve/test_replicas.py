@@ -127,6 +127,7 @@ def test_one_engine_killed_under_streams(url: str) -> None:
     assert wait_for(is_used_again, 30)
 
 
+@pytest.mark.slow
 def test_none_left_is_a_503_until_one_is_back(url: str) -> None:
     for engine in engines_of(url):
         engine.kill()
