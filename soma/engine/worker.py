@@ -159,6 +159,7 @@ class Worker:
                 self.embedder = Embedder(model, directory, max_length=engine.max_length)
             else:
                 self.engine = engine = self._load_ranks(directory, precision, device, *ranks, **options)
+            engine.guides.prepare()
             config = engine.config
             places = engine.max_running + engine.max_waiting
             facts |= {"max_length": engine.max_length, "makes_text": True, "places": places,

@@ -56,6 +56,8 @@ class Service:
             embedder = engine.embedder if engine.embeds else None  # type: ignore[assignment]
         self.embedder = embedder
         self.makes_text = not isinstance(engine, EngineProcess | Replicas) or engine.makes_text
+        if self.makes_text:
+            engine.guides.prepare()
         self.metrics = Metrics(engine, model_name)
         self.names = TokenNames(tokenizer)
         self.created = int(time.time())

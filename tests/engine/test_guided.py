@@ -196,6 +196,14 @@ def test_an_engine_refuses_before_it_runs(make_engine: Make, tokenizer: Tokenize
         SamplingParams(guided='{"type": "object"}')  # type: ignore[arg-type]
 
 
+def test_a_tokenizer_without_an_end(tokenizer: Tokenizer) -> None:
+    endless = Tokenizer(tokenizer.inner)
+    guides = Guides(endless, 400)
+    guides.prepare()  # nobody has asked yet
+    with pytest.raises(RequestError, match="end-of-text"):
+        guides.check(Guided.regex("a"))
+
+
 def test_grammars_are_compiled_once(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     guides, made = Guides(tokenizer, 400), []
     real = guides._new
