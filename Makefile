@@ -8,6 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN_STAMP := $(VENV)/.installed-run
 DEV_STAMP := $(VENV)/.installed-dev
+PEERS := $(VENV)/peers
+PEERS_STAMP := $(PEERS)/.installed
 
 .PHONY: quickstart test test-full test-parallel check bench lock clean
 
@@ -29,9 +31,16 @@ check: $(DEV_STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(DEV_STAMP)
+bench: $(DEV_STAMP) $(PEERS_STAMP)
 	$(BIN)/python -m benchmarks.train --json
 	$(BIN)/python -m benchmarks.generate --json
+	$(BIN)/python benchmarks/engine.py --peers $(PEERS)/bin/python --json
+
+# What benchmarks/engine.py runs beside us; llama.cpp is built for this machine (a C++ compiler and cmake, 5-10 minutes).
+$(PEERS_STAMP): | $(BIN)/python
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install -q --disable-pip-version-check llama-cpp-python gguf safetensors
+	touch $@
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("Soma needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'

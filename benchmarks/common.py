@@ -121,11 +121,29 @@ def parser(name: str, description: str, rounds: int = 5) -> argparse.ArgumentPar
     return arguments
 
 
-def finish(name: str, arguments: argparse.Namespace, cases: list[Case], packages: Iterable[str] = ()) -> None:
-    """Print the table; with `--json` write the result file, missed bars and all."""
+def finish(
+    name: str,
+    arguments: argparse.Namespace,
+    cases: list[Case],
+    packages: Iterable[str] = (),
+    not_run: Mapping[str, str] | None = None,
+) -> None:
+    """Print the table and what was not run, why; with `--json` write the result file, missed bars and all."""
     print_table(cases)
-    if not arguments.json:
-        return
+    for what, reason in (not_run or {}).items():
+        print(f"not run: {what}: {reason}")
+    if arguments.json:
+        print(f"written: {write(name, arguments, cases, packages, not_run).relative_to(ROOT)}")
+
+
+def write(
+    name: str,
+    arguments: argparse.Namespace,
+    cases: list[Case],
+    packages: Iterable[str] = (),
+    not_run: Mapping[str, str] | None = None,
+) -> Path:
+    """The result file, `benchmarks/results/NAME.json`."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     record = {
         "benchmark": name,
@@ -136,9 +154,11 @@ def finish(name: str, arguments: argparse.Namespace, cases: list[Case], packages
         "versions": versions(packages),
         "cases": [rounded(case) for case in cases],
     }
+    if not_run:
+        record["not_run"] = dict(not_run)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"written: {path.relative_to(ROOT)}")
+    return path
 
 
 def print_table(cases: list[Case]) -> None:

@@ -2,22 +2,30 @@
 
 All sides have the same random weights of real shapes (SmolLM2-135M, Qwen3-0.6B), and every engine lives in a process of
 its own. They take turns. llama.cpp is fed through its batch API by a loop that does nothing but argmax: continuous
-batching at its best. Its matrices are all in one format (`pure`), as ours are.
+batching at its best. Its matrices are all in one format (`pure`), as ours are. transformers is ten times slower with
+many requests: it runs once, without a warm-up. In `stream` the clients' process shares the cores with the service.
 
-    python -m venv peers && peers/bin/pip install llama-cpp-python gguf safetensors
+A side that breaks is written down as not run, with the reason, and so is what does not begin in `--minutes`; the result
+file is written anew after each part. openvino-genai and onnxruntime-genai are not here: NOT_HERE says why.
+
+    python -m venv peers && peers/bin/pip install llama-cpp-python gguf safetensors     (or: make bench)
     python benchmarks/engine.py --peers peers/bin/python --json
 """
 
 import argparse
 import functools
+import math
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
+from urllib.request import urlopen
 
 import torch
-from common import Case, compare, finish, make_case, parser
+from common import Case, compare, finish, make_case, parser, write
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
 from worker import PEERS, Worker
@@ -39,119 +47,187 @@ SHAPES = {
 }  # fmt: skip
 FORMATS = {"int8": "q8_0", "int4": "q4_0", "bf16": "bf16"}  # ours and llama.cpp's
 PARALLEL_BARS = {16: 1.5, 64: 2.0}
-PREFILL_BAR, PREFIX_BAR, BANDWIDTH_BAR = 1.3, 5.0, 0.8
+PREFILL_BAR, PREFIX_BAR, BANDWIDTH_BAR, STREAM_BAR = 1.3, 5.0, 0.8, 0.9
+START_SECONDS = 90.0
+NOT_HERE: dict[str, str] = {}
+Run = Callable[[], float]
 
 
 class Bench:
-    """One shape's files and the workers that run on them."""
+    """One shape's files, the workers that run on them, and what was not run."""
 
     def __init__(self, name: str, folder: Path, options: argparse.Namespace) -> None:
         self.name, self.folder, self.options = name, folder / name, options
         self.rounds = {"rounds": options.rounds, "warmup": options.warmup}
         self.vocabulary = SHAPES[name].vocab_size
+        self.cases: list[Case] = []
+        self.not_run: dict[str, str] = {}
+        self.workers: list[Worker] = []
+        self.formats = dict(FORMATS) if name == "135M" else {key: FORMATS[key] for key in ("int8", "int4")}
         self.folder.mkdir()
         save_model(Transformer(SHAPES[name], dtype=torch.float32), self.folder)
-        self._peer("convert", self.folder, self.folder / "f32.gguf")
-        for their in FORMATS.values():
-            self._peer("quantize", self.folder / "f32.gguf", self.folder / f"{their}.gguf", their)
+        if self._peer("convert", self.folder, self.folder / "f32.gguf"):
+            for their in self.formats.values():
+                self._peer("quantize", self.folder / "f32.gguf", self.folder / f"{their}.gguf", their)
+        (self.folder / "f32.gguf").unlink(missing_ok=True)
 
-    def _peer(self, *arguments: object) -> None:
-        command = [self.options.peers, str(PEERS / "gguf_peer.py"), *map(str, arguments)]
-        subprocess.run(command, check=True, capture_output=True)
+    def _peer(self, what: str, *arguments: object) -> bool:
+        command = [self.options.peers, str(PEERS / "gguf_peer.py"), what, *map(str, arguments)]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            self.not_run[f"{self.name} llama.cpp {what}"] = last_line(error)
+            return False
+        return True
+
+    def worker(self, python: str, script: str, *arguments: object) -> Worker | None:
+        """A worker that `close` ends; None, written down, if it does not start."""
+        try:
+            worker = Worker(python, script, *arguments)
+        except (OSError, RuntimeError) as error:
+            self.not_run[f"{self.name} {script} {arguments[1]}"] = str(error)
+            return None
+        self.workers.append(worker)
+        return worker
 
     def ours(self, weights: str, *, length: int, sequences: int) -> Worker:
         """Our engine, on weights quantized at load."""
-        return Worker(sys.executable, "ours", self.folder, weights, self.options.threads, length, sequences)
+        worker = self.worker(sys.executable, "ours", self.folder, weights, self.options.threads, length, sequences)
+        if worker is None:
+            raise RuntimeError("our own engine does not start")
+        return worker
 
-    def llama(self, format_: str, *, length: int, sequences: int) -> Worker:
+    def llama(self, format_: str, *, length: int, sequences: int) -> Worker | None:
         arguments = [self.folder / f"{format_}.gguf", self.options.threads, length, sequences]
-        return Worker(self.options.peers, "gguf_peer", *arguments)
+        return self.worker(self.options.peers, "gguf_peer", *arguments)
 
-    def hugging_face(self) -> Worker:
-        return Worker(sys.executable, "hugging_face", self.folder, "bfloat16", self.options.threads)
+    def hugging_face(self) -> Worker | None:
+        return self.worker(sys.executable, "hugging_face", self.folder, "bfloat16", self.options.threads)
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.close()
+        self.workers.clear()
 
     def prompts(self, count: int, tokens: int, seed: int = 0) -> list[list[int]]:
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(self.vocabulary, (count, tokens), generator=generator).tolist()
 
+    def guard(self, what: str, run: Run) -> Run:
+        """NaN, and a line of what was not run, where a peer breaks."""
 
-def decode(bench: Bench) -> list[Case]:
+        def guarded() -> float:
+            try:
+                return run()
+            except (RuntimeError, OSError) as error:
+                self.not_run[what] = str(error)
+                return math.nan
+
+        return guarded
+
+    def compare(
+        self, case: str, unit: str, ours: Run, peers: dict[str, Run], bars: dict[str, float | None], **more: object
+    ) -> None:  # fmt: skip
+        """As `common.compare`; the cases of peers that broke are left out."""
+        case = f"{self.name} {case}"
+        peers = {name: self.guard(f"{case}: {name}", run) for name, run in peers.items()}
+        if not peers:
+            self.not_run.setdefault(case, "no peer runs")
+            return
+        done = compare(case, unit, ours, peers, bars=bars, **{**self.rounds, **more})  # type: ignore[arg-type]
+        self.cases += [one for one in done if not math.isnan(one.theirs)]
+
+    def fastest(self, runs: dict[str, Run]) -> str | None:
+        """The name of the run with the highest figure, the second of two calls each; None if none runs."""
+        values: dict[str, float] = {}
+        for name, run in runs.items():
+            guarded = self.guard(f"{self.name} {name}", run)
+            guarded()
+            if not math.isnan(value := guarded()):
+                values[name] = value
+                print(f"  {name}: {value:,.4g}", file=sys.stderr, flush=True)
+        return max(values, key=values.__getitem__, default=None)
+
+
+def last_line(error: Exception) -> str:
+    said = getattr(error, "stderr", None) or b""
+    return (said.decode(errors="replace").strip().splitlines() or [str(error)])[-1][:200]
+
+
+def decode(bench: Bench) -> None:
     """Batch 1: tokens/s after the first token; for 0.6B also the share of the memory bandwidth."""
-    cases, prompt, count = [], bench.prompts(1, 64), 64
-    for weights, format_ in FORMATS.items():
+    prompt, count = bench.prompts(1, 64), 64
+    for weights, format_ in bench.formats.items():
         ours, theirs = bench.ours(weights, length=256, sequences=1), bench.llama(format_, length=256, sequences=1)
 
         def speed(worker: Worker) -> float:
             return (count - 1) / worker("generate", prompts=prompt, count=count)["decode"]
 
         peer = f"llama.cpp {format_}"
-        cases += compare(
-            f"{bench.name} decode, {weights}", "tokens/s", functools.partial(speed, ours),
-            {peer: functools.partial(speed, theirs)}, bars={peer: None if weights == "bf16" else 1.0}, **bench.rounds,
+        bench.compare(
+            f"decode, {weights}", "tokens/s", functools.partial(speed, ours),
+            {peer: functools.partial(speed, theirs)} if theirs else {}, {peer: None if weights == "bf16" else 1.0},
         )  # fmt: skip
-        if bench.name == "0.6B" and weights != "bf16":
+        if bench.name == "0.6B":
             nbytes, case = ours("weight_bytes"), f"0.6B decode, {weights}: weights read"
             pairs = [(speed(ours) * nbytes / 1e9, ours("read_bandwidth")) for _ in range(bench.options.rounds)]
             reached, memory = zip(*pairs, strict=True)
-            cases.append(make_case(case, "GB/s", reached, "plain read of memory", memory, BANDWIDTH_BAR))
-        close([ours, theirs])
-    return cases
+            bench.cases.append(make_case(case, "GB/s", reached, "plain read of memory", memory, BANDWIDTH_BAR))
+        bench.close()
 
 
-def prefill(bench: Bench) -> list[Case]:
+def prefill(bench: Bench) -> None:
     """One long prompt: tokens/s up to the first token, against the best of llama.cpp's formats."""
-    cases = []
     seeds = iter(range(10**6))
+    sizes = {"length": 2064, "sequences": 1}
+    ours = {weights: bench.ours(weights, **sizes) for weights in ("bf16", "int8")}
+    theirs = {f"llama.cpp {their}": bench.llama(their, **sizes) for their in FORMATS.values()}
     for tokens in (512, 2048):
-        sizes = {"length": tokens + 16, "sequences": 1}
-        ours = {weights: bench.ours(weights, **sizes) for weights in ("bf16", "int8")}
-        theirs = {f"llama.cpp {their}": bench.llama(their, **sizes) for their in FORMATS.values()}
 
         def speed(worker: Worker, tokens: int = tokens) -> float:
             prompts = bench.prompts(1, tokens, next(seeds))  # never seen before: no prefix cache helps
             return tokens / worker("generate", prompts=prompts, count=1)["prefill"]
 
-        best = fastest({name: functools.partial(speed, worker) for name, worker in theirs.items()})
+        runs = {name: functools.partial(speed, worker) for name, worker in theirs.items() if worker}
+        best = bench.fastest(dict(runs))
         for weights, worker in ours.items():
-            cases += compare(
-                f"{bench.name} prefill {tokens}, {weights}", "tokens/s", functools.partial(speed, worker),
-                {best: functools.partial(speed, theirs[best])}, bars={best: PREFILL_BAR}, **bench.rounds,
+            bench.compare(
+                f"prefill {tokens}, {weights}", "tokens/s", functools.partial(speed, worker),
+                {best: runs[best]} if best else {}, {best: PREFILL_BAR} if best else {},
             )  # fmt: skip
-        close([*ours.values(), *theirs.values()])
-    return cases
 
 
-def concurrent(bench: Bench) -> list[Case]:
+def concurrent(bench: Bench) -> None:
     """16 and 64 requests of 128 tokens in and 128 out: output tokens/s."""
-    cases = []
     seeds = iter(range(10**6))
     for requests, bar in PARALLEL_BARS.items():
         sizes = {"length": 256, "sequences": requests}
 
-        def speed(worker: Worker, call: str = "generate", requests: int = requests) -> float:
-            done = worker(call, prompts=bench.prompts(requests, 128, next(seeds)), count=128)
-            return requests * 128 / (done["seconds"] if "seconds" in done else done["prefill"] + done["decode"])
+        def speed(worker: Worker, call: str = "generate", requests: int = requests, count: int = 128) -> float:
+            done = worker(call, prompts=bench.prompts(requests, 128, next(seeds)), count=count)
+            return requests * count / (done["seconds"] if "seconds" in done else done["prefill"] + done["decode"])
 
-        ours = {name: bench.ours(name, **sizes) for name in bench.options.weights}
         theirs = {f"llama.cpp {their}": bench.llama(their, **sizes) for their in FORMATS.values()}
-        best = fastest({name: functools.partial(speed, worker) for name, worker in theirs.items()})
-        hugging_face = bench.hugging_face()
-        peers = {best: functools.partial(speed, theirs[best])}
-        slow = {
-            "transformers generate": functools.partial(speed, hugging_face),
-            "transformers continuous batching": functools.partial(speed, hugging_face, "generate_batch"),
-        }
-        bars = {best: bar, "transformers generate": 5.0, "transformers continuous batching": 2.0}
-        for place, (weights, worker) in enumerate(ours.items()):
-            cases += compare(
-                f"{bench.name} {requests} requests, {weights}", "output tokens/s", functools.partial(speed, worker),
-                peers if place else peers | slow, bars=bars, **bench.rounds,
+        runs = {name: functools.partial(speed, worker) for name, worker in theirs.items() if worker}
+        best = bench.fastest({name: functools.partial(run, count=32) for name, run in runs.items()})
+        ours = {name: bench.ours(name, **sizes) for name in bench.options.weights}
+        for weights, worker in ours.items():
+            bench.compare(
+                f"{requests} requests, {weights}", "output tokens/s", functools.partial(speed, worker),
+                {best: runs[best]} if best else {}, {best: bar} if best else {},
             )  # fmt: skip
-        close([*ours.values(), *theirs.values(), hugging_face])
-    return cases
+        weights, worker = next(iter(ours.items()))
+        hugging_face = bench.hugging_face()
+        slow = {"transformers generate": ("generate", 5.0), "transformers continuous batching": ("generate_batch", 2.0)}
+        bench.compare(
+            f"{requests} requests, {weights}", "output tokens/s", functools.partial(speed, worker),
+            {name: functools.partial(speed, hugging_face, call) for name, (call, _) in slow.items()}
+            if hugging_face else {}, {name: least for name, (_, least) in slow.items()}, rounds=1, warmup=0,
+        )  # fmt: skip
+        bench.close()
 
 
-def shared_prefix(bench: Bench) -> list[Case]:
+def shared_prefix(bench: Bench) -> None:
     """16 requests behind one prefix of 1,024 tokens: mean time to first token, with and without the prefix cache."""
     weights = bench.options.weights[0]
     worker = bench.ours(weights, length=1200, sequences=16)
@@ -166,31 +242,85 @@ def shared_prefix(bench: Bench) -> list[Case]:
         times = worker("generate", prompts=prompts, count=8)["first"]
         return sum(times) / len(times)
 
-    cases = compare(
-        f"{bench.name} shared prefix, {weights}: mean TTFT", "s", functools.partial(seconds, worker),
-        {"without prefix cache": functools.partial(seconds, plain)}, bars={"without prefix cache": PREFIX_BAR},
-        higher_is_better=False, **bench.rounds,
+    bench.compare(
+        f"shared prefix, {weights}: mean TTFT", "s", functools.partial(seconds, worker),
+        {"without prefix cache": functools.partial(seconds, plain)}, {"without prefix cache": PREFIX_BAR},
+        higher_is_better=False,
     )  # fmt: skip
-    close([worker, plain])
-    return cases
 
 
-def fastest(runs: dict[str, Callable[[], float]]) -> str:
-    """The name of the run with the highest figure, the second of two calls each."""
-    values = {}
-    for name, run in runs.items():
-        run()
-        values[name] = run()
-        print(f"  {name}: {values[name]:,.4g}", file=sys.stderr, flush=True)
-    return max(values, key=values.__getitem__)
+def stream(bench: Bench) -> None:
+    """64 clients that stream over HTTP from `soma serve`, against the engine without a service: output tokens/s."""
+    weights, requests, count = bench.options.weights[0], 64, 128
+    seeds = iter(range(10**6))
+    write_tokenizer(bench.folder, bench.vocabulary)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    rounding = ["--weights", weights] if weights in ("int8", "int4") else []
+    command = [
+        sys.executable, "-c", "from soma.cli import main; main()", "serve", str(bench.folder), "--port", str(port),
+        "--name", "bench", "--max-length", "256", "--max-running", str(requests), *rounding,
+    ]  # fmt: skip
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(server, f"http://127.0.0.1:{port}/health")
+        clients = bench.worker(sys.executable, "http_clients", f"http://127.0.0.1:{port}/v1/completions", "")
+        offline = bench.ours(weights, length=256, sequences=requests)
+        if clients is None:
+            return
+
+        def speed(worker: Worker, call: str) -> float:
+            done = worker(call, prompts=bench.prompts(requests, 128, next(seeds)), count=count)
+            if "client_cpu_seconds" in done:
+                share = done["client_cpu_seconds"] / done["seconds"]
+                print(f"  the clients took {share:.2f} of a core", file=sys.stderr, flush=True)
+            return requests * count / (done["seconds"] if "seconds" in done else done["prefill"] + done["decode"])
+
+        bench.compare(
+            f"{requests} streams over HTTP, {weights}", "output tokens/s", functools.partial(speed, clients, "stream"),
+            {"the engine alone": functools.partial(speed, offline, "generate")}, {"the engine alone": STREAM_BAR},
+        )  # fmt: skip
+    finally:
+        server.terminate()
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            server.kill()
 
 
-def close(workers: list[Worker]) -> None:
-    for worker in workers:
-        worker.close()
+def write_tokenizer(folder: Path, vocabulary: int) -> None:
+    """A tokenizer whose every id has a text of three letters, so that each token makes an event."""
+    from itertools import islice, product
+
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+    threes = map("".join, islice(product(letters, repeat=3), vocabulary))
+    texts = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *threes]
+    inner = Tokenizer(models.BPE({text: place for place, text in enumerate(texts[:vocabulary])}, []))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    inner.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text("{}")
 
 
-WORKS = {"decode": decode, "prefill": prefill, "concurrent": concurrent, "prefix": shared_prefix}
+def wait_for(server: subprocess.Popen[bytes], url: str) -> None:
+    """Until `url` answers. Raises RuntimeError if the server ends, or takes `START_SECONDS`."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            raise RuntimeError(f"soma serve ended with status {server.returncode}")
+        try:
+            with urlopen(url, timeout=5) as answer:
+                if answer.status == 200:
+                    return
+        except OSError:
+            time.sleep(0.2)
+    raise RuntimeError(f"soma serve did not answer in {START_SECONDS:g} s")
+
+
+WORKS = {"decode": decode, "prefill": prefill, "concurrent": concurrent, "prefix": shared_prefix, "stream": stream}
+BOTH = ("decode",)  # for both shapes, the others for the smaller one
 
 
 def main() -> None:
@@ -198,16 +328,38 @@ def main() -> None:
     command.add_argument("--peers", required=True, help="Python with llama-cpp-python, gguf and safetensors")
     command.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
     command.add_argument("--work", nargs="*", default=list(WORKS), choices=list(WORKS))
-    command.add_argument("--weights", nargs="*", default=["int8", "bf16"], help="ours, for many requests")
+    command.add_argument("--weights", nargs="*", default=["int8"], help="ours, for many requests")
+    command.add_argument("--minutes", type=float, default=14.0, help="begin nothing new after so long")
     options = command.parse_args()
+    start = time.monotonic()
     cases: list[Case] = []
+    not_run = dict(NOT_HERE)
     with tempfile.TemporaryDirectory() as folder:
         for shape in options.shapes:
+            works = [work for work in options.work if work in BOTH or shape == "135M"]
+            if not works:
+                continue
+            if time.monotonic() - start > options.minutes * 60:
+                not_run |= {f"{shape} {work}": f"{options.minutes:g} minutes were over" for work in works}
+                continue
             bench = Bench(shape, Path(folder), options)
-            for work in options.work:
-                if work == "decode" or shape == "135M":
-                    cases += WORKS[work](bench)
-    finish("engine", options, cases, packages=["transformers"])
+            for work in works:
+                if time.monotonic() - start > options.minutes * 60:
+                    bench.not_run[f"{shape} {work}"] = f"{options.minutes:g} minutes were over"
+                    continue
+                began = time.monotonic()
+                try:
+                    WORKS[work](bench)
+                except Exception as error:  # noqa: BLE001  (what is done is not lost)
+                    bench.not_run[f"{shape} {work}"] = f"{type(error).__name__}: {error}"
+                finally:
+                    bench.close()
+                print(f"{shape} {work}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+                if options.json:
+                    write("engine", options, cases + bench.cases, ["transformers"], not_run | bench.not_run)
+            cases += bench.cases
+            not_run |= bench.not_run
+    finish("engine", options, cases, ["transformers"], not_run)
 
 
 if __name__ == "__main__":

@@ -7,15 +7,23 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 PEERS = Path(__file__).resolve().parent
 
 
+PATIENCE = 180.0  # seconds after which a call is given up, and the process with it
+
+
 class Worker:
-    """`peers/SCRIPT.py` run by `python`, ready once constructed. Calls block; `close` ends the process."""
+    """`peers/SCRIPT.py` run by `python`, ready once constructed. Calls block; `close` ends the process.
+
+    Raises RuntimeError where the process ends or does not answer in `PATIENCE` seconds.
+    """
 
     def __init__(self, python: str, script: str, *arguments: object) -> None:
         command = [python, str(PEERS / f"{script}.py"), *map(str, arguments)]
@@ -31,15 +39,23 @@ class Worker:
 
     def _read(self) -> Any:
         assert self.process.stdout is not None
+        guard = threading.Timer(PATIENCE, self.process.kill)
+        guard.start()
         line = self.process.stdout.readline()
+        guard.cancel()
         if not line:
-            raise RuntimeError(f"{self.process.args} ended with status {self.process.wait()}")
+            script = Path(self.process.args[1]).name  # type: ignore[index]
+            raise RuntimeError(f"{script} ended with status {self.process.wait()}")
         return json.loads(line)
 
     def close(self) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(30)
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
 
 
 def answer_requests(calls: Mapping[str, Callable[..., Any]]) -> None:
