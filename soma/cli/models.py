@@ -23,6 +23,9 @@ def serve(
     weights: Annotated[
         str | None, typer.Option(help="int8 or int4: round the weights at load, in groups of 32.")
     ] = None,
+    cache_dtype: Annotated[
+        str, typer.Option(help="int8 (CPU) or fp8 (GPU): a smaller cache of keys and values; auto: as the model.")
+    ] = "auto",
     speculate: Annotated[
         str | None, typer.Option(help="Guess tokens, check several at once: ngram, or a small model.")
     ] = None,
@@ -51,7 +54,7 @@ def serve(
         serve_model(
             model, host, port, name=name, allow_public=allow_public, precision=precision, device=device,
             max_length=max_length, max_running=max_running, max_waiting=max_waiting, weights=weights,
-            replicas=replicas, speculate=speculate, draft_tokens=draft_tokens, tensor_parallel=tensor_parallel,
+            cache_dtype=cache_dtype, replicas=replicas, speculate=speculate, draft_tokens=draft_tokens, tensor_parallel=tensor_parallel,
             pipeline_parallel=pipeline_parallel, in_process=in_process,
             adapters=parse_adapters(adapter or []), allow_adapter_loading=allow_adapter_loading,
         )  # fmt: skip

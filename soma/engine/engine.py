@@ -65,7 +65,7 @@ class Engine:
         cache_tokens: tokens of the cache; None: what fits beside the largest step (see `soma.engine.memory`), but no
             more than `max_running` requests of `max_length` can use.
         cache_dtype: "fp8" halves the cache's bytes per token against 16 bits (e4m3, no scales; Triton and reference
-            backends); "auto": the model's dtype.
+            backends), "int8" nearly (a scale for each token and head; native and reference); "auto": the model's dtype.
         gpu_memory_utilization: share of a GPU's memory for weights, steps and cache together.
         cuda_graphs: replay decode steps as CUDA graphs, captured at the start (Triton backend).
         block_size: tokens of a block of the cache, a power of two.

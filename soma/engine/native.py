@@ -31,6 +31,7 @@ ALIGNMENT = 64
 Pointer = ctypes.c_void_p
 Size = ctypes.c_int64
 LINEARS = ("q", "k", "v", "out", "gate", "up", "down")
+CACHED = ("keys", "values", "key_scales", "value_scales")
 NORMS = ("input_norm", "post_norm", "q_norm", "k_norm")
 SIZES = (
     "layers", "width", "heads", "kv_heads", "head", "inner", "vocabulary", "block_size", "blocks", "positions",
@@ -55,7 +56,7 @@ class Layer(ctypes.Structure):
     """`Layer` of forward.c."""
 
     _fields_ = [
-        *((name, Linear) for name in LINEARS), *((name, Pointer) for name in (*NORMS, "keys", "values")),
+        *((name, Linear) for name in LINEARS), *((name, Pointer) for name in (*NORMS, *CACHED)),
         ("window", Size),
     ]  # fmt: skip
 
@@ -159,8 +160,12 @@ class NativeModel:
             return "no working C compiler"
         return None
 
-    def __init__(self, model: Transformer, keys: Sequence[Tensor], values: Sequence[Tensor], block_size: int) -> None:
-        """keys, values: for each layer (blocks, key/value heads, block_size, E), of the model's dtype, contiguous."""
+    def __init__(
+        self, model: Transformer, keys: Sequence[Tensor], values: Sequence[Tensor], block_size: int,
+        key_scales: Sequence[Tensor] = (), value_scales: Sequence[Tensor] = (),
+    ) -> None:  # fmt: skip
+        """keys, values: for each layer (blocks, key/value heads, block_size, E), of the model's dtype, contiguous; or
+        int8 with float32 scales (blocks, key/value heads, block_size)."""
         assert block_size & (block_size - 1) == 0, "block_size is a power of two"
         built = library(model.dtype)
         assert built is not None
@@ -172,6 +177,9 @@ class NativeModel:
         layers = (Layer * config.num_hidden_layers)()
         for index, layer in enumerate(model.layers):
             self._fill(layers[index], layer, keys[index], values[index], block_size)
+            if key_scales:
+                layers[index].key_scales = self._pointer(key_scales[index], torch.float32)
+                layers[index].value_scales = self._pointer(value_scales[index], torch.float32)
         self.kept.append(layers)
         head = model.embed_tokens if model.lm_head is None else model.lm_head
         self.model = Model(
@@ -208,7 +216,7 @@ class NativeModel:
         for name, tensor in (("keys", keys), ("values", values)):
             assert tensor.is_contiguous()
             assert tensor.shape[1:] == (attention.num_kv_heads, block_size, attention.head_dim)
-            setattr(into, name, self._pointer(tensor))
+            setattr(into, name, self._pointer(tensor, torch.int8 if tensor.dtype == torch.int8 else None))
         into.window = attention.window or 0
 
     def _linear(self, module: nn.Module) -> Linear:

@@ -17,27 +17,31 @@ from soma.model.formulas import kv_cache_bytes
 
 FP8 = torch.float8_e4m3fn
 FP8_MOST = 448.0  # the largest number of the format
-CACHE_DTYPES = ("auto", "fp8")
+CACHE_DTYPES = {"fp8": FP8, "int8": torch.int8}
 
 
 def cache_dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
     """The cache's dtype for a model of `dtype`: its own for "auto". Raises UserError for an unknown name."""
-    if name not in CACHE_DTYPES:
-        raise UserError(f"cache_dtype {name!r}: expected one of {', '.join(CACHE_DTYPES)}")
-    return FP8 if name == "fp8" else dtype
+    if name != "auto" and name not in CACHE_DTYPES:
+        raise UserError(f"cache_dtype {name!r}: expected one of auto, {', '.join(CACHE_DTYPES)}")
+    return CACHE_DTYPES.get(name, dtype)
 
 
 class PagedCache:
     """Per layer keys and values (N, K, block_size, E). With MLA keys alone: (N, 1, block_size, latent + rotary).
 
     N is one more than `num_blocks`: rows that pad a batch write to the block `scratch`, which no sequence has. In
-    float8_e4m3fn (`FP8`) numbers are stored without scales, those beyond ±448 as ±448.
+    float8_e4m3fn (`FP8`) numbers are stored without scales, those beyond ±448 as ±448. In int8 each token and head has
+    a float32 scale, in `key_scales` and `value_scales` (N, K, block_size), which are empty lists otherwise; UserError
+    for MLA, whose latent and rotary parts cannot share a scale.
     """
 
     def __init__(
         self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:  # fmt: skip
+        if dtype == torch.int8 and config.is_mla:
+            raise UserError("cache_dtype 'int8': not for latent attention (MLA), whose cache is small as it is")
         self.config, self.num_blocks, self.block_size = config, num_blocks, block_size
         self.scratch, self.dtype = num_blocks, dtype
         if config.is_mla:
@@ -49,11 +53,24 @@ class PagedCache:
         # On a CPU zeros are not real memory before they are written.
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
         self.values = [] if config.is_mla else [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        scaled = layers if dtype == torch.int8 else range(0)
+        self.key_scales, self.value_scales = (
+            [torch.zeros(shape[:-1], dtype=torch.float32, device=device) for _ in scaled] for _ in ("keys", "values")
+        )
 
     @staticmethod
     def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
         """Bytes of one block in all layers."""
-        return kv_cache_bytes(config, block_size, dtype.itemsize)
+        rows = 2 * config.num_hidden_layers * config.num_key_value_heads * block_size
+        return kv_cache_bytes(config, block_size, dtype.itemsize) + (rows * 4 if dtype == torch.int8 else 0)
+
+
+def round_rows(x_TKE: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows as int8 in -127…127 and their float32 scales (T, K): largest magnitude / 127."""
+    x_TKE = x_TKE.float()
+    scale_TK = x_TKE.abs().amax(-1) / 127
+    inverse_TK = torch.where(scale_TK > 0, 1 / scale_TK, 0)
+    return (x_TKE * inverse_TK[..., None]).round().clamp(-127, 127).to(torch.int8), scale_TK
 
 
 class PagedStep:
@@ -94,20 +111,32 @@ class PagedStep:
 
     def write(self, layer: int, k_TKE: Tensor, v_TKE: Tensor | None) -> None:
         """Put the new tokens' keys and values of a layer into their slots."""
-        pairs = [(self.cache.keys[layer], k_TKE)]
+        self._put(self.cache.keys, self.cache.key_scales, layer, k_TKE)
         if v_TKE is not None:
-            pairs.append((self.cache.values[layer], v_TKE))
-        for stored, new_TKE in pairs:
-            if stored.dtype == FP8:
-                new_TKE = new_TKE.clamp(-FP8_MOST, FP8_MOST)
-            stored.transpose(1, 2)[self.block_T, self.place_T] = new_TKE.to(stored.dtype)
+            self._put(self.cache.values, self.cache.value_scales, layer, v_TKE)
+
+    def _put(self, rows: list[Tensor], scales: list[Tensor], layer: int, new_TKE: Tensor) -> None:
+        stored = rows[layer]
+        if stored.dtype == FP8:
+            new_TKE = new_TKE.clamp(-FP8_MOST, FP8_MOST)
+        if scales:
+            new_TKE, scale_TK = round_rows(new_TKE)
+            scales[layer].transpose(1, 2)[self.block_T, self.place_T] = scale_TK
+        stored.transpose(1, 2)[self.block_T, self.place_T] = new_TKE.to(stored.dtype)
 
     def _read(self, layer: int, table: Tensor, dtype: torch.dtype, width: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the blocks of one or more tables, (…, K, L, E)."""
-        keys = self.cache.keys[layer][table].transpose(-4, -3).flatten(-3, -2).to(dtype)
+        keys = self._get(self.cache.keys, self.cache.key_scales, layer, table, dtype)
         if not self.cache.values:
             return keys, keys[..., :width]
-        return keys, self.cache.values[layer][table].transpose(-4, -3).flatten(-3, -2).to(dtype)
+        return keys, self._get(self.cache.values, self.cache.value_scales, layer, table, dtype)
+
+    @staticmethod
+    def _get(rows: list[Tensor], scales: list[Tensor], layer: int, table: Tensor, dtype: torch.dtype) -> Tensor:
+        found = rows[layer][table]
+        if scales:
+            found = found * scales[layer][table][..., None]
+        return found.transpose(-4, -3).flatten(-3, -2).to(dtype)
 
     def _attend_single(
         self, layer: int, q_SHE: Tensor, window: int | None, scale: float, width: int

@@ -60,7 +60,7 @@ def serve(
     model_ref: str | Path, host: str = "127.0.0.1", port: int = 8000, *, name: str | None = None,
     allow_public: bool = False, precision: str = "auto", device: str = "auto", max_length: int | None = None,
     max_running: int = 64, max_waiting: int = 256, weights: str | None = None, replicas: int = 1,
-    speculate: str | None = None, draft_tokens: int | None = None, tensor_parallel: int = 1,
+    cache_dtype: str = "auto", speculate: str | None = None, draft_tokens: int | None = None, tensor_parallel: int = 1,
     pipeline_parallel: int = 1, grace: float = GRACE, in_process: bool = False,
     adapters: Mapping[str, str] | None = None, allow_adapter_loading: bool = False,
     ready: Callable[[str], None] | None = None,
@@ -70,7 +70,8 @@ def serve(
     port 0 takes a free one. `allow_public` lets `host` be reachable from other machines: there are no keys, so whoever
     reaches the port uses the model. `grace`: seconds that running answers get at the end. `replicas`: engine processes
     with a copy of the model each, behind this one front. `tensor_parallel`, `pipeline_parallel`: ranks that split each
-    layer, times stages of layers, for each copy (`soma.engine.parallel`). `speculate`, `draft_tokens`: see `Engine`.
+    layer, times stages of layers, for each copy (`soma.engine.parallel`). `cache_dtype`, `speculate`,
+    `draft_tokens`: see `Engine`.
     `in_process`: no process of its own for the engine (one process to debug; a crash of the engine ends the service).
     `adapters`: names and PEFT folders of adapters, chosen as models by those names; with `allow_adapter_loading`
     clients may load and unload others. `ready` is called with the base URL once requests are answered; without it a
@@ -92,7 +93,8 @@ def serve(
 
         engine, tokenizer, own_name, embedder = start_engine(
             model_ref, launched, precision=precision, device=device, max_length=max_length,
-            max_running=max_running, max_waiting=max_waiting, weights=weights, speculate=speculate,
+            max_running=max_running, max_waiting=max_waiting, weights=weights, cache_dtype=cache_dtype,
+            speculate=speculate,
             **({} if draft_tokens is None else {"draft_tokens": draft_tokens}), adapters=dict(adapters or {}), **more,
         )  # fmt: skip
         try:

@@ -178,7 +178,7 @@ def test_fp8_in_the_engine(make_engine: Callable[..., Engine]) -> None:
     ids = engine.generate([5, 6, 7, 8], params).ids
     assert len(ids) == 12
     assert engine.generate([5, 6, 7, 8], params).ids == ids
-    with pytest.raises(UserError, match="cache_dtype 'fp4': expected one of auto, fp8"):
+    with pytest.raises(UserError, match="cache_dtype 'fp4': expected one of auto, fp8, int8"):
         make_engine(cache_dtype="fp4")
     with pytest.raises(UserError, match="backend 'native' cannot run this model: the cache is"):
         make_engine(cache_dtype="fp8", backend="native")

@@ -30,7 +30,7 @@ class Backend(Protocol):
 def why_not(name: str, model: Transformer, cache_dtype: torch.dtype | None = None) -> str | None:
     """Why a backend cannot run this model (over a cache of that dtype; None: the model's); None if it can."""
     if name == "native":
-        if cache_dtype not in (None, model.dtype):
+        if cache_dtype not in (None, model.dtype, torch.int8):
             return f"the cache is {cache_dtype}"
         return NativeModel.supports(model)
     if name == "triton":
@@ -38,6 +38,8 @@ def why_not(name: str, model: Transformer, cache_dtype: torch.dtype | None = Non
             return "triton is not installed (the gpu extra has it)"
         from soma.engine.backends.triton import TritonModel
 
+        if cache_dtype == torch.int8:
+            return "its kernels read no int8 cache"
         return TritonModel.supports(model)
     return None
 
@@ -60,7 +62,8 @@ def make_backend(
         if (reason := why_not(name, model, cache.dtype)) is not None:
             name = "reference"
     if name == "native":
-        return NativeModel(model, cache.keys, cache.values, cache.block_size), name, None
+        scales = (cache.key_scales, cache.value_scales)
+        return NativeModel(model, cache.keys, cache.values, cache.block_size, *scales), name, None
     if name == "triton":
         from soma.engine.backends.triton import TritonModel
 

@@ -7,13 +7,45 @@
 
 /* Key j of the sequence at hand, for one layer and head. */
 typedef struct {
-    const weight *keys, *values;
+    const void *keys, *values;              /* weights, or int8 where there are scales */
+    const float *key_scales, *value_scales; /* of each row */
     const int32_t *table;
-    int64_t shift, mask, block_stride, width;
+    int64_t shift, mask, block_stride, before, width;
 } Pages;
 
 INLINE int64_t place(const Pages *p, int64_t j) {
-    return (int64_t)p->table[j >> p->shift] * p->block_stride + (j & p->mask) * p->width;
+    return (int64_t)p->table[j >> p->shift] * p->block_stride + p->before + (j & p->mask) * p->width;
+}
+
+/* A row as 8-bit numbers, symmetric; its scale. */
+static float round_row(const float *x, int64_t count, int8_t *out) {
+    float top = 0;
+#pragma omp simd reduction(max : top)
+    for (int64_t i = 0; i < count; i++) top = fabsf(x[i]) > top ? fabsf(x[i]) : top;
+    float scale = top / 127.0f, inverse = scale > 0 ? 1.0f / scale : 0;
+    for (int64_t i = 0; i < count; i++) {
+        float value = rintf(x[i] * inverse);
+        out[i] = (int8_t)(value > 127.0f ? 127.0f : (value < -127.0f ? -127.0f : value));
+    }
+    return scale;
+}
+
+/* Rows of 8-bit numbers as weights, one behind the other. */
+static void widen(const int8_t *rows, const float *scales, const int64_t *at, int64_t from, int64_t to, int64_t width,
+                  weight *out) {
+    for (int64_t j = from; j < to; j++) {
+        const int8_t *row = rows + at[j];
+        float scale = scales[at[j] / width];
+        int64_t e = 0;
+#if NATIVE_BF16
+        for (; e + 16 <= width; e += 16) {
+            __m512 x = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(row + e))));
+            __m256i narrow = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(x, _mm512_set1_ps(scale)));
+            _mm256_storeu_si256((__m256i *)(out + j * width + e), narrow);
+        }
+#endif
+        for (; e < width; e++) out[j * width + e] = store((float)row[e] * scale);
+    }
 }
 
 /* What a thread works in. padded: head width rounded up to GROUP. */
@@ -25,7 +57,8 @@ typedef struct {
     float *out;           /* (rows, padded) */
     float *top, *sum;     /* (rows) */
     operand *keys, *values; /* a chunk, packed: lanes of 16 keys, or of 16 columns, side by side */
-    void *products;         /* what `multiply` works in */
+    weight *wide_keys, *wide_values; /* a chunk of an 8-bit cache */
+    void *products;                  /* what `multiply` works in */
 } Workspace;
 
 #if NATIVE_BF16
@@ -105,8 +138,9 @@ static void product(const operand *a, int64_t a_stride, const operand *b, int64_
 /* Keys from .. to-1 as (4 groups of 16 keys, padded / DEEP, 16, DEEP), values as (padded / 16, KEYS / DEEP, 16, DEEP).
    What lies outside is 0: memory that no token was written to may hold anything. */
 #if NATIVE_BF16
-static void pack(const Pages *pages, const int64_t *at, int64_t from, int64_t to, const Workspace *w) {
-    int64_t padded = w->padded, width = pages->width;
+static void pack(const weight *keys, const weight *values, int64_t width, const int64_t *at, int64_t from, int64_t to,
+                 const Workspace *w) {
+    int64_t padded = w->padded;
     const __m512i first = _mm512_loadu_si512(PAIR_UP[0]), second = _mm512_loadu_si512(PAIR_UP[1]);
     for (int64_t e = 0; e < padded; e += LANES) {
         int64_t count = MIN(LANES, width - e);
@@ -114,26 +148,27 @@ static void pack(const Pages *pages, const int64_t *at, int64_t from, int64_t to
         for (int64_t key = 0; key < KEYS; key += 16) {
             __m512i row[16];
             for (int j = 0; j < 16; j++)
-                row[j] = _mm512_maskz_loadu_epi16(key + j >= from && key + j < to ? mask : 0, pages->keys + at[key + j] + e);
+                row[j] = _mm512_maskz_loadu_epi16(key + j >= from && key + j < to ? mask : 0, keys + at[key + j] + e);
             transpose(row);
             for (int j = 0; j < 16; j++) _mm512_storeu_si512(w->keys + key * padded + e * 16 + j * 32, row[j]);
         }
         for (int64_t key = 0; key < KEYS; key += 2) {
             __m512i two[2];
             for (int j = 0; j < 2; j++)
-                two[j] = _mm512_maskz_loadu_epi16(key + j >= from && key + j < to ? mask : 0, pages->values + at[key + j] + e);
+                two[j] = _mm512_maskz_loadu_epi16(key + j >= from && key + j < to ? mask : 0, values + at[key + j] + e);
             _mm512_storeu_si512(w->values + e * KEYS + key * 16, _mm512_permutex2var_epi16(two[0], first, two[1]));
             _mm512_storeu_si512(w->values + (e + 16) * KEYS + key * 16, _mm512_permutex2var_epi16(two[0], second, two[1]));
         }
     }
 }
 #else
-static void pack(const Pages *pages, const int64_t *at, int64_t from, int64_t to, const Workspace *w) {
-    int64_t padded = w->padded, width = pages->width;
+static void pack(const weight *keys, const weight *values, int64_t width, const int64_t *at, int64_t from, int64_t to,
+                 const Workspace *w) {
+    int64_t padded = w->padded;
     memset(w->keys, 0, sizeof(operand) * (size_t)(KEYS * padded));
     memset(w->values, 0, sizeof(operand) * (size_t)(KEYS * padded));
     for (int64_t key = from; key < to; key++) {
-        const weight *k = pages->keys + at[key], *v = pages->values + at[key];
+        const weight *k = keys + at[key], *v = values + at[key];
         for (int64_t e = 0; e < width; e++) w->keys[key / 16 * 16 * padded + key % 16 + e * 16] = load(k[e]);
         for (int64_t e = 0; e < width; e++) w->values[key * 16 + e / 16 * KEYS * 16 + e % 16] = load(v[e]);
     }
@@ -141,18 +176,25 @@ static void pack(const Pages *pages, const int64_t *at, int64_t from, int64_t to
 #endif
 
 /* Ask for rows of the cache before they are needed: blocks lie apart, and the processor does not guess the next one. */
-INLINE void prefetch(const weight *rows, const int64_t *at, int64_t from, int64_t to, int64_t width) {
+INLINE void prefetch(const weight *rows, const int64_t *at, int64_t from, int64_t to, int64_t bytes) {
     for (int64_t j = from; j < to; j++)
-        for (int64_t e = 0; e < width; e += 64 / (int64_t)sizeof(weight)) __builtin_prefetch(rows + at[j] + e);
+        for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch((const char *)(rows + at[j]) + b);
+}
+INLINE void prefetch_chunk(const Pages *pages, int64_t from, int64_t to) {
+    int64_t size = pages->key_scales ? 1 : (int64_t)sizeof(weight);
+    for (int64_t j = from; j < to; j++)
+        for (int64_t b = 0; b < pages->width * size; b += 64) {
+            __builtin_prefetch((const char *)pages->keys + place(pages, j) * size + b);
+            if (pages->key_scales) __builtin_prefetch((const char *)pages->values + place(pages, j) * size + b);
+        }
 }
 
 /* Few rows: scores straight from the keys' rows in the cache; 4 keys at a time. */
-static void scores_in_place(const Pages *pages, const int64_t *at, int64_t from, int64_t to, int64_t rows,
-                            const Workspace *w) {
-    int64_t width = pages->width;
+static void scores_in_place(const weight *keys, int64_t width, const int64_t *at, int64_t from, int64_t to,
+                            int64_t rows, const Workspace *w) {
     for (int64_t j = from; j < to; j += 4) {
         const weight *k[4];
-        for (int i = 0; i < 4; i++) k[i] = pages->keys + at[MIN(j + i, to - 1)];
+        for (int i = 0; i < 4; i++) k[i] = keys + at[MIN(j + i, to - 1)];
         for (int64_t r = 0; r < rows; r++) {
             const operand *q = w->q + r * w->padded;
             floats sum[4] = {{0}};
@@ -181,18 +223,18 @@ INLINE void add_values(const weight *values, const int64_t *at, int64_t from, in
     for (int r = 0; r < rows; r++) memcpy(out + r * stride, sum[r], sizeof(floats) * (size_t)vectors);
 }
 
-static void values_in_place(const Pages *pages, const int64_t *at, int64_t from, int64_t to, int64_t rows,
-                            const Workspace *w) {
-    int64_t width = pages->width, whole = width / 16 * 16;
+static void values_in_place(const weight *values, int64_t width, const int64_t *at, int64_t from, int64_t to,
+                            int64_t rows, const Workspace *w) {
+    int64_t whole = width / 16 * 16;
     for (int64_t r = 0; r < rows; r += 4) {
         const float *shares = w->scores + r * KEYS;
         float *out = w->out + r * w->padded;
         for (int64_t e = 0; e < whole; e += 64) {
-            const weight *values = pages->values + e;
+            const weight *here = values + e;
 #define SOME(rows)                                                                                                     \
-    if (whole - e >= 64) add_values(values, at, from, to, shares, rows, 4, out + e, w->padded);                        \
+    if (whole - e >= 64) add_values(here, at, from, to, shares, rows, 4, out + e, w->padded);                        \
     else for (int64_t i = 0; i < whole - e; i += 16)                                                                   \
-            add_values(values + i, at, from, to, shares, rows, 1, out + e + i, w->padded);                             \
+            add_values(here + i, at, from, to, shares, rows, 1, out + e + i, w->padded);                             \
     break;
             switch (MIN(4, rows - r)) {
                 case 1: SOME(1)
@@ -205,7 +247,7 @@ static void values_in_place(const Pages *pages, const int64_t *at, int64_t from,
         for (int64_t i = r; i < MIN(r + 4, rows); i++)
             for (int64_t j = from; j < to; j++)
                 for (int64_t e = whole; e < width; e++)
-                    w->out[i * w->padded + e] += w->scores[i * KEYS + j] * load(pages->values[at[j] + e]);
+                    w->out[i * w->padded + e] += w->scores[i * KEYS + j] * load(values[at[j] + e]);
     }
 }
 
@@ -234,7 +276,7 @@ static void soften(float *s, int64_t from, int64_t to, float scale, float *top, 
    are in w->q, and w->out becomes the result. */
 static void attend(const Pages *pages, int64_t position, int64_t tokens, int64_t group, int64_t window,
                    const Workspace *w) {
-    int64_t rows = tokens * group, padded = w->padded, last = position + tokens;
+    int64_t rows = tokens * group, padded = w->padded, width = pages->width, last = position + tokens;
     int64_t begin = window && position + 1 > window ? position + 1 - window : 0;
     float scale = 1.0f / sqrtf((float)pages->width);
     int is_packed = tokens > 1; /* to pack a chunk costs as much as some twenty rows gain */
@@ -244,13 +286,20 @@ static void attend(const Pages *pages, int64_t position, int64_t tokens, int64_t
         int64_t from = first < begin ? begin : first, to = MIN(first + KEYS, last);
         int64_t at[KEYS];
         for (int64_t j = 0; j < KEYS; j++) at[j] = place(pages, first + j < from ? from : MIN(first + j, to - 1));
+        const weight *keys = pages->keys, *values = pages->values;
+        if (pages->key_scales) {
+            widen(pages->keys, pages->key_scales, at, from - first, to - first, width, w->wide_keys);
+            widen(pages->values, pages->value_scales, at, from - first, to - first, width, w->wide_values);
+            keys = w->wide_keys, values = w->wide_values;
+            for (int64_t j = 0; j < KEYS; j++) at[j] = j * width;
+        }
         if (is_packed) {
-            pack(pages, at, from - first, to - first, w);
+            pack(keys, values, width, at, from - first, to - first, w);
             memset(w->scores, 0, sizeof(float) * (size_t)(ROUND_UP(rows, 16) * KEYS));
             product(w->q, padded, w->keys, padded, KEYS, rows, w->scores, KEYS);
         } else {
-            prefetch(pages->values, at, from - first, to - first, pages->width);
-            scores_in_place(pages, at, from - first, to - first, rows, w);
+            if (!pages->key_scales) prefetch(values, at, from - first, to - first, width * (int64_t)sizeof(weight));
+            scores_in_place(keys, width, at, from - first, to - first, rows, w);
         }
         for (int64_t r = 0; r < rows; r++) {
             int64_t end = position + r / group + 1, start = window && end > window ? end - window : 0;
@@ -264,10 +313,8 @@ static void attend(const Pages *pages, int64_t position, int64_t tokens, int64_t
         }
         if (is_packed) product(w->p, KEYS, w->values, KEYS, padded, rows, w->out, padded);
         else {
-            int64_t next[KEYS], more = MIN(KEYS, last - first - KEYS);
-            for (int64_t j = 0; j < more; j++) next[j] = place(pages, first + KEYS + j);
-            prefetch(pages->keys, next, 0, more, pages->width);
-            values_in_place(pages, at, from - first, to - first, rows, w);
+            prefetch_chunk(pages, first + KEYS, MIN(first + 2 * KEYS, last));
+            values_in_place(values, width, at, from - first, to - first, rows, w);
         }
     }
     for (int64_t r = 0; r < rows; r++)

@@ -23,7 +23,8 @@
 typedef struct {
     Linear q, k, v, out, gate, up, down;
     const weight *input_norm, *post_norm, *q_norm, *k_norm;
-    weight *keys, *values;
+    void *keys, *values; /* weights, or with scales (blocks, kv_heads, block_size) int8 */
+    float *key_scales, *value_scales;
     int64_t window;
 } Layer;
 
@@ -100,7 +101,7 @@ static int64_t lay_out(const Model *m, int64_t tokens, int64_t rows, int64_t mos
     int64_t padded = ROUND_UP(m->head, GROUP), most = ROUND_UP(tile_tokens(m) * (m->heads / m->kv_heads), BLOCK);
     for (int i = 0; i < threads; i++) {
         Input in = take_input(&at, 1, widest, most_rank);
-        Workspace w = {padded, 0, 0, 0, 0, 0, 0, 0, 0, 0};
+        Workspace w = {padded, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
         w.q = (operand *)take(&at, most * padded * (int64_t)sizeof(operand));
         w.p = (operand *)take(&at, most * KEYS * (int64_t)sizeof(operand));
         w.scores = (float *)take(&at, most * KEYS * 4);
@@ -109,6 +110,8 @@ static int64_t lay_out(const Model *m, int64_t tokens, int64_t rows, int64_t mos
         w.sum = (float *)take(&at, most * 4);
         w.keys = (operand *)take(&at, KEYS * padded * (int64_t)sizeof(operand));
         w.values = (operand *)take(&at, KEYS * padded * (int64_t)sizeof(operand));
+        w.wide_keys = (weight *)take(&at, KEYS * m->head * (int64_t)sizeof(weight));
+        w.wide_values = (weight *)take(&at, KEYS * m->head * (int64_t)sizeof(weight));
         w.products = take(&at, tile_bytes(tokens > rows ? tokens : rows, widest));
         if (base) own[i] = in, work[i] = w;
     }
@@ -165,9 +168,12 @@ static void rotate(const Model *m, const Layer *layer, const Batch *b, float *qk
         }
         if (kv < 0) continue;
         int64_t block = b->slot[t] / m->block_size, offset = b->slot[t] % m->block_size, k = kv % m->kv_heads;
-        weight *cache = kv < m->kv_heads ? layer->keys : layer->values;
-        cache += ((block * m->kv_heads + k) * m->block_size + offset) * head;
-        for (int64_t e = 0; e < head; e++) cache[e] = store(x[e]);
+        void *cache = kv < m->kv_heads ? layer->keys : layer->values;
+        float *scales = kv < m->kv_heads ? layer->key_scales : layer->value_scales;
+        int64_t row = (block * m->kv_heads + k) * m->block_size + offset;
+        if (scales) scales[row] = round_row(x, head, (int8_t *)cache + row * head);
+        else
+            for (int64_t e = 0; e < head; e++) ((weight *)cache)[row * head + e] = store(x[e]);
     }
 }
 
@@ -184,8 +190,9 @@ static void attention(const Model *m, const Layer *layer, const Batch *b, const 
     for (int64_t i = tiles * m->kv_heads - 1; i >= 0; i--) {
         Tile tile = s->tiles[i / m->kv_heads];
         int64_t kv = i % m->kv_heads, before = kv * m->block_size * head;
-        Pages pages = {layer->keys + before, layer->values + before, b->table + tile.sequence * b->table_width, shift,
-                       m->block_size - 1, m->kv_heads * m->block_size * head, head};
+        Pages pages = {layer->keys, layer->values, layer->key_scales, layer->value_scales,
+                       b->table + tile.sequence * b->table_width, shift, m->block_size - 1,
+                       m->kv_heads * m->block_size * head, before, head};
         int64_t position = b->length[tile.sequence] - b->start[tile.sequence + 1] + tile.token;
         for (int64_t r = 0; r < tile.count * group; r++) {
             const float *q = s->qkv + ((tile.token + r / group) * heads + kv * group + r % group) * head;
