@@ -54,8 +54,8 @@ def serve(
         serve_model(
             model, host, port, name=name, allow_public=allow_public, precision=precision, device=device,
             max_length=max_length, max_running=max_running, max_waiting=max_waiting, weights=weights,
-            cache_dtype=cache_dtype, replicas=replicas, speculate=speculate, draft_tokens=draft_tokens, tensor_parallel=tensor_parallel,
-            pipeline_parallel=pipeline_parallel, in_process=in_process,
+            cache_dtype=cache_dtype, replicas=replicas, speculate=speculate, draft_tokens=draft_tokens,
+            tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel, in_process=in_process,
             adapters=parse_adapters(adapter or []), allow_adapter_loading=allow_adapter_loading,
         )  # fmt: skip
 
