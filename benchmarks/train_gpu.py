@@ -155,6 +155,8 @@ def measure(case: str, shape: str, device: torch.device) -> dict[str, Any]:
     began = time.perf_counter()
     first = [step() for _ in range(WARMUP)]
     warm, seconds, last = time.perf_counter() - began, [], first[-1]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     for _ in range(STEPS):
         started = time.perf_counter()
         last = step()  # its loss is read: the GPU is waited for

@@ -72,6 +72,8 @@ class RoundedAdamW(torch.optim.Optimizer):
     ) -> None:  # fmt: skip
         super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.seed = seed
+        # Uncompiled, an update holds some 40 bytes a number for a moment: large tensors are worked on in pieces.
+        self.piece = 1 << 62 if compiled else 1 << 24
         self.update: Callable[..., None] = torch.compile(_update, dynamic=True) if compiled else _update
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -92,8 +94,12 @@ class RoundedAdamW(torch.optim.Optimizer):
             beta1, beta2 = group["betas"]
             key = _key(self.seed, number, state["step"]) + _first_place(parameter)
             rate = torch.tensor(float(group["lr"]), device=parameter.device)
-            flat = (_flat(one) for one in (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]))
-            self.update(*flat, key, rate, group["weight_decay"], beta1, beta2, group["eps"], state["step"])
+            whole = [_flat(one) for one in (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])]
+            for first in range(0, whole[0].numel(), self.piece):
+                part = [one[first : first + self.piece] for one in whole]
+                self.update(
+                    *part, key + first, rate, group["weight_decay"], beta1, beta2, group["eps"], state["step"]
+                )  # fmt: skip
 
     def _every(self) -> Iterable[tuple[dict[str, Any], nn.Parameter]]:
         return ((group, parameter) for group in self.param_groups for parameter in group["params"])

@@ -87,6 +87,19 @@ def test_the_same_twice_and_after_a_resumption() -> None:
     assert not torch.equal(other.weight, whole.weight)
 
 
+def test_pieces_are_the_whole() -> None:
+    layers = []
+    for piece in (1 << 24, 1000):
+        torch.manual_seed(0)
+        layer = nn.Linear(64, 64, bias=False).to(torch.bfloat16)
+        layer.weight.grad = torch.randn(64, 64).to(torch.bfloat16)
+        optimizer = RoundedAdamW(layer.parameters(), lr=1e-2)
+        optimizer.piece = piece
+        optimizer.step()
+        layers.append(layer.weight)
+    assert torch.equal(*layers)
+
+
 def test_other_dtypes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"takes bf16 parameters, not torch\.float32"):
         RoundedAdamW(nn.Linear(2, 2).parameters(), lr=1e-3)
