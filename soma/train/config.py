@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from soma.train.parallel.config import Layout
 
 DEFAULT_EPOCHS = 1.0
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 class TrainConfig(BaseModel):
@@ -93,8 +94,19 @@ class TrainConfig(BaseModel):
         "auto",
         description="torch.compile. auto: when there is a C++ compiler and the run is long enough to pay for it.",
     )
-    activation_checkpointing: bool = Field(
-        False, description="Recompute each layer in the backward pass: less memory, about a third more time."
+    parameters: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="Of the weights in training. bf16: weights, gradients and moments in bf16, rounded stochastically: "
+        "half of the memory; adamw only.",
+    )
+    float8: bool = Field(
+        False, description="Products of the layers' matrices in 8-bit floating point, on GPUs that have it."
+    )
+    activation_checkpointing: bool | str = Field(
+        False,
+        description="What is computed again in the backward pass, to save memory. true: every layer (about a third "
+        "more time); every:N: each Nth; selective: all but products and attention; budget:SIZE (budget:8GB): as few "
+        "layers as keep the activations of a microbatch below it.",
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of torch; None: as torch decides.")
     layout: Layout = Field(
@@ -140,6 +152,10 @@ class TrainConfig(BaseModel):
             raise ValueError("early_stop counts evaluations and evaluate_every is 0: set evaluate_every (steps)")
         if self.early_stop and not self.evaluate_batches:
             raise ValueError("early_stop needs a held-out loss and evaluate_batches is 0: set evaluate_batches")
+        if self.parameters == "bf16" and (self.optimizer == "muon" or self.precision == "fp16"):
+            other = "optimizer muon" if self.optimizer == "muon" else "precision fp16"
+            raise ValueError(f"parameters bf16 and {other} exclude each other: take adamw and precision auto or bf16")
+        checkpointing_form(self.activation_checkpointing)
         if self.steps is not None:
             check_schedule(self, self.steps)
         return self
@@ -155,6 +171,28 @@ class TrainConfig(BaseModel):
         if self.tokens is not None:
             return -(-self.tokens // self.tokens_per_step())
         return max(1, round((self.epochs or DEFAULT_EPOCHS) * steps_per_epoch))
+
+
+def checkpointing_form(mode: bool | str) -> tuple[str, int]:
+    """activation_checkpointing as (kind, number): ("none", 0), ("every", N), ("selective", 0), ("budget", bytes).
+
+    Raises ValueError for other words. `budget:8GB` is 8·10⁹ bytes, `budget:8GiB` 8·2³⁰.
+    """
+    if isinstance(mode, bool):
+        return ("every", 1) if mode else ("none", 0)
+    kind, _, text = mode.partition(":")
+    if kind == "selective" and not text:
+        return "selective", 0
+    if kind == "every" and text.isdigit() and int(text) > 0:
+        return "every", int(text)
+    unit = next((name for name in UNITS if text.upper().endswith(name)), "")
+    number = text[: len(text) - len(unit)].strip()
+    if kind == "budget" and unit and number.replace(".", "", 1).isdigit():
+        return "budget", int(float(number) * UNITS[unit])
+    raise ValueError(
+        f"activation_checkpointing {mode!r}: expected false, true (every layer), every:N, selective, or budget:SIZE "
+        "(such as budget:8GB)"
+    )
 
 
 def part_steps(value: float, steps: int) -> int:

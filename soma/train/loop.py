@@ -94,7 +94,7 @@ class Trainer:
         self.identity, self.world, self.journal = identity, world, journal
         self.planned = self.steps = steps
         self.at = Progress()
-        self.optimizers = build_optimizers(model, config, compute.muon_dtype)
+        self.optimizers = build_optimizers(model, config, compute.muon_dtype, compute.compile)
         self.balance = RouterBalance(model, config.router_bias_rate, world)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16")

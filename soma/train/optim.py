@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from soma.model.moe import Router
 from soma.train.config import TrainConfig
 from soma.train.parallel.matrices import WholeMatrices, cut_as, local_part
+from soma.train.rounding import RoundedAdamW
 
 NEWTON_SCHULZ = (
     3.4445,
@@ -121,8 +122,13 @@ def split_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return split
 
 
-def build_optimizers(model: nn.Module, config: TrainConfig, muon_dtype: torch.dtype) -> list[torch.optim.Optimizer]:
-    """AdamW alone, or Muon and AdamW, over the model's trainable parameters."""
+def build_optimizers(
+    model: nn.Module, config: TrainConfig, muon_dtype: torch.dtype, compiled: bool = False
+) -> list[torch.optim.Optimizer]:  # fmt: skip
+    """AdamW alone, or Muon and AdamW, over the model's trainable parameters.
+
+    `compiled`: whether what gains by it, the update of bf16 parameters, is compiled.
+    """
     split = split_parameters(model)
     adamw: list[dict[str, Any]] = [
         {"params": split["matrices"], "weight_decay": config.weight_decay},
@@ -138,12 +144,13 @@ def build_optimizers(model: nn.Module, config: TrainConfig, muon_dtype: torch.dt
     groups = [
         {**group, "params": parameters} for group in adamw for parameters in by_cut(group["params"])
     ]  # the fused kernel takes tensors of one mesh at a time
-    if groups:
-        optimizers.append(
-            torch.optim.AdamW(
-                groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
-            )
-        )
+    settings: dict[str, Any] = {
+        "lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": config.eps,
+    }  # fmt: skip
+    if groups and config.parameters == "bf16":
+        optimizers.append(RoundedAdamW(groups, **settings, seed=config.seed, compiled=compiled))
+    elif groups:
+        optimizers.append(torch.optim.AdamW(groups, **settings, fused=True))
     return optimizers
 
 

@@ -16,9 +16,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from soma.base.errors import UserError
 from soma.model.transformer import Transformer
+from soma.train.config import checkpointing_form
 
-FORMS = "false, true (every layer), every:N, selective, or budget:SIZE (such as budget:8GB)"
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 # Products are dear to compute and their results small; norms, rotations, gates and sums are the other way round.
 KEPT = (
     torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default,
@@ -31,32 +30,13 @@ KEPT = (
 Forward = Callable[..., Any]
 
 
-def parse(mode: bool | str) -> tuple[str, int]:
-    """A setting as (kind, number): ("none", 0), ("every", N), ("selective", 0), ("budget", bytes).
-
-    Raises UserError for other words. `budget:8GB` is 8·10⁹ bytes, `budget:8GiB` 8·2³⁰.
-    """
-    if isinstance(mode, bool):
-        return ("every", 1) if mode else ("none", 0)
-    kind, _, text = mode.partition(":")
-    if kind == "selective" and not text:
-        return "selective", 0
-    if kind == "every" and text.isdigit() and int(text) > 0:
-        return "every", int(text)
-    unit = next((name for name in UNITS if text.upper().endswith(name)), "")
-    number = text[: len(text) - len(unit)].strip()
-    if kind == "budget" and unit and number.replace(".", "", 1).isdigit():
-        return "budget", int(float(number) * UNITS[unit])
-    raise UserError(f"activation_checkpointing {mode!r}: expected {FORMS}")
-
-
 def recompute_layers(model: Transformer, mode: bool | str, measure: Callable[[], Any] | None = None) -> int:
-    """Wrap the layers' forward passes after `mode`; how many of them recompute.
+    """Wrap the layers' forward passes after `mode` (see `TrainConfig`); how many of them recompute.
 
     `measure` runs one forward pass of a microbatch with gradients: a budget is held against what its layers then keep.
     Raises UserError where recomputing all layers would still go over the budget.
     """
-    kind, number = parse(mode)
+    kind, number = checkpointing_form(mode)
     layers = list(model.layers)
     if kind == "none":
         return 0

@@ -13,6 +13,7 @@ from soma.base.artefact import content_hash, json_hash, write_json
 from soma.base.errors import UserError
 from soma.data.loader import PreferenceLoader, TokenLoader
 from soma.data.store import read_index
+from soma.model import float8
 from soma.model.config import ModelConfig
 from soma.model.families import config_to_hf
 from soma.model.formulas import flops_per_token
@@ -69,7 +70,7 @@ def train(
     compute = resolve(
         config, steps * config.tokens_per_step() * flops_per_token(network.config, config.sequence_length)
     )
-    network.to(compute.device)
+    prepare(config, network, compute)
     parallel, objective = lay_out(config, network, world, compute)
     work.mkdir(parents=True, exist_ok=True)
     tracker.params(dump(config))
@@ -107,6 +108,15 @@ def make_model(config: TrainConfig, model: ModelConfig | Path, tokenizer: Tokeni
     return network, torch.float32
 
 
+def prepare(config: TrainConfig, network: Transformer, compute: Compute) -> None:
+    """Device, dtype of the weights, 8-bit layers. Raises UserError where the device has no 8-bit products."""
+    network.to(compute.device, torch.bfloat16 if config.parameters == "bf16" else torch.float32)
+    if config.float8:
+        if reason := float8.why_not(compute.device):
+            raise UserError(f"float8: {reason}: set float8: false")
+        float8.use_float8(network)
+
+
 def with_ends(shape: ModelConfig, ends: tuple[int, ...]) -> ModelConfig:
     """The config with `ends` after the end ids that it names: a tuned model stops at the end of its turn."""
     every = tuple(dict.fromkeys([*shape.eos_token_ids, *ends]))
@@ -120,9 +130,16 @@ def lay_out(
     if world.mesh.layout.pp > 1:
         return stage_model(network, config, world.mesh, compute)
     reference = copy.deepcopy(network) if isinstance(config, PreferenceConfig) else None
+    rows = config.microbatch_size or config.batch_size // world.data_size
+    tokens_BT = torch.zeros(rows, config.sequence_length, dtype=torch.long, device=compute.device)
+
+    def measure() -> None:
+        with compute.autocast():
+            network.features(tokens_BT)
+
     parallel = parallelize(
         network, world.mesh, activation_checkpointing=config.activation_checkpointing, compile_layers=compute.compile,
-        whole_batch=config.microbatch_size is None,
+        whole_batch=config.microbatch_size is None, measure=measure,
     )  # fmt: skip
     if reference is not None:
         parallelize(reference.requires_grad_(False), world.mesh)

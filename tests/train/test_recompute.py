@@ -7,7 +7,8 @@ from torch import Tensor
 from soma.base.errors import UserError
 from soma.model.config import ModelConfig
 from soma.model.transformer import Transformer
-from soma.train.recompute import inputs_bytes, kept_bytes, parse, recompute_layers, within
+from soma.train.config import TrainConfig, checkpointing_form
+from soma.train.recompute import inputs_bytes, kept_bytes, recompute_layers, within
 
 SHAPE = ModelConfig(
     vocab_size=64, hidden_size=32, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
@@ -121,12 +122,12 @@ def test_within() -> None:
 
 
 def test_settings() -> None:
-    assert parse(False) == ("none", 0)
-    assert parse(True) == ("every", 1)
-    assert parse("every:4") == ("every", 4)
-    assert parse("selective") == ("selective", 0)
-    assert parse("budget:1.5GB") == ("budget", 1_500_000_000)
-    assert parse("budget:2GiB") == ("budget", 2**31)
+    assert checkpointing_form(False) == ("none", 0)
+    assert checkpointing_form(True) == ("every", 1)
+    assert checkpointing_form("every:4") == ("every", 4)
+    assert checkpointing_form("selective") == ("selective", 0)
+    assert checkpointing_form("budget:1.5GB") == ("budget", 1_500_000_000)
+    assert checkpointing_form("budget:2GiB") == ("budget", 2**31)
     for wrong in ("some", "every:0", "every", "budget:8", "budget:xGB", "selective:2"):
-        with pytest.raises(UserError, match="expected false, true"):
-            parse(wrong)
+        with pytest.raises(ValueError, match="expected false, true"):
+            TrainConfig(activation_checkpointing=wrong)

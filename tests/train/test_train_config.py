@@ -33,6 +33,8 @@ def test_unknown_key() -> None:
         ({"batch_size": 10, "microbatch_size": 4}, r"10 / 4 = 2\.5 microbatches\): take 8 or 12"),
         ({"batch_size": 3, "microbatch_size": 4}, r"take 4"),
         ({"steps": 10, "tokens": 1000}, "steps and tokens all say how long"),
+        ({"parameters": "bf16", "optimizer": "muon"}, "parameters bf16 and optimizer muon exclude each other"),
+        ({"parameters": "bf16", "precision": "fp16"}, "parameters bf16 and precision fp16 exclude each other"),
         ({"early_stop": 2}, "evaluate_every is 0"),
         ({"early_stop": 2, "evaluate_every": 5, "evaluate_batches": 0}, "evaluate_batches is 0"),
         ({"steps": 10, "warmup": 11}, "warmup 11 steps is more than the 10 steps"),

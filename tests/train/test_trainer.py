@@ -135,11 +135,27 @@ def test_no_targets_at_all() -> None:
     assert not x_BTD.grad.any()
 
 
-def test_activation_checkpointing_is_bit_equal(run: Run, small: dict) -> None:
+@pytest.mark.parametrize("mode", [True, "every:2", "selective", "budget:100MB"])
+def test_activation_checkpointing_is_bit_equal(run: Run, small: dict, mode: bool | str) -> None:
     plain = run("a", TrainConfig(**small))
-    checkpointed = run("b", TrainConfig(**small, activation_checkpointing=True))
+    checkpointed = run("b", TrainConfig(**small, activation_checkpointing=mode))
     assert losses(plain) == losses(checkpointed)
     assert content_hash(plain.model) == content_hash(checkpointed.model)
+
+
+def test_bf16_parameters_learn_as_fp32_ones(run: Run, small: dict) -> None:
+    settings = small | {"optimizer": "adamw", "precision": "bf16"}
+    whole = run("a", TrainConfig(**settings))
+    half = run("b", TrainConfig(**settings, parameters="bf16"))
+    again = run("c", TrainConfig(**settings, parameters="bf16"))
+    assert losses(half) == pytest.approx(losses(whole), abs=0.05)
+    assert content_hash(half.model) == content_hash(again.model)
+    assert load_model(half.model).dtype == torch.float32, "save_precision decides"
+
+
+def test_8_bits_need_a_gpu_that_has_them(run: Run, small: dict) -> None:
+    with pytest.raises(UserError, match=r"float8: .*set float8: false"):
+        run("a", TrainConfig(**small | {"device": "cpu", "float8": True}))
 
 
 def test_bf16_stays_near_fp32(run: Run, small: dict) -> None:

@@ -6,13 +6,12 @@ Order: tensor, expert, context, activation checkpointing, compile, data (replica
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from soma.data.loader import Batch, PreferenceBatch
 from soma.model.moe import MoE
@@ -26,6 +25,7 @@ from soma.train.parallel.norm import clip_gradients
 from soma.train.parallel.reduce import Reducer, settle_partial
 from soma.train.parallel.shard import apply_shards, begin_microbatch
 from soma.train.parallel.tensor import apply_tensor
+from soma.train.recompute import recompute_layers
 
 
 class Parallel:
@@ -97,16 +97,17 @@ class Parallel:
 
 
 def parallelize(
-    model: Transformer, mesh: Mesh, *, activation_checkpointing: bool = False, compile_layers: bool = False,
-    whole_batch: bool = False,
+    model: Transformer, mesh: Mesh, *, activation_checkpointing: bool | str = False, compile_layers: bool = False,
+    whole_batch: bool = False, measure: Callable[[], Any] | None = None,
 ) -> Parallel:  # fmt: skip
     """Apply a mesh's layout to a model whose weights are the same on all ranks; the model is changed in place.
 
-    `whole_batch`: there is no microbatch_size, so experts are balanced over the tokens of all ranks.
+    `whole_batch`: there is no microbatch_size, so experts are balanced over the tokens of all ranks. `measure` runs the
+    forward pass of a microbatch, for an activation checkpointing that has a budget.
     """
     layout = mesh.layout
-    if mesh.size == 1:  # the model does both by itself
-        model.activation_checkpointing = activation_checkpointing
+    if mesh.size == 1:  # compiled as a whole, by the objective
+        recompute_layers(model, activation_checkpointing, measure)
         return Parallel(model, mesh)
     tensor = mesh.axis("tp")
     if tensor is not None:
@@ -117,9 +118,7 @@ def parallelize(
     if across is not None:
         apply_context(model, across, layout.cp_method)
     share_balance(model, mesh, whole_batch)
-    if activation_checkpointing:
-        for layer in model.layers:
-            layer.forward = checkpointed(layer.forward)
+    recompute_layers(model, activation_checkpointing, measure)
     if compile_layers:
         for layer in model.layers:
             layer.forward = torch.compile(layer.forward, dynamic=False)
@@ -143,18 +142,6 @@ def divide_aux(module: nn.Module, args: Any, output: tuple[Tensor, Tensor | None
     """Divide the gradient of an MoE's auxiliary loss by the ranks that have the same one."""
     out_BTD, aux = output
     return out_BTD, None if aux is None else scale_gradient(aux, 1 / ranks)
-
-
-def checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A layer's forward pass that keeps only its input and is run again in the backward pass."""
-
-    @wraps(forward)
-    def recomputing(*args: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*args)
-        return checkpoint(partial(forward), *args, use_reentrant=False, preserve_rng_state=False)
-
-    return recomputing
 
 
 def replicate(model: Transformer, mesh: Mesh) -> list[Reducer]:

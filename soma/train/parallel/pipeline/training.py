@@ -34,7 +34,7 @@ def stage_model(
     layout = mesh.layout
     check(config, layout)
     plan = make_plan(config, layout)
-    model.activation_checkpointing = config.activation_checkpointing
+    model.activation_checkpointing = config.activation_checkpointing is True
     group, tensor, whole = mesh.group("pp"), mesh.axis("tp"), Parallel(model, mesh)
     assert group is not None
 
@@ -65,6 +65,11 @@ def check(config: TrainConfig, layout: Layout) -> None:
     if others:
         raise UserError(
             f"layout: pp {layout.pp} with {' and '.join(others)}: a pipeline goes with dp and tp; leave it out"
+        )
+    if not isinstance(config.activation_checkpointing, bool):
+        raise UserError(
+            f"layout: pp {layout.pp}: activation_checkpointing {config.activation_checkpointing!r} does not go with a "
+            "pipeline; take true or false"
         )
     if isinstance(config, PreferenceConfig):
         raise UserError(f"layout: pp {layout.pp}: preference tuning has no pipeline; take dp, fsdp or tp")
