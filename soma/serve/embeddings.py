@@ -25,6 +25,7 @@ class EmbeddingRequest(BaseModel):
     input: str | list[str] | list[int] | list[list[int]]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None
+    user: str | None = None  # taken and left alone
 
     @property
     def inputs(self) -> list[str] | list[list[int]]:
