@@ -91,8 +91,8 @@ def execute(
     An action starts when its rank is free and what it needs has come; what it makes leaves while the next one runs. A
     pair that a schedule overlaps runs one after the other here: that takes two streams of a GPU.
     """
+    clock.begin()  # first: it waits for the GPU, which would wait for the receives that `transport` posts
     transport.begin()
-    clock.begin()
     here: dict[Action, Tensor | None] = {}  # made on this rank for this rank: the turn of a V
     for action in schedule.actions(rank):
         need = needed_by(schedule, action)

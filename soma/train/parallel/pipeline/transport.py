@@ -18,7 +18,9 @@ class Transport:
 
     Sends are asynchronous and keep their tensor alive until it has left. Receives are posted in the channel's order,
     `AHEAD` of them at any time, into buffers made by `buffer(microbatch)`: what comes over a wire has that shape. Over
-    NCCL every channel has a communicator of its own, since those of two directions on one would wait for each other.
+    NCCL every channel has a communicator of its own, since those of two directions on one would wait for each other. A
+    posted receive is a kernel that waits there, and CUDA loads a kernel that is new only when no other runs: so the
+    first step, in which most are new, posts each receive when it is needed.
     """
 
     def __init__(self, schedule: Schedule, group: dist.ProcessGroup, buffer: Callable[[int], Tensor]) -> None:
@@ -30,7 +32,9 @@ class Transport:
             (channel, message): place for channel, order in self.orders.items() for place, message in enumerate(order)
         }
         self.channel_of = {message: channel for channel, order in self.reads.items() for message in order}
+        self.ahead = AHEAD
         if dist.get_backend(group) == "nccl":
+            self.ahead = 0
             self.open_channels()
         self.sending: deque[tuple[dist.Work, Tensor]] = deque()
         self.posted: dict[Action, tuple[dist.Work, Tensor]] = {}
@@ -57,7 +61,7 @@ class Transport:
         assert not self.posted
         self.next = dict.fromkeys(self.reads, 0)
         for channel in self.reads:
-            self.post(channel, AHEAD)
+            self.post(channel, self.ahead)
 
     def post(self, channel: Channel, until: int) -> None:
         """Post the channel's receives up to the one numbered `until` (not included)."""
@@ -81,7 +85,7 @@ class Transport:
         except RuntimeError as error:
             who = f"pipeline rank {self.rank} waits for {message} of rank {channel[0]}"
             raise RuntimeError(f"{who}: {error}") from error
-        self.post(channel, self.number[channel, message] + 1 + AHEAD)
+        self.post(channel, self.number[channel, message] + 1 + self.ahead)
         return buffer
 
     def send(self, message: Action, reader: int, value: Tensor) -> None:
@@ -100,3 +104,4 @@ class Transport:
         assert not self.posted, f"never read: {[str(message) for message in self.posted]}"
         while self.sending:
             self.sending.popleft()[0].wait()
+        self.ahead = AHEAD
