@@ -29,7 +29,7 @@ from soma.engine.draft import DraftModel, load_draft
 from soma.engine.errors import EngineClosedError, QueueFullError
 from soma.engine.guided import Guides
 from soma.engine.memory import GPU_SHARE, fitting_tokens
-from soma.engine.overlap import NOTHING, PLACEHOLDER, Flight, can_overlap, draw
+from soma.engine.overlap import NOTHING, PLACEHOLDER, UNSETTLED, Flight, can_overlap, draw
 from soma.engine.paged import PagedCache, cache_dtype_of
 from soma.engine.params import SamplingParams, TokenLogprob
 from soma.engine.prompts import Prompt, answer_all, ids_of
@@ -408,38 +408,51 @@ class Engine:
                 log.exception("a step failed")
                 self._finish(plan[0].sequence, "error", f"{type(error).__name__} in the engine")
             return
-        self._land()
-        alive = [work for work in plan if work.sequence.finish_reason is None]
+        late = self._land()
         with self.changed:
-            self.scheduler.commit(alive)
+            self.scheduler.commit(
+                work for work in plan if work.sequence.finish_reason is None and work.sequence not in late
+            )
         if tokens_R is None:
-            self._draw(plan, logits_RV)
+            self._draw(plan, logits_RV, late)
             return
-        self.flight = Flight(drawing, tokens_R)
+        self.flight = Flight(drawing, tokens_R, logits_RV)
+        self.flight.dropped = late
         for request in drawing:
-            if request.finish_reason is None and request.generated + 1 < request.max_tokens:
+            if request.finish_reason is not None or request in late:
+                continue
+            if request.generated + 1 < request.max_tokens:
                 request.tokens.append(PLACEHOLDER)
                 request.pending = 1
 
-    def _land(self) -> None:
-        """Read the tokens of the step in flight and deliver them to those who still want them."""
+    def _land(self) -> set[Request]:
+        """Read the tokens of the step in flight and deliver them to those who still want them.
+
+        Gives the requests whose token was not settled there: what was computed since then did not read the right one.
+        """
         flight, self.flight = self.flight, None
+        late: set[Request] = set()
         if flight is None:
-            return
-        for request, token in zip(flight.requests, flight.read(), strict=True):
-            if request.finish_reason is not None:
+            return late
+        for place, (request, token) in enumerate(zip(flight.requests, flight.read(), strict=True)):
+            if request.finish_reason is not None or request in flight.dropped:
                 continue
             if request.pending:
                 request.tokens.pop()
                 request.pending = 0
-            self._take(request, None if token == NOTHING else TokenLogprob(token, math.nan))
+            chosen = None if token == NOTHING else TokenLogprob(token, math.nan)
+            if token == UNSETTLED:
+                late.add(request)
+                chosen = self._sample([request], flight.logits_RV[place : place + 1])[0][0]
+            self._take(request, chosen)
+        return late
 
-    def _draw(self, plan: list[Work[Request]], logits_RV: Tensor) -> None:
-        """Draw the next tokens of a step's requests, but for those that have ended meanwhile, and deliver them."""
+    def _draw(self, plan: list[Work[Request]], logits_RV: Tensor, late: set[Request]) -> None:
+        """Draw the next tokens of a step's requests, but for those that are over or `late`, and deliver them."""
         counts = [_rows(work) for work in plan]
         alive = [
             (work, count, end) for work, count, end in zip(plan, counts, np.cumsum(counts).tolist(), strict=True)
-            if work.sequence.finish_reason is None
+            if work.sequence.finish_reason is None and work.sequence not in late
         ]  # fmt: skip
         drawing = [(work.sequence, end - 1 - work.drafted, end) for work, _, end in alive if work.is_last]
         places = [place for _, first, end in drawing for place in range(first, end)]

@@ -2,8 +2,10 @@
 
 Step n + 1 is planned as if every request goes on: the token that step n draws for it is a placeholder in its list, and
 its id goes from step n's result into step n + 1's input without leaving the device. Only then is it read, and whether
-it ends the request is seen; what step n + 1 computes for a request that has ended is dropped. This is for requests
-whose next token depends on nothing but the logits; others are drawn before the next step is planned.
+it ends the request is seen; what step n + 1 computes for a request that has ended is dropped. So it is where the
+`WIDTH` likeliest tokens do not settle what top-k or top-p keeps: the host then draws, and the request waits for step
+n + 2. This is for requests whose next token depends on nothing but the logits; others are drawn before the next step
+is planned.
 
 Shapes: R requests that draw a token in a step, V vocabulary, T tokens of a step.
 """
@@ -18,41 +20,49 @@ from soma.engine.adjust import Row
 from soma.engine.batch import to_device
 from soma.engine.params import SamplingParams
 from soma.engine.request import Request
-from soma.engine.sampling import Settings, draw_whole
+from soma.engine.sampling import WIDTHS, Settings, draw_filtered, draw_whole, kinds
 
 PLACEHOLDER = 0
 NOTHING = -1  # in place of a token where the logits hold a NaN or leave no token to choose
+UNSETTLED = -2  # in place of a token that the host has to draw
+WIDTH = WIDTHS[-1]
 
 
 def can_overlap(params: SamplingParams) -> bool:
-    """Whether tokens can be drawn without the host: greedy or by temperature and min-p, nothing else asked."""
+    """Whether tokens can be drawn from the logits alone, and nothing is asked but the token."""
     if params.logprobs is not None or params.prompt_logprobs is not None:
         return False
-    if params.logit_bias or params.bad_words or params.uses_penalties or params.guided is not None:
-        return False
-    return params.temperature == 0 or (params.top_k <= 0 and params.top_p == 1)
+    return not (params.logit_bias or params.bad_words or params.uses_penalties or params.guided is not None)
 
 
 def draw(logits_RV: Tensor, requests: Sequence[Request]) -> Tensor:
-    """The next token of each request, int64 (R) on the device, as `sampling.sample` would draw it, or NOTHING.
+    """The next token of each request, int64 (R) on the device, as `sampling.sample` draws it, or NOTHING, or UNSETTLED.
 
     Reads nothing on the host. A request's place in its random numbers counts its placeholder.
     """
     best_R, tokens_R = logits_RV.max(-1)
-    random = [i for i, request in enumerate(requests) if request.params.temperature > 0]
-    if random:
-        rows = [Row(requests[i].sampling, (PLACEHOLDER,) * requests[i].pending) for i in random]
-        (places,) = to_device([np.array(random, dtype=np.int64)], logits_RV.device)
-        x_RV = logits_RV if len(random) == len(logits_RV) else logits_RV[places]
-        tokens_R = tokens_R.index_copy(0, places, draw_whole(x_RV.float(), Settings.of(rows, logits_RV.device)))
+    rows = [Row(request.sampling, (PLACEHOLDER,) * request.pending) for request in requests]
+    for drawn, is_filtered in zip(kinds(rows), (False, True), strict=True):
+        if not drawn:
+            continue
+        (places,) = to_device([np.array(drawn, dtype=np.int64)], logits_RV.device)
+        x_FV = (logits_RV if len(drawn) == len(logits_RV) else logits_RV[places]).float()
+        settings = Settings.of([rows[i] for i in drawn], logits_RV.device)
+        if is_filtered:
+            tokens_F, short_F = draw_filtered(x_FV, settings, WIDTH)
+            tokens_F = torch.where(short_F, UNSETTLED, tokens_F)
+        else:
+            tokens_F = draw_whole(x_FV, settings)
+        tokens_R = tokens_R.index_copy(0, places, tokens_F)
     return torch.where(best_R.isfinite(), tokens_R, NOTHING)
 
 
 class Flight:
-    """The tokens (R) of `requests` that a step has drawn, on their way to the host."""
+    """The tokens (R) of `requests` that a step has drawn from its logits (R, V), on their way to the host."""
 
-    def __init__(self, requests: list[Request], tokens_R: Tensor) -> None:
-        self.requests, self.tokens_R = requests, tokens_R
+    def __init__(self, requests: list[Request], tokens_R: Tensor, logits_RV: Tensor) -> None:
+        self.requests, self.tokens_R, self.logits_RV = requests, tokens_R, logits_RV
+        self.dropped: set[Request] = set()  # whose row is of no use: what the step read for them was not their token
         self.place = {request: place for place, request in enumerate(requests)}
         self.host_R = tokens_R
         self.arrived: torch.cuda.Event | None = None

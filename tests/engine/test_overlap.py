@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from soma.engine import overlap
 from soma.engine.batch import Batch
 from soma.engine.engine import Engine
-from soma.engine.overlap import NOTHING, Flight, can_overlap, draw
+from soma.engine.overlap import NOTHING, UNSETTLED, Flight, can_overlap, draw
 from soma.engine.params import SamplingParams
 from soma.engine.request import Request
 from soma.engine.sampling import Row, sample
@@ -25,9 +26,12 @@ def prompts(count: int, seed: int = 0, longest: int = 60) -> list[list[int]]:
 
 def settings(count: int, *, plain: bool) -> list[SamplingParams]:
     """All kinds of requests; with `plain` such as can be overlapped."""
-    kinds = [{}, {"temperature": 0.8, "seed": 5}, {"temperature": 1.3, "min_p": 0.05, "seed": 6}]
+    kinds = [
+        {}, {"temperature": 0.8, "seed": 5}, {"temperature": 1.3, "min_p": 0.05, "seed": 6},
+        {"temperature": 1.0, "top_p": 0.8, "seed": 7}, {"temperature": 1.5, "top_k": 9, "seed": 8},
+    ]  # fmt: skip
     if not plain:
-        kinds += [{"repetition_penalty": 1.2}, {"temperature": 1.0, "top_p": 0.8, "seed": 7}, {"logprobs": 2}]
+        kinds += [{"repetition_penalty": 1.2}, {"logprobs": 2}]
     return [
         SamplingParams(**{"temperature": 0.0, "max_tokens": 1 + 17 * i % 45, **kinds[i % len(kinds)]}, ignore_eos=True)
         for i in range(count)
@@ -52,6 +56,26 @@ def test_the_same_answers(make_engine: Make, plain: bool, options: dict) -> None
     assert answers(engine, texts, params) == expected  # behind cached prefixes
     if "cache_tokens" in options:
         assert engine.stats()["preemptions"] > 0
+
+
+@pytest.mark.parametrize("options", [{"max_running": 4}, {"cache_tokens": 112, "max_running": 8}])
+def test_what_is_not_settled_on_the_device(make_engine: Make, monkeypatch: pytest.MonkeyPatch, options: dict) -> None:
+    """Where the two likeliest tokens are too few, the host draws, and what the next step computed is dropped.
+
+    Now and then a request that cannot overlap joins for two tokens.
+    """
+    texts, params = prompts(20), settings(20, plain=True)
+    for place in range(5, 20, 5):
+        params[place] = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, logprobs=1)
+    expected = answers(make_engine(), texts, params)
+    monkeypatch.setattr(overlap, "WIDTH", 2)
+    seen: list[int] = []
+    read = Flight.read
+    monkeypatch.setattr(Flight, "read", lambda self: seen.extend(found := read(self)) or found)
+    engine = make_engine(overlap=True, **options)
+    assert answers(engine, texts, params) == expected
+    assert seen.count(UNSETTLED) > 30
+    assert answers(engine, texts, params) == expected  # behind cached prefixes
 
 
 def test_it_does_overlap(make_engine: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +193,7 @@ def test_draws_are_the_samplers(tokenizer: Tokenizer) -> None:
     params = [one for one in settings(30, plain=True) if can_overlap(one)]
     requests = [Request([1, 2], one, tokenizer, 9) for one in params]
     assert len(requests) == 30
-    assert not any(can_overlap(one) for one in settings(30, plain=False)[3::6])
+    assert not any(can_overlap(one) for one in settings(30, plain=False)[5::7])
     for pending in (0, 1):
         for request in requests:
             request.pending = pending
