@@ -31,12 +31,15 @@ import torch.distributed as dist
 from common import ROOT, Case, finish, parser
 from torch import Tensor
 
+from soma.model.config import ModelConfig
+from soma.model.transformer import Transformer
 from soma.train.parallel.pipeline.draw import svg
 from soma.train.parallel.pipeline.execute import Clock, PipelineStep, execute, gather_timeline
 from soma.train.parallel.pipeline.schedule import Action, Schedule
 from soma.train.parallel.pipeline.schedules import SCHEDULES
 from soma.train.parallel.pipeline.search import per_stage, search, v_half_limit
 from soma.train.parallel.pipeline.simulate import Costs, Timeline, simulate
+from soma.train.parallel.pipeline.stage import Microbatch
 from soma.train.parallel.pipeline.transport import Transport
 
 MICROBATCHES = {2: 8, 4: 12, 8: 16}
@@ -145,21 +148,20 @@ class WaitingPipeline:
 class ComputingPipeline:
     """One schedule with the stages of a Llama on GPUs."""
 
-    def __init__(self, schedule: Schedule, group: dist.ProcessGroup) -> None:
-        from soma.model.config import ModelConfig
-        from soma.model.transformer import Transformer
-        from soma.train.parallel.pipeline.stage import Microbatch
-
+    def __init__(
+        self, schedule: Schedule, group: dist.ProcessGroup, device: torch.device | None = None, width: int = 2048
+    ) -> None:
         config = ModelConfig(
-            vocab_size=8192, hidden_size=2048, intermediate_size=5632, num_hidden_layers=16, num_attention_heads=16
-        )
+            vocab_size=8192, hidden_size=width, intermediate_size=width * 11 // 4, num_hidden_layers=16,
+            num_attention_heads=width // 128,
+        )  # fmt: skip
         self.schedule, self.group = schedule, group
-        device = torch.device("cuda", torch.cuda.current_device())
+        device = device or torch.device("cuda", torch.cuda.current_device())
         model = Transformer(config, device="meta", dtype=torch.bfloat16)
         self.pipeline = PipelineStep(model, schedule, group)
         model.to_empty(device=device)
         model.init_weights(0)
-        tokens = torch.randint(0, 8192, (1, 4096), device=device)
+        tokens = torch.randint(0, 8192, (1, 2 * width), device=device)
         self.microbatches = [Microbatch(tokens, tokens)] * schedule.microbatches
 
     def run(self, unit: float) -> Timeline:
