@@ -23,17 +23,35 @@ static const Update *update_of(const Shift *shift, int64_t token, int reader) {
     return update->rank ? update : 0;
 }
 
-/* A x of a token for each of `readers` products, to low (readers, most). */
+/* Sixteen numbers from `from`, of which `count` exist; the rest is 0. */
+INLINE floats some_floats(const float *from, int64_t count) {
+    floats result = {0};
+    if (count >= 16) memcpy(&result, from, sizeof result);
+    else memcpy(&result, from, sizeof(float) * (size_t)count);
+    return result;
+}
+
+/* A x of a token for each of `readers` products, to low (readers, most). Four sums at a time, so that none waits for the
+   addition before it. */
 static void shrink(const Shift *shift, int64_t token, int readers, const float *x, int64_t columns, float *low) {
     for (int reader = 0; reader < readers; reader++) {
         const Update *update = update_of(shift, token, reader);
         if (!update) continue;
-        for (int64_t k = 0; k < update->rank; k++) {
-            const float *a = update->a + k * columns;
-            float sum = 0;
-#pragma omp simd reduction(+ : sum)
-            for (int64_t i = 0; i < columns; i++) sum += a[i] * x[i];
-            low[reader * shift->most + k] = sum;
+        for (int64_t k = 0; k < update->rank; k += 4) {
+            const float *row[4];
+            floats sum[4] = {{0}};
+            float four[4];
+            for (int r = 0; r < 4; r++) row[r] = update->a + MIN(k + r, update->rank - 1) * columns;
+            int64_t i = 0;
+            for (; i + 16 <= columns; i += 16) {
+                floats here = some_floats(x + i, 16);
+                for (int r = 0; r < 4; r++) sum[r] += here * some_floats(row[r] + i, 16);
+            }
+            if (i < columns)
+                for (int r = 0; r < 4; r++)
+                    sum[r] += some_floats(x + i, columns - i) * some_floats(row[r] + i, columns - i);
+            sum4(sum[0], sum[1], sum[2], sum[3], four);
+            memcpy(low + reader * shift->most + k, four, sizeof(float) * (size_t)MIN(4, update->rank - k));
         }
     }
 }
@@ -43,11 +61,13 @@ static void expand(const Shift *shift, int64_t token, int reader, int64_t block,
     const Update *update = update_of(shift, token, reader);
     if (!update) return;
     const float *b = update->b + block * update->rank * 16;
-    floats sum = {0};
-    for (int64_t k = 0; k < update->rank; k++) {
-        floats column;
-        memcpy(&column, b + k * 16, sizeof column);
-        sum += column * low[reader * shift->most + k];
-    }
-    for (int r = 0; r < 16; r++) out[r] += sum[r];
+    floats sum[4] = {{0}}, result;
+    low += reader * shift->most;
+    int64_t k = 0;
+    for (; k + 4 <= update->rank; k += 4)
+        for (int r = 0; r < 4; r++) sum[r] += some_floats(b + (k + r) * 16, 16) * low[k + r];
+    for (; k < update->rank; k++) sum[0] += some_floats(b + k * 16, 16) * low[k];
+    memcpy(&result, out, sizeof result);
+    result += (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    memcpy(out, &result, sizeof result);
 }
