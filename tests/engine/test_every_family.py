@@ -48,9 +48,9 @@ def answer(model: Transformer, prompt: list[int]) -> tuple[list[int], float]:
     """Greedy tokens, the whole text computed anew for each, and the smallest lead of a likeliest token."""
     ids, lead = list(prompt), float("inf")
     for _ in range(COUNT):
-        first, second = model(torch.tensor([ids]))[0, -1].topk(2).values.tolist()
-        lead = min(lead, first - second)
-        ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+        best = model(torch.tensor([ids]))[0, -1].topk(2)
+        lead = min(lead, float(best.values[0] - best.values[1]))
+        ids.append(int(best.indices[0]))
     return ids[len(prompt) :], lead
 
 
