@@ -36,6 +36,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "fsdp2-cp2": {"fsdp": 2, "cp": 2},
     "cp2-tp2-sp": {"cp": 2, "tp": 2, "sp": True},
     "cp2-ep2": {"dp": 2, "cp": 2, "ep": 2},
+    "pp2-tp2-sp": {"pp": 2, "tp": 2, "sp": True, "schedule": "zb-h1"},
+    "pp2-cp2": {"pp": 2, "cp": 2},
+    "pp2-dp2-ep2": {"pp": 2, "dp": 2, "ep": 2},
 }
 
 
@@ -69,6 +72,9 @@ SLICE: dict[str, list[dict[str, Any]]] = {
     "fsdp2-cp2": [{"model": "moe", "microbatch": 2}],
     "cp2-tp2-sp": [{"model": "latent"}, {"checkpointing": True}],
     "cp2-ep2": [{"model": "moe"}],
+    "pp2-tp2-sp": [{"model": "latent", "microbatch": 4, "optimizer": "muon"}],
+    "pp2-cp2": [{"microbatch": 4, "checkpointing": True}],
+    "pp2-dp2-ep2": [{"model": "moe", "microbatch": 2}],
 }
 
 
@@ -88,6 +94,14 @@ def test_slice(pool: Pool, name: str) -> None:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_grid(pool: Pool, name: str) -> None:
     check(pool, LAYOUTS[name], cases(LAYOUTS[name]))
+
+
+@pytest.mark.parallel
+@pytest.mark.parametrize("layout", [{"fsdp": 2}, {"tp": 2, "sp": True}, {"cp": 2}, {"dp": 2, "ep": 2}])
+def test_compiled_layers(pool: Pool, layout: dict[str, Any]) -> None:
+    case = Case(compile=True, model="moe" if "ep" in layout else "dense")
+    outcome = pool.run(on_rank, 2, layout, [case], timeout=500)[0][0]
+    assert differences(outcome, alone(case), "fp32") == []
 
 
 # --- Negative controls: the grid notices what is wrong. ---

@@ -103,7 +103,7 @@ def test_what_does_not_fit_is_said() -> None:
             make_plan(config, Layout(**({"pp": 2, "dp": 1} | changes)))
     assert make_plan(config, Layout(pp=2, dp=2, schedule="interleaved", virtual_stages=3)).stages == 6
     assert make_plan(config, Layout(pp=2, dp=2, schedule="interleaved", virtual_stages=3)).microbatches == 4
-    with pytest.raises(UserError, match="pp 2 with fsdp 2 and cp 2: a pipeline goes with dp and tp"):
+    with pytest.raises(UserError, match="pp 2 with fsdp 2: a pipeline's stages are not sharded; take dp for fsdp"):
         check(config, Layout(pp=2, dp=1, fsdp=2, cp=2))
     with pytest.raises(UserError, match="take bf16"):
         check(config.model_copy(update={"precision": "fp16"}), layout)

@@ -1,8 +1,10 @@
 """What one layout has saved, another goes on with; a model folder comes out of any of them."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,27 +85,93 @@ tracking: {enabled: false}
 """
 
 
+def write_recipe(folder: Path, steps: int = 6) -> Path:
+    """A recipe on generated files."""
+    (folder / "texts").mkdir()
+    for index in range(12):
+        text = "\n".join(f"def function_{number}(x):\n    return x + {number * index}" for number in range(40))
+        (folder / "texts" / f"module_{index}.py").write_text(text)
+    recipe = folder / "tiny.yaml"
+    recipe.write_text(RECIPE.replace("TEXTS", str(folder / "texts")).replace("steps: 6", f"steps: {steps}"))
+    return recipe
+
+
+def command(recipe: Path, runs: Path, *options: str, ranks: int = 1) -> list[str]:
+    """`soma train`, under torchrun for several ranks."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--max-restarts=1"]
+    soma = ["-m", "soma.cli", "train", str(recipe), "--runs", str(runs), *options]
+    return [sys.executable, *(torchrun if ranks > 1 else []), *soma]
+
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def trained(call: list[str], runs: Path) -> Path:
+    """Run a command to its end; the artefact of the training stage."""
+    done = subprocess.run(call, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    return (runs / "tiny" / "train").resolve()
+
+
+def furthest_apart(one: Path, other: Path) -> float:
+    """Largest difference of a weight."""
+    a, b = (load_model(path / "model").state_dict() for path in (one, other))
+    return max(float((value - b[name]).abs().max()) for name, value in a.items())
+
+
 @pytest.mark.parametrize("layout", ["fsdp=2", pytest.param("tp=2", marks=pytest.mark.slow)])
 def test_torchrun(tmp_path: Path, layout: str) -> None:
     """`soma train` under torchrun gives the model of one process, under the same key."""
-    (tmp_path / "texts").mkdir()
-    for index in range(12):
-        text = "\n".join(f"def function_{number}(x):\n    return x + {number * index}" for number in range(40))
-        (tmp_path / "texts" / f"module_{index}.py").write_text(text)
-    recipe = tmp_path / "tiny.yaml"
-    recipe.write_text(RECIPE.replace("TEXTS", str(tmp_path / "texts")))
-    models = []
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for name, start, options in (("one", [], []), ("two", torchrun, ["--set", f"train.layout.{layout}"])):
-        soma = ["-m", "soma.cli", "train", str(recipe), "--runs", str(tmp_path / name), *options]
-        command = [sys.executable, *start, *soma]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
-        assert done.returncode == 0, done.stderr
-        models.append((tmp_path / name / "tiny" / "train").resolve())
-    assert len({path.name for path in models}) == 1
-    expected = load_model(models[0] / "model").state_dict()
-    for path in models[1:]:
-        assert file_hash(path / "model" / "config.json") == file_hash(models[0] / "model" / "config.json")
-        for name, value in load_model(path / "model").state_dict().items():
-            assert (value - expected[name]).abs().max() < 1e-4, name
+    recipe = write_recipe(tmp_path)
+    one = trained(command(recipe, tmp_path / "one"), tmp_path / "one")
+    options = ("--set", f"train.layout.{layout}")
+    two = trained(command(recipe, tmp_path / "two", *options, ranks=2), tmp_path / "two")
+    assert one.name == two.name
+    assert file_hash(one / "model" / "config.json") == file_hash(two / "model" / "config.json")
+    assert furthest_apart(one, two) < 1e-4
+
+
+def rank_process(parent: int, rank: int) -> int | None:
+    """The process of a rank that a torchrun process has started."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            is_child = int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == parent
+            if is_child and f"RANK={rank}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                return int(folder.name)
+        except (OSError, ValueError):
+            continue  # it has ended meanwhile
+    return None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the ranks' processes in /proc")
+def test_killed_rank(tmp_path: Path) -> None:
+    """kill -9 of a rank in mid-step: torchrun starts all anew, they go on from the checkpoint, and the weights are
+    those of an undisturbed run, to the bit. Killed for good, one process ends the run, within another layout's bound.
+    """
+    recipe, options = write_recipe(tmp_path, steps=120), ("--set", "train.layout.fsdp=2")
+    whole = trained(command(recipe, tmp_path / "whole", *options, ranks=2), tmp_path / "whole")
+    for name, is_final in (("again", False), ("fewer", True)):
+        runs = tmp_path / name
+        process = subprocess.Popen(
+            command(recipe, runs, *options, ranks=2), env=ENVIRONMENT, start_new_session=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        while not list(runs.glob("store/.work/train-*/state/checkpoints/step-0000001*/manifest.json")):
+            assert process.poll() is None, "the run ended before a rank was killed"
+            time.sleep(0.05)
+        if is_final:
+            everyone = (rank_process(process.pid, 0), rank_process(process.pid, 1), process.pid)
+            for one in everyone:
+                assert one is not None
+                os.kill(one, signal.SIGKILL)
+            process.wait()
+            fewer = trained(command(recipe, runs), runs)
+            assert furthest_apart(whole, fewer) < 1e-3
+        else:
+            rank = rank_process(process.pid, 1)
+            assert rank is not None
+            os.kill(rank, signal.SIGKILL)
+            assert process.wait(240) == 0
+            again = (runs / "tiny" / "train").resolve()
+            assert furthest_apart(whole, again) == 0.0

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from soma.data.loader import Batch, PreferenceBatch
-from soma.model.moe import MoE
+from soma.model.moe import Experts, MoE
 from soma.model.transformer import Transformer
 from soma.train.loss import cross_entropy_sum, target_logprobs
 from soma.train.parallel.context import apply_context, columns_of
@@ -105,10 +105,23 @@ def parallelize(
     `whole_batch`: there is no microbatch_size, so experts are balanced over the tokens of all ranks. `measure` runs the
     forward pass of a microbatch, for an activation checkpointing that has a budget.
     """
-    layout = mesh.layout
     if mesh.size == 1:  # compiled as a whole, by the objective
         recompute_layers(model, activation_checkpointing, measure)
         return Parallel(model, mesh)
+    divide(model, mesh, whole_batch)
+    recompute_layers(model, activation_checkpointing, measure)
+    if compile_layers:
+        for layer in model.layers:
+            layer.forward = torch.compile(layer.forward, dynamic=False)
+    if mesh.layout.fsdp > 1:
+        apply_shards(model, mesh)
+        return Parallel(model, mesh)
+    return Parallel(model, mesh, replicate(model, mesh))
+
+
+def divide(model: Transformer, mesh: Mesh, whole_batch: bool) -> None:
+    """The part of `parallelize` that divides the work within a layer: tensor, expert and context parallelism."""
+    layout = mesh.layout
     tensor = mesh.axis("tp")
     if tensor is not None:
         apply_tensor(model, tensor, layout.sp, mesh.experts)
@@ -118,14 +131,6 @@ def parallelize(
     if across is not None:
         apply_context(model, across, layout.cp_method)
     share_balance(model, mesh, whole_batch)
-    recompute_layers(model, activation_checkpointing, measure)
-    if compile_layers:
-        for layer in model.layers:
-            layer.forward = torch.compile(layer.forward, dynamic=False)
-    if layout.fsdp > 1:
-        apply_shards(model, mesh)
-        return Parallel(model, mesh)
-    return Parallel(model, mesh, replicate(model, mesh))
 
 
 def share_balance(model: Transformer, mesh: Mesh, whole_batch: bool) -> None:
@@ -148,17 +153,18 @@ def replicate(model: Transformer, mesh: Mesh) -> list[Reducer]:
     """Reducers of the gradients of replicated weights: dense ones over dp × cp, experts over those with the same."""
     apart: set[int] = set()
     reducers = []
+    late = [parameter for parameter in model.parameters() if mesh.layout.pp > 1]  # they grow until the step's end
     if mesh.layout.ep > 1:
-        experts = [p for layer in model.layers if isinstance(layer.mlp, MoE) for p in layer.mlp.experts.parameters()]
+        experts = [p for module in model.modules() if isinstance(module, Experts) for p in module.parameters()]
         apart = {id(parameter) for parameter in experts}
         same = mesh.axis("edp")
-        if same is not None:
-            reducers.append(Reducer([p for p in experts if p.requires_grad], (), same.get_group()))
+        if same is not None and experts:
+            reducers.append(Reducer([p for p in experts if p.requires_grad], late, same.get_group()))
     group = mesh.group("tokens")
     if group is not None:
         dense = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
         # Their gradients come in pieces: an embedding may be the head too, and the head's loss runs piece by piece.
-        ends = [model.embed_tokens] + ([model.lm_head] if model.lm_head is not None else [])
-        late = [parameter for module in ends for parameter in module.parameters()]
+        ends = [module for module in (model.embed_tokens, model.lm_head) if module is not None]
+        late += [parameter for module in ends for parameter in module.parameters()]
         reducers.append(Reducer(dense, late, group))
     return reducers

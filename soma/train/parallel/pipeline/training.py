@@ -13,15 +13,13 @@ from soma.model.transformer import Transformer
 from soma.train import loss
 from soma.train.compute import Compute
 from soma.train.config import PreferenceConfig, TrainConfig
-from soma.train.parallel.apply import Parallel
+from soma.train.parallel.apply import Parallel, divide, replicate
 from soma.train.parallel.config import Layout
 from soma.train.parallel.mesh import Mesh
 from soma.train.parallel.pipeline.execute import PipelineStep
 from soma.train.parallel.pipeline.schedule import Schedule
 from soma.train.parallel.pipeline.schedules import SCHEDULES, interleaved
 from soma.train.parallel.pipeline.stage import Microbatch
-from soma.train.parallel.reduce import Reducer, settle_partial
-from soma.train.parallel.tensor import apply_tensor
 
 
 def stage_model(
@@ -37,6 +35,8 @@ def stage_model(
     model.activation_checkpointing = config.activation_checkpointing is True
     group, tensor, whole = mesh.group("pp"), mesh.axis("tp"), Parallel(model, mesh)
     assert group is not None
+    divide(model, mesh, whole_batch=config.microbatch_size is None and plan.microbatches == 1)
+    in_layers = layout.tp * layout.cp * layout.ep > 1  # layers talk to other ranks, so each is compiled by itself
 
     def head(x_ND: Tensor, targets_N: Tensor) -> Tensor:
         with compute.autocast():
@@ -46,25 +46,23 @@ def stage_model(
     try:
         # A matrix that is cut over tp ranks gets its gradient from autograd, so a B does all there.
         pipeline = PipelineStep(
-            model, plan, group, chunk_loss=head, autocast=compute.autocast, compiled=compute.compile and tensor is None,
+            model, plan, group, chunk_loss=head, autocast=compute.autocast, compiled=compute.compile and not in_layers,
             split=tensor is None, sequence_ranks=layout.tp if layout.sp else 1,
         )  # fmt: skip
     except ValueError as error:
         raise UserError(f"layout: pp {layout.pp}, schedule {plan.name}: {error}") from None
-    if tensor is not None:
-        apply_tensor(model, tensor, layout.sp, mesh.experts)
-        if compute.compile:
-            for layer in model.layers:
+    if in_layers and compute.compile:
+        for stage in pipeline.stages:
+            for layer in stage.layers:
                 layer.forward = torch.compile(layer.forward, dynamic=False)
     return StagedParallel(mesh, pipeline), StagedLanguageModeling(pipeline, config)
 
 
 def check(config: TrainConfig, layout: Layout) -> None:
     """Raise UserError for what does not go with a pipeline."""
-    others = [f"{name} {getattr(layout, name)}" for name in ("fsdp", "cp", "ep") if getattr(layout, name) > 1]
-    if others:
+    if layout.fsdp > 1:
         raise UserError(
-            f"layout: pp {layout.pp} with {' and '.join(others)}: a pipeline goes with dp and tp; leave it out"
+            f"layout: pp {layout.pp} with fsdp {layout.fsdp}: a pipeline's stages are not sharded; take dp for fsdp"
         )
     if not isinstance(config.activation_checkpointing, bool):
         raise UserError(
@@ -108,19 +106,14 @@ class StagedParallel(Parallel):
     """This rank's part of the model, and its replicas' if there is dp as well."""
 
     def __init__(self, mesh: Mesh, pipeline: PipelineStep) -> None:
-        data = mesh.group("tokens")
-        parameters = [parameter for parameter in pipeline.model.parameters() if parameter.requires_grad]
-        # All late: a gradient grows with every microbatch of the step, and is summed after the last.
-        super().__init__(pipeline.model, mesh, [] if data is None else [Reducer(parameters, parameters, data)])
+        super().__init__(pipeline.model, mesh, replicate(pipeline.model, mesh))
         self.pipeline = pipeline
 
     def begin(self, last: bool) -> None:
         """Nothing: a pipeline's step is one piece."""
 
     def finish(self) -> None:
-        for reducer in self.reducers:
-            reducer.finish()
-        settle_partial(list(self.model.parameters()))
+        super().finish()
         self.pipeline.sum_loads()
 
     def clip(self, parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
