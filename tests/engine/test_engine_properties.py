@@ -154,7 +154,8 @@ def test_the_watch_sees_faults(make_engine: Callable[..., Engine], monkeypatch: 
     else:
         commit = engine.scheduler.commit
 
-        def early(plan: list[Any]) -> None:  # names the block that the next token goes into
+        def early(plan: Any) -> None:  # names the block that the next token goes into
+            plan = list(plan)
             commit(plan)
             for work in plan:
                 block = work.sequence.table[-1]
