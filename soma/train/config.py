@@ -7,10 +7,25 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from soma.model.lora_config import LoRAConfig
 from soma.train.parallel.config import Layout
 
 DEFAULT_EPOCHS = 1.0
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class LoRATraining(LoRAConfig):
+    """Train low-rank updates beside frozen weights, by PEFT's names. The artefact holds them as `adapter/`, a PEFT
+    folder, and merged into the weights as `model/`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    base_weights: Literal["full", "int8", "int4"] = Field(
+        "full",
+        description="Of the frozen layers in training. int8, int4: rounded to the nearest in groups of 32 (QLoRA, "
+        "arXiv:2305.14314, with plain integers in place of NF4); `model/` has the update merged into the whole "
+        "weights.",
+    )
 
 
 class TrainConfig(BaseModel):
@@ -76,6 +91,10 @@ class TrainConfig(BaseModel):
     decay: float = Field(0.2, ge=0, description="wsd: length of the decay: share of the steps (<1) or steps.")
     minimum_learning_rate: float = Field(
         0.0, ge=0, le=1, description="Where the schedule ends, as a share of the peak."
+    )
+
+    lora: LoRATraining | None = Field(
+        None, description="Train low-rank updates (LoRA) beside the frozen weights instead of the weights."
     )
 
     # How it computes
@@ -155,6 +174,9 @@ class TrainConfig(BaseModel):
         if self.parameters == "bf16" and (self.optimizer == "muon" or self.precision == "fp16"):
             other = "optimizer muon" if self.optimizer == "muon" else "precision fp16"
             raise ValueError(f"parameters bf16 and {other} exclude each other: take adamw and precision auto or bf16")
+        if self.lora is not None and (self.optimizer == "muon" or self.float8):
+            other = "float8" if self.float8 else "optimizer muon"
+            raise ValueError(f"lora and {other} exclude each other: take adamw and float8: false")
         checkpointing_form(self.activation_checkpointing)
         if self.steps is not None:
             check_schedule(self, self.steps)

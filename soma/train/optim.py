@@ -147,7 +147,7 @@ def build_optimizers(
     settings: dict[str, Any] = {
         "lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": config.eps,
     }  # fmt: skip
-    if groups and config.parameters == "bf16":
+    if groups and config.parameters == "bf16" and config.lora is None:  # LoRA's updates are float32
         optimizers.append(RoundedAdamW(groups, **settings, seed=config.seed, compiled=compiled))
     elif groups:
         optimizers.append(torch.optim.AdamW(groups, **settings, fused=True))

@@ -18,10 +18,13 @@ from soma.model.config import ModelConfig
 from soma.model.families import config_to_hf
 from soma.model.formulas import flops_per_token
 from soma.model.hub import load_model
+from soma.model.lora import add_lora, load_lora, merge_lora, remove_lora, save_lora
+from soma.model.lora_config import LoRAConfig
+from soma.model.quantized import quantize
 from soma.model.tokenizer import Tokenizer
 from soma.model.transformer import Transformer
 from soma.train.compute import DTYPES, Compute, resolve, resolve_device, seed_everything
-from soma.train.config import PreferenceConfig, TrainConfig, check_schedule, dump
+from soma.train.config import LoRATraining, PreferenceConfig, TrainConfig, check_schedule, dump
 from soma.train.journal import Journal
 from soma.train.loop import DivergenceError, Trainer, TrainResult
 from soma.train.objective import LanguageModeling, Objective, Preference, make_loader
@@ -45,10 +48,11 @@ def train(
 ) -> TrainResult:  # fmt: skip
     """Train `model` (a shape: from scratch; a folder: from its weights) on the token shards in `tokens`.
 
-    Fills `out` with `model/` (a Hugging Face folder with the tokenizer), `train.json` (what was done) and
-    `logs/` (`metrics.jsonl`, `summary.json`). `work` outlives a kill and holds `checkpoints/`; the same call with the
-    same `work` goes on from the newest whole one and makes the same bytes. A TrainConfig or TuneConfig trains on
-    wherever the tokens' mask says so, a PreferenceConfig does DPO against the starting weights.
+    Fills `out` with `model/` (a Hugging Face folder with the tokenizer), `adapter/` (a PEFT folder, with `lora`),
+    `train.json` (what was done) and `logs/` (`metrics.jsonl`, `summary.json`). `work` outlives a kill and holds
+    `checkpoints/`; the same call with the same `work` goes on from the newest whole one and makes the same bytes. A
+    TrainConfig or TuneConfig trains on wherever the tokens' mask says so, a PreferenceConfig does DPO against the
+    starting weights.
 
     Raises UserError where config, model and data do not fit, the disk is full, or (DivergenceError) the loss is not
     finite or diverges.
@@ -83,6 +87,8 @@ def train(
     trainer.run()
     result = trainer.result(out / "model")
     final = with_ends(network.config, names.eos_ids) if index["masked"] else network.config
+    if config.lora is not None:
+        parallel = merge_updates(config.lora, parallel, model, out / "adapter")
     save_whole(parallel, final, DTYPES.get(config.save_precision, kept_dtype), result.model, tokenizer)
     if world.is_main:
         write_artefact(result, compute, out, work)
@@ -111,10 +117,44 @@ def make_model(config: TrainConfig, model: ModelConfig | Path, tokenizer: Tokeni
 def prepare(config: TrainConfig, network: Transformer, compute: Compute) -> None:
     """Device, dtype of the weights, 8-bit layers. Raises UserError where the device has no 8-bit products."""
     network.to(compute.device, torch.bfloat16 if config.parameters == "bf16" else torch.float32)
+    if config.lora is not None:
+        add_updates(config.lora, network, config.seed)
     if config.float8:
         if reason := float8.why_not(compute.device):
             raise UserError(f"float8: {reason}: set float8: false")
         float8.use_float8(network)
+
+
+def add_updates(lora: LoRATraining, network: Transformer, seed: int) -> None:
+    """Freeze the network, round it if that is asked for, and put trainable updates beside its layers."""
+    if lora.base_weights != "full":
+        quantize(network, {"int8": 8, "int4": 4}[lora.base_weights], head=False)
+    add_lora(network, lora, seed)
+
+
+def merge_updates(
+    lora: LoRATraining, parallel: Parallel, start: ModelConfig | Path, folder: Path
+) -> Parallel:  # fmt: skip
+    """Write the trained updates to a PEFT folder and merge them; the parallel model with plain layers again.
+
+    Rounded layers are replaced by those that training started from: the update was trained beside the rounded ones, and
+    what it learned of the rest holds for both.
+    """
+    if parallel.mesh.rank == 0:
+        plain = {name: getattr(lora, name) for name in LoRAConfig.model_fields}
+        save_lora(parallel.model, LoRAConfig(**plain), folder)
+    if lora.base_weights == "full":
+        merge_lora(parallel.model)
+        remove_lora(parallel.model)
+        return parallel
+    assert isinstance(start, Path)
+    whole = load_model(start, quantized=False)
+    dtype = whole.dtype
+    if parallel.mesh.rank == 0:
+        load_lora(whole.float(), folder)
+        merge_lora(whole)
+        remove_lora(whole)
+    return Parallel(whole.to(dtype), parallel.mesh)
 
 
 def with_ends(shape: ModelConfig, ends: tuple[int, ...]) -> ModelConfig:
@@ -228,6 +268,9 @@ def check_layout(config: TrainConfig, layout: Layout, model: ModelConfig) -> Non
         raise UserError(
             f"sample_prompts: no samples are drawn under layout {cut[0]}: leave them out, or use dp or fsdp"
         )
+    parts = [name for name in ("fsdp", "tp", "cp", "pp", "ep") if getattr(layout, name) > 1]
+    if parts and config.lora is not None:
+        raise UserError(f"lora goes with layout dp alone, not with {' and '.join(parts)}: leave one of them out")
     if config.precision == "fp16" and layout.fsdp * layout.tp * layout.ep > 1:
         raise UserError("precision fp16: its loss scaler works with layout dp and cp alone: take bf16")
 

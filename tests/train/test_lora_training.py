@@ -1,0 +1,111 @@
+"""Training low-rank updates: what is learned, what stays, what others make of the folders, rounded bases, resuming."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from soma.base.artefact import content_hash, read_json
+from soma.base.errors import UserError
+from soma.model.hub import load_model, save_model
+from soma.model.lora import load_lora
+from soma.model.transformer import Transformer
+from soma.train.config import PreferenceConfig, TrainConfig, TuneConfig
+from soma.train.loop import Trainer
+from soma.train.trainer import TrainResult
+
+Run = Callable[..., TrainResult]
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+
+
+@pytest.fixture
+def base(tmp_path: Path, shape: Any, tokenizer: Path) -> Path:
+    save_model(Transformer(shape, dtype=torch.float32), tmp_path / "base", tokenizer_dir=tokenizer)
+    return tmp_path / "base"
+
+
+def settings(small: dict, **changes: Any) -> dict[str, Any]:
+    return (
+        small
+        | {"steps": 30, "sequence_length": 64, "learning_rate": 2e-2, "optimizer": "adamw", "lora": LORA}
+        | changes
+    )
+
+
+def logits(model: torch.nn.Module, vocabulary: int) -> torch.Tensor:
+    ids = torch.arange(vocabulary)[None, :24]
+    with torch.no_grad():
+        return model.eval()(ids)
+
+
+@pytest.mark.parametrize("weights", ["full", "int8", "int4"])
+def test_an_adapter_and_a_merged_model(run: Run, small: dict, chats: Path, base: Path, weights: str) -> None:
+    before = content_hash(base)
+    first = run("none", TuneConfig(**settings(small, steps=1, learning_rate=1e-9, warmup=0)), tokens=chats, model=base)
+    lora = LORA | {"base_weights": weights}
+    tuned = run("tuned", TuneConfig(**settings(small, lora=lora)), tokens=chats, model=base)
+    assert tuned.loss < first.loss - 0.3
+    assert content_hash(base) == before
+    adapter = tuned.model.parent / "adapter"
+    saved = read_json(adapter / "adapter_config.json")
+    assert (saved["r"], saved["lora_alpha"]) == (4, 8)
+    assert "base_weights" not in saved
+    beside = load_model(base)
+    load_lora(beside, adapter)
+    merged = load_model(tuned.model)
+    vocabulary = merged.config.vocab_size
+    torch.testing.assert_close(logits(beside, vocabulary), logits(merged, vocabulary), atol=1e-4, rtol=1e-4)
+    plain = dict(load_model(base).named_parameters())
+    changed = {name for name, weight in merged.named_parameters() if not torch.equal(weight, plain[name])}
+    assert changed
+    assert all(name.split(".")[-2] in LORA["target_modules"] for name in changed)
+
+
+def test_peft_reads_what_was_trained(run: Run, small: dict, chats: Path, base: Path) -> None:
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    tuned = run("tuned", TuneConfig(**settings(small)), tokens=chats, model=base)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(theirs, tuned.model.parent / "adapter").eval()
+    ours = load_model(tuned.model)
+    ids = torch.arange(24)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, ours.eval()(ids), atol=1e-4, rtol=1e-4)
+
+
+def test_resuming_gives_the_same_bytes(
+    run: Run, small: dict, chats: Path, base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = TuneConfig(**settings(small, steps=8, checkpoint_every=4))
+    whole = run("whole", config, tokens=chats, model=base)
+    step = Trainer.train_step
+
+    def dies(self: Trainer) -> None:
+        if self.at.done == 6:
+            raise KeyboardInterrupt
+        step(self)
+
+    monkeypatch.setattr(Trainer, "train_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run("broken", config, tokens=chats, model=base)
+    monkeypatch.setattr(Trainer, "train_step", step)
+    again = run("broken", config, tokens=chats, model=base)
+    assert content_hash(again.model.parent / "adapter") == content_hash(whole.model.parent / "adapter")
+    assert content_hash(again.model) == content_hash(whole.model)
+
+
+def test_what_does_not_go_together(run: Run, small: dict, tokens: Path, base: Path) -> None:
+    with pytest.raises(ValueError, match="lora and optimizer muon exclude each other"):
+        TrainConfig(lora=LORA, optimizer="muon")
+    with pytest.raises(ValueError, match="rank"):
+        TrainConfig(lora={"rank": 3})
+    with pytest.raises(UserError, match="selects no linear layer"):
+        run("none", TrainConfig(**settings(small, lora={"target_modules": ["nothing"]})), model=base)
+
+
+def test_preferences_too(run: Run, small: dict, pairs: Path, base: Path) -> None:
+    config = PreferenceConfig(**settings(small, steps=10, learning_rate=1e-3, beta=0.5))
+    tuned = run("dpo", config, tokens=pairs, model=base)
+    assert tuned.loss < 0.6931
+    assert (tuned.model.parent / "adapter" / "adapter_model.safetensors").exists()
