@@ -23,7 +23,7 @@ from soma.engine.paged import PagedCache
 from soma.engine.params import SamplingParams
 from soma.engine.worker import NoText
 from soma.model.adapted import AdaptedLinear, Segment
-from soma.model.lora import add_lora, load_lora, lora_layers, merge_lora, remove_lora, save_lora
+from soma.model.lora import add_lora, load_lora, lora_layers, merge_lora, read_adapter, remove_lora, save_lora
 from soma.model.lora_config import LoRAConfig
 from soma.model.quantized import quantize
 from soma.model.transformer import Transformer
@@ -305,6 +305,31 @@ def test_c_refuses_an_adapter_that_is_not_there() -> None:
     assert batch.adapters == batch.row_adapters == (Segment(1, 0, 2),)
     with pytest.raises(AssertionError, match=r"an? adapter of the batch"):
         native.step(batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_c_a_token_does_not_depend_on_its_company(tmp_path: Path, dtype: torch.dtype) -> None:
+    """One token alone, or among those of other adapters and of none: the same logits to the last bit."""
+    model = make("llama", dtype=dtype)
+    layers = {
+        slot: read_adapter(folder, model.config).layers
+        for slot, folder in enumerate(make_adapters("llama", tmp_path).values())
+    }
+
+    def logits(tokens: list[int], slots: list[int | None]) -> torch.Tensor:
+        cache = PagedCache(model.config, 8, 8, dtype)
+        native = NativeModel(model, cache.keys, cache.values, 8)
+        native.set_adapters(layers)
+        count, tables = len(tokens), [np.array([place], dtype=np.int32) for place in range(len(tokens))]
+        batch = make_batch([[t] for t in tokens], [0] * count, [1] * count, tables, np.arange(count), 8, adapters=slots)
+        with torch.inference_mode():
+            return native.step(batch)
+
+    slots: list[int | None] = [None, None, 0, 0, 1, 2, 2]
+    together = logits([*range(7)], slots)
+    for token, slot in enumerate(slots):
+        assert torch.equal(logits([token], [slot])[0], together[token])
+    assert not torch.equal(logits([3], [1])[0], together[3])  # negative control
 
 
 def test_segments_worked_example() -> None:
