@@ -67,6 +67,7 @@ class Case:
     optimizer: str = "adamw"
     checkpointing: bool = False
     compile: bool = False
+    isolate: bool = True
 
 
 class Exact(Compute):
@@ -155,7 +156,7 @@ def make_trainer(case: Case, world: World, folder: Path) -> Recording:
         steps=STEPS, batch_size=ROWS, microbatch_size=case.microbatch, sequence_length=LENGTH, warmup=1,
         optimizer=case.optimizer, learning_rate=RATES[case.precision], eps=1e-4, grad_clip=0.5, log_every=100,
         router_bias_rate=0.05,
-        activation_checkpointing=case.checkpointing, layout=world.mesh.layout,
+        activation_checkpointing=case.checkpointing, isolate_documents=case.isolate, layout=world.mesh.layout,
     )  # fmt: skip
     model = Transformer(ModelConfig(**MODELS[case.model]), device="cpu", dtype=torch.float32)
     world.mesh.layout.check_model(model.config)
@@ -238,6 +239,8 @@ def differences(ours: Outcome, expected: Outcome, bounds: str) -> list[str]:
         # Some gradients are zero but for rounding (a bias on all keys does not change a softmax).
         least = 1e-3 * float(torch.stack([value.norm() for value in theirs_.values()]).norm())
         for name, value in theirs_.items():
+            if what == "weights" and name.endswith("k_proj.bias"):
+                continue  # moved by rounding alone
             error = float((mine_[name] - value).norm()) / max(least, float(value.norm()))
             if not error <= bound:
                 found.append(f"{what}, {name}: {error:.2g} apart")

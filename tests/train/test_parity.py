@@ -68,7 +68,7 @@ SLICE: dict[str, list[dict[str, Any]]] = {
     "fsdp4-ep2": [{"model": "latent", "optimizer": "muon"}],
     "fsdp2-tp2-ep2": [{"model": "moe", "optimizer": "muon"}],
     "cp4": [{"optimizer": "muon"}, {"precision": "bf16"}],
-    "cp4-gather": [{"model": "latent"}],
+    "cp4-gather": [{"model": "latent"}, {"model": "gpt2", "isolate": False}],
     "fsdp2-cp2": [{"model": "moe", "microbatch": 2}],
     "cp2-tp2-sp": [{"model": "latent"}, {"checkpointing": True}],
     "cp2-ep2": [{"model": "moe"}],

@@ -37,7 +37,18 @@ def columns_of(length: int, ranks: int, rank: int) -> np.ndarray:
 def apply_context(model: Transformer, group: dist.ProcessGroup, method: str) -> None:
     """Let a model's attention reach over the ranks of `group`; each is given its own columns of the batch."""
     attend = ring_attention if method == "ring" else gathered_attention
-    plain = model.context
+    plain, plain_embed = model.context, model.embed
+
+    def places(length: int, device: torch.device) -> Tensor:
+        """The places in the sequence of all ranks' positions, (C, T)."""
+        ranks = range(group.size())
+        columns = np.stack([columns_of(length * len(ranks), len(ranks), rank) for rank in ranks])
+        return torch.from_numpy(columns).to(device)
+
+    def embed(tokens_BT: Tensor, positions_BT: Tensor | None = None, offset: int = 0) -> Tensor:
+        if positions_BT is None:
+            positions_BT = places(tokens_BT.size(1), tokens_BT.device)[group.rank()].expand_as(tokens_BT)
+        return plain_embed(tokens_BT, positions_BT, offset)
 
     def context(
         x_BTD: Tensor, tokens_BT: Tensor, positions_BT: Tensor | None = None, document_ids_BT: Tensor | None = None,
@@ -45,9 +56,7 @@ def apply_context(model: Transformer, group: dist.ProcessGroup, method: str) -> 
     ) -> Any:  # fmt: skip
         assert not any(cached), "a cache is for inference, and context parallelism for training"
         B, T = tokens_BT.shape
-        ranks = range(group.size())
-        places = np.stack([columns_of(T * len(ranks), len(ranks), rank) for rank in ranks])
-        places_CT = torch.from_numpy(places).to(x_BTD.device)
+        places_CT = places(T, x_BTD.device)
         if positions_BT is None:
             positions_BT = places_CT[group.rank()].expand(B, T)
         rope, _, _ = plain(x_BTD, tokens_BT, positions_BT, None)
@@ -61,6 +70,7 @@ def apply_context(model: Transformer, group: dist.ProcessGroup, method: str) -> 
         return rope, masks, None if document_ids_BT is None else document_ids_BT >= 0
 
     model.context = context  # type: ignore[assignment]
+    model.embed = embed  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)
