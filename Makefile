@@ -10,6 +10,7 @@ RUN_STAMP := $(VENV)/.installed-run
 DEV_STAMP := $(VENV)/.installed-dev
 PEERS := $(VENV)/peers
 PEERS_STAMP := $(PEERS)/.installed
+NO_AMX := -DCMAKE_C_FLAGS=-mno-amx-tile -DCMAKE_CXX_FLAGS=-mno-amx-tile
 
 .PHONY: quickstart test test-full test-parallel check bench lock clean
 
@@ -39,7 +40,7 @@ bench: $(DEV_STAMP) $(PEERS_STAMP)
 # What benchmarks/engine.py runs beside us; llama.cpp is built for this machine (a C++ compiler and cmake, 5-10 minutes).
 $(PEERS_STAMP): | $(BIN)/python
 	$(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/python -m pip install -q --disable-pip-version-check llama-cpp-python gguf safetensors
+	CMAKE_ARGS="$(if $(shell grep -m1 amx_tile /proc/cpuinfo),$(NO_AMX))" $(PEERS)/bin/python -m pip install -q --disable-pip-version-check llama-cpp-python gguf safetensors openvino-genai
 	touch $@
 
 $(BIN)/python:

@@ -1,14 +1,16 @@
-"""The engine on a CPU against what a user would pick instead: llama.cpp and transformers.
+"""The engine on a CPU against what a user would pick instead: llama.cpp, openvino-genai and transformers.
 
 All sides have the same random weights of real shapes (SmolLM2-135M, Qwen3-0.6B), and every engine lives in a process of
 its own. They take turns. llama.cpp is fed through its batch API by a loop that does nothing but argmax: continuous
-batching at its best. Its matrices are all in one format (`pure`), as ours are. transformers is ten times slower with
+batching at its best. Its matrices are all in one format (`pure`), as ours are. openvino-genai reads its Q8_0 file and
+runs its own continuous batching. llama.cpp is built without AMX (`-mno-amx-tile`): with it, llama-cpp-python 0.3.36
+dies of an illegal instruction in Q8_0 and Q4_0 on the processor at hand. transformers is ten times slower with
 many requests: it runs once, without a warm-up. In `stream` the clients' process shares the cores with the service.
 
 A side that breaks is written down as not run, with the reason, and so is what does not begin in `--minutes`; the result
-file is written anew after each part. openvino-genai and onnxruntime-genai are not here: NOT_HERE says why.
+file is written anew after each part. onnxruntime-genai is not here: NOT_HERE says why.
 
-    python -m venv peers && peers/bin/pip install llama-cpp-python gguf safetensors     (or: make bench)
+    python -m venv peers && peers/bin/pip install llama-cpp-python gguf safetensors openvino-genai     (or: make bench)
     python benchmarks/engine.py --peers peers/bin/python --json
 """
 
@@ -49,7 +51,9 @@ FORMATS = {"int8": "q8_0", "int4": "q4_0", "bf16": "bf16"}  # ours and llama.cpp
 PARALLEL_BARS = {16: 1.5, 64: 2.0}
 PREFILL_BAR, PREFIX_BAR, BANDWIDTH_BAR, STREAM_BAR = 1.3, 5.0, 0.8, 0.9
 START_SECONDS = 90.0
-NOT_HERE: dict[str, str] = {}
+NOT_HERE = {
+    "onnxruntime-genai": "its model builder wants torch, transformers and onnx-ir in the peers' environment; not set up"
+}
 Run = Callable[[], float]
 
 
@@ -71,12 +75,12 @@ class Bench:
                 self._peer("quantize", self.folder / "f32.gguf", self.folder / f"{their}.gguf", their)
         (self.folder / "f32.gguf").unlink(missing_ok=True)
 
-    def _peer(self, what: str, *arguments: object) -> bool:
-        command = [self.options.peers, str(PEERS / "gguf_peer.py"), what, *map(str, arguments)]
+    def _peer(self, what: str, *arguments: object, script: str = "gguf_peer") -> bool:
+        command = [self.options.peers, str(PEERS / f"{script}.py"), what, *map(str, arguments)]
         try:
             subprocess.run(command, check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            self.not_run[f"{self.name} llama.cpp {what}"] = last_line(error)
+            self.not_run[f"{self.name} {script} {what}"] = last_line(error)
             return False
         return True
 
@@ -103,6 +107,12 @@ class Bench:
 
     def hugging_face(self) -> Worker | None:
         return self.worker(sys.executable, "hugging_face", self.folder, "bfloat16", self.options.threads)
+
+    def openvino(self, *, length: int, sequences: int) -> Worker | None:
+        made = (self.folder / "openvino_model.xml").is_file()
+        if not made and not self._peer("convert", self.folder / "q8_0.gguf", script="openvino_peer"):
+            return None
+        return self.worker(self.options.peers, "openvino_peer", self.folder, self.options.threads, length, sequences)
 
     def close(self) -> None:
         for worker in self.workers:
@@ -210,12 +220,15 @@ def concurrent(bench: Bench) -> None:
         theirs = {f"llama.cpp {their}": bench.llama(their, **sizes) for their in FORMATS.values()}
         runs = {name: functools.partial(speed, worker) for name, worker in theirs.items() if worker}
         best = bench.fastest({name: functools.partial(run, count=32) for name, run in runs.items()})
+        openvino = bench.openvino(**sizes)
         ours = {name: bench.ours(name, **sizes) for name in bench.options.weights}
         for weights, worker in ours.items():
+            peers, bars = ({best: runs[best]}, {best: bar}) if best else ({}, {})
+            if openvino:
+                peers["openvino-genai"], bars["openvino-genai"] = functools.partial(speed, openvino), 1.0
             bench.compare(
-                f"{requests} requests, {weights}", "output tokens/s", functools.partial(speed, worker),
-                {best: runs[best]} if best else {}, {best: bar} if best else {},
-            )  # fmt: skip
+                f"{requests} requests, {weights}", "output tokens/s", functools.partial(speed, worker), peers, bars
+            )
         weights, worker = next(iter(ours.items()))
         hugging_face = bench.hugging_face()
         slow = {"transformers generate": ("generate", 5.0), "transformers continuous batching": ("generate_batch", 2.0)}

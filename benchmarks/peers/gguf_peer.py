@@ -36,7 +36,7 @@ def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def convert(folder: Path, out: Path) -> None:
-    """A Hugging Face folder of a Llama or Qwen3 with float32 weights as GGUF, without a vocabulary."""
+    """A Hugging Face folder of a Llama or Qwen3 with float32 weights as GGUF, with made-up words: ids go in and out."""
     import gguf
 
     config = json.loads((folder / "config.json").read_text())
@@ -57,7 +57,13 @@ def convert(folder: Path, out: Path) -> None:
     writer.add_rope_freq_base(float((config.get("rope_parameters") or config)["rope_theta"]))
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("no_vocab")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([f"t{token}" for token in range(config["vocab_size"])])
+    writer.add_token_types([1] * config["vocab_size"])
+    writer.add_token_merges(["t 0"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
     for name, tensor in load_file(str(folder / "model.safetensors")).items():
         tensor = tensor.astype(np.float32)
         stem = name.removeprefix("model.").removesuffix(".weight")
