@@ -52,7 +52,7 @@ class Engine(StepLoop):
         max_running: requests that run at once.
         max_waiting: requests that wait at most; more raise `QueueFullError`.
         step_tokens: tokens that one step computes at most, over all requests; None: 512 on a CPU, 8192 on a GPU.
-        prefill_chunk: prompt tokens of one request in a step; None: 256 on a CPU, 2048 on a GPU.
+        prefill_chunk: prompt tokens of one request in a step; None: 512 on a CPU, 2048 on a GPU.
         cache_tokens: tokens of the cache; None: what fits beside the largest step (see `soma.engine.memory`), but no
             more than `max_running` requests of `max_length` can use.
         cache_dtype: "fp8" halves the cache's bytes per token against 16 bits (e4m3, no scales; Triton and reference
@@ -98,7 +98,7 @@ class Engine(StepLoop):
             raise UserError(f"cache_dtype {cache_dtype!r} with a model over several processes: leave it at auto")
         self.guides = Guides(tokenizer, self.config.vocab_size)
         context = self.config.max_position_embeddings
-        usual_step, usual_chunk = (8192, 2048) if self.device.type == "cuda" else (512, 256)
+        usual_step, usual_chunk = (8192, 2048) if self.device.type == "cuda" else (512, 512)
         step_tokens = max(step_tokens or usual_step, max_running + 1)
         if cache_tokens is None:
             fit = (

@@ -378,3 +378,21 @@ def test_fp8_weights_are_computed_from_dense_ones(tmp_path: Path) -> None:
     dense = load_model_for(tmp_path, precision="auto", device="cpu")
     ours, right = torch.cat(random_run(make_native(dense), TEXTS, 1)), torch.cat(exact_logits(rounded, TEXTS))
     torch.testing.assert_close(ours, right, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bf16", [0, 1])
+def test_the_first_set_of_flags_builds(tmp_path: Path, bf16: int) -> None:
+    """Where it compiles anything: else a mistake in code for one processor would only make everything slow."""
+    found = build.compiler("c")
+    assert found is not None
+    nothing = tmp_path / "nothing.c"
+    nothing.write_text("int nothing(void) { return 0; }\n")
+
+    def check(source: Path) -> subprocess.CompletedProcess[str]:
+        flags = [*build.FLAGS, *build.EXTRAS[0], f"-DWEIGHT_BF16={bf16}"]
+        command = [found.path, *flags, "-O0", "-fsyntax-only", str(source)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    if check(nothing).returncode:
+        pytest.skip(f"this compiler has no {build.EXTRAS[0][0]}")
+    assert check(build.SOURCES / "forward.c").stderr == ""
