@@ -130,7 +130,7 @@ class Bench:
             try:
                 return run()
             except (RuntimeError, OSError) as error:
-                self.not_run[what] = str(error)
+                self.not_run.setdefault(what, str(error))
                 return math.nan
 
         return guarded
@@ -152,8 +152,7 @@ class Bench:
         values: dict[str, float] = {}
         for name, run in runs.items():
             guarded = self.guard(f"{self.name} {name}", run)
-            guarded()
-            if not math.isnan(value := guarded()):
+            if not math.isnan(guarded()) and not math.isnan(value := guarded()):
                 values[name] = value
                 print(f"  {name}: {value:,.4g}", file=sys.stderr, flush=True)
         return max(values, key=values.__getitem__, default=None)
