@@ -57,14 +57,14 @@ def sample_together(logits_RV: Tensor, rows: Sequence[Row]) -> list[TokenLogprob
     """`sample` of at least one row, without a bound on the memory that it takes."""
     raw_RV = logits_RV.float()
     adjusted_RV = adjust(raw_RV, rows)
-    best_R = adjusted_RV.amax(-1)
-    good_R = best_R.isfinite()  # a NaN carries on; minus infinity: nothing is allowed
     scored = [i for i, row in enumerate(rows) if row.state.params.logprobs is not None]
     random, filtered = kinds(rows)
     if len(random) + len(filtered) < len(rows):
-        tokens_R = adjusted_RV.max(-1).indices  # three times as fast as argmax on a CPU
+        best_R, tokens_R = adjusted_RV.max(-1)  # three times as fast as argmax on a CPU
     else:
+        best_R = adjusted_RV.amax(-1)
         tokens_R = torch.zeros(len(rows), dtype=torch.long, device=raw_RV.device)
+    good_R = best_R.isfinite()  # a NaN carries on; minus infinity: nothing is allowed
     if random:
         tokens_R[random] = draw_whole(take(adjusted_RV, random), Settings.of([rows[i] for i in random], raw_RV.device))
     for width in (*WIDTHS, adjusted_RV.size(1)):
