@@ -1,6 +1,7 @@
 """Our engine as a side of `benchmarks/engine.py`, in a process of its own: see `worker.py`."""
 
 import sys
+import threading
 import time
 from typing import Any
 
@@ -9,6 +10,7 @@ from ids import Ids
 from worker import answer_requests
 
 from soma.engine.engine import Engine
+from soma.engine.native import release_threads
 from soma.engine.params import SamplingParams
 from soma.engine.request import TokenEvent
 from soma.model.hub import load_model
@@ -42,15 +44,16 @@ class Ours:
                     ids[place].append(event.id)
                 if event.finish_reason is not None:
                     waiting.discard(place)
+                    if not waiting:
+                        done.set()
 
             return listen
 
-        waiting = set(range(len(prompts)))
+        waiting, done = set(range(len(prompts))), threading.Event()
         params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
         start = time.perf_counter()
         self.engine.submit_all(prompts, params, [listener(place) for place in range(len(prompts))])
-        while waiting:
-            time.sleep(0.0005)
+        done.wait()
         first = max(row[0] for row in times)
         return {
             "first": [row[0] - start for row in times], "prefill": first - start,
@@ -69,6 +72,7 @@ class Ours:
             start = time.perf_counter()
             memory.sum()
             best = max(best, memory.nbytes / (time.perf_counter() - start) / 1e9)
+        release_threads()  # as an engine's process has none beside the engine's own
         return best
 
 

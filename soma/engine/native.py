@@ -128,6 +128,17 @@ def slots_of(segments: Sequence[Segment], count: int) -> np.ndarray:
     return slots
 
 
+def release_threads() -> None:
+    """End the OpenMP threads of the calling thread, before another one begins to compute.
+
+    A thread that computed (to load a model, say) keeps its helpers for good. libgomp stops spinning at barriers when it
+    has more threads than there are processors: a decode step of a 135M model in 4 bits then takes 7.9 ms in place of
+    2.3.
+    """
+    if (built := library(torch.float32)) is not None:
+        built.soma_release_threads()
+
+
 class NativeModel:
     """One model and its paged cache, in C. For use under `torch.inference_mode()`; one step at a time.
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -396,3 +397,18 @@ def test_the_first_set_of_flags_builds(tmp_path: Path, bf16: int) -> None:
     if check(nothing).returncode:
         pytest.skip(f"this compiler has no {build.EXTRAS[0][0]}")
     assert check(build.SOURCES / "forward.c").stderr == ""
+
+
+def test_the_threads_that_loaded_a_model_are_gone_when_the_engine_computes() -> None:
+    """libgomp counts the helpers of all threads: with more of them than processors, barriers no longer spin."""
+    code = (
+        "import os, torch\n"
+        "from soma.engine.native import release_threads\n"
+        "torch.set_num_threads(3)\n"
+        "torch.ones(1 << 22).sum()\n"
+        "before = len(os.listdir('/proc/self/task'))\n"
+        "release_threads()\n"
+        "print(before - len(os.listdir('/proc/self/task')))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == 2, done.stderr
