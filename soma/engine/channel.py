@@ -50,25 +50,11 @@ class Channel:
 
     def __iter__(self) -> Iterator[list[Message]]:
         """Frames, each a list of messages, until the other side ends or is killed."""
-        while (head := self._read(HEAD)) is not None:
-            frame = self._read(int.from_bytes(head, "little"))
+        while (head := read_exactly(self.sock, HEAD)) is not None:
+            frame = read_exactly(self.sock, int.from_bytes(head, "little"))
             if frame is None:
                 return
             yield pickle.loads(frame)
-
-    def _read(self, size: int) -> bytes | None:
-        """So many bytes; None at the end, also where it comes in the middle."""
-        data = bytearray(size)
-        view, done = memoryview(data), 0
-        while done < size:
-            try:
-                got = self.sock.recv_into(view[done:])
-            except OSError:
-                return None
-            if got == 0:
-                return None
-            done += got
-        return bytes(data)
 
     def flush(self) -> None:
         """Send what was put; nothing can be put afterwards."""
@@ -81,3 +67,18 @@ class Channel:
         with suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
         self.sock.close()
+
+
+def read_exactly(sock: socket.socket, size: int) -> bytes | None:
+    """So many bytes; None at the end, also where it comes in the middle."""
+    data = bytearray(size)
+    view, done = memoryview(data), 0
+    while done < size:
+        try:
+            got = sock.recv_into(view[done:])
+        except OSError:
+            return None
+        if got == 0:
+            return None
+        done += got
+    return bytes(data)

@@ -8,7 +8,7 @@ import pickle
 import socket
 from typing import Any
 
-HEAD = 8
+from soma.engine.channel import HEAD, read_exactly
 
 
 def write(sock: socket.socket, *message: Any) -> None:
@@ -19,25 +19,11 @@ def write(sock: socket.socket, *message: Any) -> None:
 
 def read(sock: socket.socket) -> tuple[Any, ...] | None:
     """The next message; None when the other side has ended, also in the middle of one."""
-    head = _bytes(sock, HEAD)
-    body = None if head is None else _bytes(sock, int.from_bytes(head, "little"))
+    head = read_exactly(sock, HEAD)
+    body = None if head is None else read_exactly(sock, int.from_bytes(head, "little"))
     return None if body is None else pickle.loads(body)
 
 
 def first_line(error: Exception) -> str:
     """An error without torch's stack of C++ frames."""
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-
-
-def _bytes(sock: socket.socket, size: int) -> bytes | None:
-    data = bytearray(size)
-    view, done = memoryview(data), 0
-    while done < size:
-        try:
-            got = sock.recv_into(view[done:])
-        except OSError:
-            return None
-        if got == 0:
-            return None
-        done += got
-    return bytes(data)
