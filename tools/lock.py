@@ -6,6 +6,7 @@ index in use offers (the CPU index, or PyPI's with CUDA).
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TORCH = "2.13.0"
 TRITON = "triton==3.7.1; sys_platform == 'linux'"  # what this torch's CUDA build asks for; tests need it too
-SKIP = ("somacube", "triton", "cuda-", "nvidia-")  # come with torch's CUDA build, where that is what is installed
+SKIP = re.compile("somacube$|triton$|cuda-|nvidia-")  # come with torch's CUDA build, where that is what is installed
 
 
 def resolve(extra: str, constraints: list[str]) -> list[str]:
@@ -36,7 +37,7 @@ def resolve(extra: str, constraints: list[str]) -> list[str]:
     pairs = [
         (item["metadata"]["name"].lower().replace("_", "-"), item["metadata"]["version"]) for item in report["install"]
     ]
-    return [f"{name}=={version.partition('+')[0]}" for name, version in sorted(pairs) if not name.startswith(SKIP)]
+    return [f"{name}=={version.partition('+')[0]}" for name, version in sorted(pairs) if not SKIP.match(name)]
 
 
 def main() -> None:
