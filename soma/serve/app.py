@@ -19,6 +19,7 @@ from soma.engine.replicas import Replicas
 from soma.engine.request import LATE, TokenEvent
 from soma.model.tokenizer import Tokenizer
 from soma.serve import adapters, embeddings, errors, tokens
+from soma.serve.calls import Gates, Passage, Usage, called
 from soma.serve.errors import ApiError
 from soma.serve.formats import ChatFormat, CompletionFormat
 from soma.serve.generation import Generation
@@ -47,8 +48,9 @@ class Service:
 
     def __init__(
         self, engine: "AnyEngine", tokenizer: Tokenizer, model_name: str, max_body_bytes: int,
-        embedder: "Embedder | None",
+        embedder: "Embedder | None", gates: Gates | None = None,
     ) -> None:  # fmt: skip
+        self.gates = gates or Gates()
         self.engine, self.tokenizer, self.model_name, self.max_body_bytes = (
             engine, tokenizer, model_name, max_body_bytes,
         )  # fmt: skip
@@ -104,15 +106,16 @@ class Service:
 
 def create_app(
     engine: "AnyEngine", tokenizer: Tokenizer, model_name: str, *, max_body_bytes: int = MAX_BODY_BYTES,
-    embedder: "Embedder | None" = None, allow_adapter_loading: bool = False,
+    embedder: "Embedder | None" = None, allow_adapter_loading: bool = False, gates: Gates | None = None,
 ) -> FastAPI:  # fmt: skip
     """The application. `app.state.service` is its `Service`; who runs it closes the engine afterwards.
 
     `embedder` makes the embeddings beside an engine in this process; an engine process has its own.
-    `allow_adapter_loading`: clients may load adapters from folders of this machine, and unload them.
+    `allow_adapter_loading`: clients may load adapters from folders of this machine, and unload them. `gates`: what
+    every request that uses the model passes.
     """
     app = FastAPI(title="Soma", docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.service = service = Service(engine, tokenizer, model_name, max_body_bytes, embedder)
+    app.state.service = service = Service(engine, tokenizer, model_name, max_body_bytes, embedder, gates)
     errors.install(app)
     embeddings.install(app, service)
     tokens.install(app, service)
@@ -197,18 +200,32 @@ async def answer(
     engine: Any = service.engine  # either kind: both are asked in the same way
     if params.guided is not None:  # not on the event loop: a large grammar takes a while to compile
         await asyncio.to_thread(engine.guides.check, params.guided)
-    options = {**body.scheduling, "adapter": adapter}
-    generation = Generation(engine, service.metrics, prompts, params, body.n or 1, **options)
+    n = body.n or 1
+    most = n * sum(engine.check(prompt, params) for prompt in prompts)
+    call = called(request, body.model, sum(map(len, prompts)), most)
+    passage = await service.gates.enter(call)
+    try:
+        options = {**body.scheduling, "adapter": adapter}
+        generation = Generation(engine, service.metrics, prompts, params, n, **options)
+    except BaseException:
+        await passage.leave(Usage(outcome="refused"))
+        raise
     if body.stream:
-        return EventStream(service, generation, stream(service, generation, shape, include_usage=body.include_usage))
+        chunks = stream(service, generation, shape, include_usage=body.include_usage)
+        return EventStream(service, generation, chunks, passage)
     service.open += 1
+    outcome = "error"
     try:
         whole = await unless_disconnected(request, collect(service, generation, shape))
+        outcome = "abort" if whole is None else "ok"
     finally:
         service.open -= 1
         generation.cancel()
         service.metrics.observe_times(generation.requests)
-    return Response(status_code=CLIENT_CLOSED_REQUEST) if whole is None else JSONResponse(whole)
+        await passage.leave(generation.used(outcome))
+    if whole is None:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    return JSONResponse(whole, headers=passage.headers)
 
 
 async def unless_disconnected(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
@@ -280,9 +297,12 @@ def sse(value: dict[str, Any]) -> bytes:
 class EventStream(StreamingResponse):
     """A stream that cancels its generation however it ends: read whole, broken off, or failed."""
 
-    def __init__(self, service: Service, generation: Generation, chunks: AsyncIterator[bytes]) -> None:
-        super().__init__(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self.service, self.generation = service, generation
+    def __init__(
+        self, service: Service, generation: Generation, chunks: AsyncIterator[bytes], passage: Passage
+    ) -> None:
+        headers = {"Cache-Control": "no-cache", **passage.headers}
+        super().__init__(chunks, media_type="text/event-stream", headers=headers)
+        self.service, self.generation, self.passage = service, generation, passage
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.service.open += 1
@@ -290,5 +310,7 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self.service.open -= 1
+            outcome = "error" if self.generation.failed else "abort" if self.generation.open else "ok"
             self.generation.cancel()
             self.service.metrics.observe_times(self.generation.requests)
+            await self.passage.leave(self.generation.used(outcome))

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 
+from soma.serve.calls import Usage, called
 from soma.serve.errors import ApiError
 from soma.serve.tokens import read_as
 
@@ -61,7 +63,7 @@ def install(app: FastAPI, service: "Service") -> None:
     """Add the route."""
 
     @app.post("/v1/embeddings")
-    async def embeddings(request: Request) -> dict[str, Any]:
+    async def embeddings(request: Request) -> JSONResponse:
         service.check_open()
         body = await read_as(request, EmbeddingRequest, service.max_body_bytes)
         if service.check_model(body.model) is not None:
@@ -74,11 +76,18 @@ def install(app: FastAPI, service: "Service") -> None:
             raise ApiError(400, f"dimensions is {body.dimensions}; this model's vectors have {size} and cannot be cut",
                            "dimensions")  # fmt: skip
         prompts = await asyncio.to_thread(encode, service, body)
-        vectors = await asyncio.wrap_future(service.embedder.submit(prompts))
+        used = sum(map(len, prompts))
+        passage = await service.gates.enter(called(request, body.model, used))
+        spent = Usage(outcome="error")
+        try:
+            vectors = await asyncio.wrap_future(service.embedder.submit(prompts))
+            spent = Usage(used)
+        finally:
+            await passage.leave(spent)
         data = [
             {"object": "embedding", "index": index, "embedding": vector(values, body.encoding_format)}
             for index, values in enumerate(vectors)
         ]
-        used = sum(map(len, prompts))
-        usage = {"prompt_tokens": used, "total_tokens": used}
-        return {"object": "list", "data": data, "model": service.model_name, "usage": usage}
+        usage: dict[str, Any] = {"prompt_tokens": used, "total_tokens": used}
+        whole = {"object": "list", "data": data, "model": service.model_name, "usage": usage}
+        return JSONResponse(whole, headers=passage.headers)

@@ -9,6 +9,7 @@ from typing import Any
 from soma.engine.engine import Engine, threadsafe
 from soma.engine.params import MASK64, SamplingParams
 from soma.engine.request import Request, TokenEvent
+from soma.serve.calls import Usage
 from soma.serve.metrics import Metrics
 
 
@@ -37,6 +38,7 @@ class Generation:
             [put(i) for i in range(total)], **options,
         )  # fmt: skip
         self.open = set(range(total))
+        self.failed = False  # an answer ended with an error
         self.last: dict[int, float] = {}
         self.prompt_tokens = sum(len(prompt) for prompt in prompts)
         self.generated = 0
@@ -62,6 +64,7 @@ class Generation:
             self.last[index] = when
         if event.finish_reason is not None:
             self.open.discard(index)
+            self.failed |= event.finish_reason == "error"
             metrics.finished[event.finish_reason].inc()
             metrics.end_to_end_latency.observe(when - self.started)
 
@@ -79,6 +82,10 @@ class Generation:
             "prompt_tokens": self.prompt_tokens, "completion_tokens": self.generated,
             "total_tokens": self.prompt_tokens + self.generated,
         }  # fmt: skip
+
+    def used(self, outcome: str) -> Usage:
+        """What the gates are told at the end."""
+        return Usage(self.prompt_tokens, self.generated, outcome=outcome)
 
 
 def nth(params: SamplingParams, k: int) -> SamplingParams:

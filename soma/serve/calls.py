@@ -1,0 +1,124 @@
+"""One request of one client, as keys, limits and the ledger see it, and the gates that it passes on its way.
+
+A gate (rate limits, budgets, the ledger, admission) may refuse a call, or take note of it and hold something for it:
+tokens reserved, a place in a queue, a line in the ledger. Whatever way the call ends, what was held is given back with
+what was really used. The routes know gates only through `Gates`.
+"""
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from starlette.requests import Request
+
+log = logging.getLogger("soma.serve")
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks: the key that came with the request. `key_id` and `team` are names, never the secret."""
+
+    key_id: str
+    team: str | None = None
+    priority: int = 0
+
+
+@dataclass(slots=True)
+class Call:
+    """What is known of a request before it runs. `max_tokens` bounds what all of its choices make."""
+
+    route: str
+    model: str
+    address: str  # of the client, as an IP
+    caller: Caller | None = None  # None: this service asks for no keys
+    prompt_tokens: int = 0
+    max_tokens: int = 0
+    id: str = field(default_factory=lambda: f"req-{secrets.token_hex(12)}")
+    tags: dict[str, str] = field(default_factory=dict)  # prompt template version, graph node: go to ledger and trace
+
+
+@dataclass(slots=True)
+class Usage:
+    """What a call used in the end. `outcome`: ok, error (ours or the upstream's), abort (the client left), refused."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    outcome: str = "ok"
+    estimated: bool = False  # an upstream broke off and cannot tell
+
+
+class Hold(Protocol):
+    """What a gate keeps for a call while it runs."""
+
+    headers: dict[str, str]  # for the response, as x-ratelimit-remaining-requests
+
+    async def leave(self, usage: Usage) -> None:
+        """The call has ended. Called once, whatever happened."""
+
+
+class Gate(Protocol):
+    """Refuses calls or lets them pass."""
+
+    async def enter(self, call: Call) -> Hold | None:
+        """Raises ApiError (403, 429, 503) to refuse; None where there is nothing to give back."""
+
+
+class Passage:
+    """The holds of a call that passed all gates."""
+
+    def __init__(self, call: Call, holds: Sequence[Hold]) -> None:
+        self.call, self.holds = call, holds
+        self.has_left = False
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Response headers: the call's id and what the gates tell."""
+        told = {"x-request-id": self.call.id}
+        for hold in self.holds:
+            told |= hold.headers
+        return told
+
+    async def leave(self, usage: Usage) -> None:
+        """Give everything back, the last gate first; also if this task is cancelled meanwhile. Only the first call
+        counts."""
+        if self.has_left:
+            return
+        self.has_left = True
+        await asyncio.shield(self._leave(usage))
+
+    async def _leave(self, usage: Usage) -> None:
+        for hold in reversed(self.holds):
+            try:
+                await hold.leave(usage)
+            except Exception:  # one gate's trouble must not keep what another holds
+                log.exception("%s could not settle call %s", type(hold).__name__, self.call.id)
+
+
+class Gates:
+    """All gates of a service, in the order in which calls pass them."""
+
+    def __init__(self, gates: Sequence[Gate] = ()) -> None:
+        self.gates = list(gates)
+
+    async def enter(self, call: Call) -> Passage:
+        """Pass all gates or none: if one refuses, what earlier ones held is given back unused. Raises ApiError."""
+        holds: list[Hold] = []
+        try:
+            for gate in self.gates:
+                if (hold := await gate.enter(call)) is not None:
+                    holds.append(hold)
+        except BaseException:
+            await Passage(call, holds).leave(Usage(outcome="refused"))
+            raise
+        return Passage(call, holds)
+
+
+def called(request: Request, model: str, prompt_tokens: int, max_tokens: int = 0) -> Call:
+    """The call that a request is, for the gates. Who asks was found out before: `request.state.caller`."""
+    caller = getattr(request.state, "caller", None)
+    address = getattr(request.state, "address", None) or (request.client.host if request.client else "")
+    return Call(request.url.path, model, address, caller, prompt_tokens, max_tokens)
