@@ -22,10 +22,11 @@ class ApiError(Exception):
 
     def __init__(
         self, status: int, message: str, param: str | None = None, code: str | None = None,
-        retry_after: int | None = None,
+        retry_after: int | None = None, headers: dict[str, str] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(message)
         self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
+        self.headers = headers or {}
 
 
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
@@ -54,6 +55,7 @@ def as_api_error(error: Exception) -> ApiError:
 def respond(error: ApiError) -> JSONResponse:
     """The HTTP response of an error."""
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+    headers |= error.headers
     return JSONResponse(error_body(error.status, error.message, error.param, error.code), error.status, headers)
 
 
