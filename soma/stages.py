@@ -141,13 +141,13 @@ def corpus_stage(config: DataConfig) -> Stage:
     from soma.data.corpus import build_corpus, source_fingerprint
 
     def build(job: Build) -> None:
-        build_corpus(config, job.out)
+        build_corpus(config, job.out, job.state)
 
     def metrics(artefact: Path) -> dict[str, float]:
         splits = read_json(artefact / "report.json")["splits"]
         return {f"{split}_bytes": facts["bytes"] for split, facts in splits.items()}
 
-    return Stage("corpus", _json(config), build, fingerprint=lambda: source_fingerprint(config), metrics=metrics)
+    return Stage("corpus", config.content(), build, fingerprint=lambda: source_fingerprint(config), metrics=metrics)
 
 
 def tokenizer_stage(config: TokenizerConfig) -> Stage:

@@ -91,6 +91,14 @@ class DataConfig(Block):
         "so that some text can be held out.",
     )
     seed: int = Field(0, ge=0, description="Shifts which documents are held out.")
+    workers: int = Field(1, ge=1, le=1024, description="Processes that read and clean; the result is the same for any.")
+    runner: Literal["local", "ray"] = Field(
+        "local", description="Where they run: on this machine, or on a Ray cluster (RAY_ADDRESS) through Daft."
+    )
+
+    def content(self) -> dict[str, Any]:
+        """The settings that the corpus depends on, as JSON."""
+        return self.model_dump(mode="json", exclude={"workers", "runner"})
 
 
 class TokenizerConfig(Block):

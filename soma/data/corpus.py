@@ -1,5 +1,9 @@
 """Sources to corpus: read, clean, deduplicate, split, write `corpus/` with its report.
 
+Partitions (`partitions.py`) → index of all documents (`index.py`) → duplicates → split → rows sorted by id. No step
+holds all of the text: the index takes some 150 bytes of memory a document, its MinHash signature 4 bytes a hash, and
+the sort goes through buckets on disk.
+
 `report.json`, made to be drawn:
 
 * `python`, `corpus_hash` (over the sorted ids of all rows): print both beside every figure taken on this corpus.
@@ -13,42 +17,40 @@
   group_sizes: {group size: groups}, examples: [{kept, dropped, jaccard, excerpt}]}.
 """
 
-import json
 import platform
-from collections import Counter, defaultdict
+import shutil
+import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from hashlib import sha256
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from soma.base import progress
 from soma.base.artefact import hash_lines, write_json
 from soma.base.errors import UserError
 from soma.data import profile
-from soma.data.clean import clean_text, cut_text
 from soma.data.config import DataConfig
-from soma.data.dedup import NearDuplicates, UnionFind, exact_key, near_duplicates
-from soma.data.readers import Document, Dropped, read_item
-from soma.data.sources import Skipped, list_items
+from soma.data.dedup import NearDuplicates, UnionFind, near_duplicates
+from soma.data.index import Index, Texts
+from soma.data.partitions import make_partitions
+from soma.data.partitions import text_id as text_id
+from soma.data.readers import Dropped
+from soma.data.shards import DropLog, ShardWriter
+from soma.data.shards import read_corpus as read_corpus
+from soma.data.shards import write_dropped as write_dropped
+from soma.data.shards import write_parquet as write_parquet
+from soma.data.shards import write_shards as write_shards
+from soma.data.sources import Item, Skipped, list_items
 from soma.data.sources import source_fingerprint as _fingerprint
 from soma.data.split import held_out
 
 SPLITS = ("train", "validation")
-SHARD_BYTES = 256 << 20  # of text, in one Parquet file
-ROW_GROUP = 1024
-ID_LENGTH = 32
 EXAMPLE_CLUSTERS = 5
-
-
-@dataclass(slots=True)
-class Row:
-    """A document on its way through the steps. `whole` names the document that it was cut from, if it was."""
-
-    id: str
-    document: Document
-    whole: str
-    cluster: str = ""
+BUCKET_BYTES = 48 << 20  # of text, sorted at once
+ROWS = ("id", "text", "source", "meta", "kind", "n_bytes", "n_chars", "cluster")
 
 
 def source_fingerprint(config: DataConfig) -> str:
@@ -56,158 +58,130 @@ def source_fingerprint(config: DataConfig) -> str:
     return _fingerprint(config.sources)
 
 
-def text_id(text: str) -> str:
-    """A document's id: the first 32 hex digits of the sha256 of its text."""
-    return sha256(text.encode()).hexdigest()[:ID_LENGTH]
-
-
-def build_corpus(config: DataConfig, out: Path) -> None:
+def build_corpus(config: DataConfig, out: Path, state: Path | None = None) -> None:
     """Fill the directory `out` with `<split>-00000.parquet`…, `dropped.parquet` and `report.json`.
 
-    The bytes depend on the input files' names and contents and on `config` alone. The text of the corpus is held in
-    memory (about three times its size). Raises UserError for a source that does not exist and where nothing is left,
-    saying what was dropped and why.
+    The bytes depend on the input files' names and contents and on `config` alone. `state`: a folder that survives a
+    kill; partitions that lie there are not made again. Raises UserError for a source that does not exist and where
+    nothing is left, saying what was dropped and why.
     """
-    dropped: list[Dropped] = []
-    steps: list[dict[str, Any]] = []
-    documents = _read(config, dropped)
-    _step(steps, "read", documents)
-    rows = _clean(config, documents, dropped)
-    _step(steps, "clean", [row.document for row in rows])
-    if config.dedup.exact:
-        rows = _exact(rows, dropped)
-        _step(steps, "exact", [row.document for row in rows])
-    _require_some(rows, dropped)
-    rows.sort(key=lambda row: (row.id, row.document.source))
-    rows, near = _near(config, rows, dropped)
-    _step(steps, "near", [row.document for row in rows])
-    splits = _split(config, rows)
-    for split, members in splits.items():
-        _write_split(out, split, members)
-    write_dropped(out, dropped)
-    write_json(out / "report.json", _report(steps, splits, dropped, near))
+    with _workplace(state, out) as work:
+        dropped = DropLog()
+        partitions = make_partitions(config, _items(config, dropped), work / "partitions")
+        steps: list[dict[str, Any]] = []
+        for step in ("read", "clean"):
+            counts = np.array([partition.facts["steps"][step] for partition in partitions]).reshape(-1, 2).sum(0)
+            _step(steps, step, *counts.tolist())
+        index = Index(partitions)
+        if config.dedup.exact:
+            _exact(index)
+            _kept_step(steps, "exact", index)
+        clusters_N, near = _near(config, index)
+        _kept_step(steps, "near", index)
+        split_N = _split(config, index, clusters_N)
+        counted = _write(out, work, index, clusters_N, split_N, dropped)
+        write_json(out / "report.json", _report(index, steps, near, counted, dropped))
 
 
-def _step(steps: list[dict[str, Any]], step: str, documents: Sequence[Document]) -> None:
-    size = sum(len(document.text.encode()) for document in documents)
-    steps.append({"step": step, "documents": len(documents), "bytes": size})
+@contextmanager
+def _workplace(state: Path | None, out: Path) -> Iterator[Path]:
+    """`state`, or a temporary folder beside `out`."""
+    if state is not None:
+        state.mkdir(parents=True, exist_ok=True)
+        yield state
+        return
+    with tempfile.TemporaryDirectory(prefix=".corpus-", dir=out.parent) as work:
+        yield Path(work)
+
+
+def _step(steps: list[dict[str, Any]], step: str, documents: int, size: int) -> None:
+    steps.append({"step": step, "documents": documents, "bytes": size})
     progress.current().event("corpus_step", **steps[-1])
 
 
-def _read(config: DataConfig, dropped: list[Dropped]) -> list[Document]:
-    documents = []
-    with progress.current().task("read", unit="files") as task:
-        for item in list_items(config.sources):
-            if isinstance(item, Skipped):
-                dropped.append(Dropped(item.name, item.reason, item.detail))
-            else:
-                for found in read_item(item, config.text_field):
-                    if isinstance(found, Document):
-                        documents.append(found)
-                    else:
-                        dropped.append(found)
-            task.advance(1, documents=len(documents))
-    if not documents:
-        _require_some([], dropped)
-    return documents
+def _kept_step(steps: list[dict[str, Any]], step: str, index: Index) -> None:
+    _step(steps, step, int(index.kept_N.sum()), int(index.column("n_bytes")[index.kept_N].sum()))
 
 
-def _clean(config: DataConfig, documents: Sequence[Document], dropped: list[Dropped]) -> list[Row]:
-    kept = []
-    for document in documents:
-        text, reason = clean_text(document.text, config.clean)
-        if reason:
-            detail = f"{len(text)} characters" if reason == "too_short" else ""
-            dropped.append(Dropped(document.source, reason, detail, profile.excerpt(text)))
+def _items(config: DataConfig, dropped: DropLog) -> list[Item]:
+    found = []
+    for item in list_items(config.sources):
+        if isinstance(item, Skipped):
+            dropped.add(Dropped(item.name, item.reason, item.detail))
         else:
-            kept.append(replace(document, text=text))
-    few = len(kept) < config.min_documents
-    limit = config.clean.max_chars
-    if few:
-        limit = min(limit, max(1000, sum(len(document.text) for document in kept) // config.min_documents))
-    rows = []
-    for document in kept:
-        if len(document.text) <= limit:
-            rows.append(Row(text_id(document.text), document, ""))
-            continue
-        whole = (
-            "" if few else text_id(document.text)
-        )  # parts of one document stay on one side, unless there are few documents
-        for number, part in enumerate(cut_text(document.text, limit)):
-            rows.append(Row(text_id(part), replace(document, text=part, meta={**document.meta, "part": number}), whole))
-    return rows
+            found.append(item)
+    return found
 
 
-def _exact(rows: Sequence[Row], dropped: list[Dropped]) -> list[Row]:
+# --- Duplicates and the split ---
+
+
+def _exact(index: Index) -> None:
     """One row for each text up to white space: the longest, then the smallest id, then the first source by name."""
-    best: dict[bytes, Row] = {}
-    for row in sorted(rows, key=lambda row: (-len(row.document.text), row.id, row.document.source)):
-        key = exact_key(row.document.text)
-        if key in best:
-            detail = f"same as {best[key].document.source}"
-            dropped.append(Dropped(row.document.source, "exact_duplicate", detail, profile.excerpt(row.document.text)))
-        else:
-            best[key] = row
-    return list(best.values())
+    import pyarrow.compute as pc
+
+    order = index.order(("exact", "ascending"), ("n_chars", "descending"), ("id", "ascending"), ("source", "ascending"))
+    if not len(order):
+        return
+    keys = index.table["exact"].take(order)
+    first = np.ones(len(order), bool)
+    first[1:] = pc.not_equal(keys.slice(1), keys.slice(0, len(order) - 1)).to_numpy()
+    best = order[np.maximum.accumulate(np.where(first, np.arange(len(order)), 0))]
+    index.drop(order[~first], "exact_duplicate", best[~first])
 
 
-def _near(config: DataConfig, rows: Sequence[Row], dropped: list[Dropped]) -> tuple[list[Row], dict[str, Any]]:
-    """The survivors, each with the id of its split group as `cluster`, and the report's section. `rows` sorted by
-    id.
-    """
-    groups = UnionFind(len(rows))
-    removed: set[int] = set()
-    section: dict[str, Any] = {}
-    if config.dedup.near:
-        with progress.current().task("near-duplicates", total=len(rows), unit="documents") as task:
-            near = near_duplicates([row.document.text for row in rows], config.dedup)
-            task.advance(len(rows), candidates=near.candidates)
+def _near(config: DataConfig, index: Index) -> tuple[np.ndarray, dict[str, Any]]:
+    """For every row of the index the row that stands for its split group, and the report's section."""
+    order = index.order(("id", "ascending"), ("source", "ascending"))
+    groups, section = UnionFind(len(order)), {}
+    if config.dedup.near and len(order):
+        texts = Texts(index, order)
+        with progress.current().task("near-duplicates", total=len(order), unit="documents") as task:
+            near = near_duplicates(texts, config.dedup, index.signatures(order))
+            task.advance(len(order), candidates=near.candidates)
         groups = near.groups
-        removed = _drop_near(config, rows, near, dropped)
-        section = _near_section(config, rows, near, removed)
+        section = _near_section(config, index, texts, near, _drop_near(config, index, order, near))
+    wholes = index.table["whole"].take(order).to_pylist() if len(order) else []
     first_part: dict[str, int] = {}
-    for index, row in enumerate(rows):
-        if row.whole:
-            groups.union(first_part.setdefault(row.whole, index), index)
-    kept = []
-    for index, row in enumerate(rows):
-        if index not in removed:
-            kept.append(replace(row, cluster=rows[groups.find(index)].id))
-    return kept, section
+    for number, whole in enumerate(wholes):
+        if whole:
+            groups.union(first_part.setdefault(whole, number), number)
+    clusters_N = np.arange(len(index))
+    clusters_N[order] = order[[groups.find(number) for number in range(len(order))]] if len(order) else order
+    return clusters_N, section
 
 
-def _drop_near(config: DataConfig, rows: Sequence[Row], near: NearDuplicates, dropped: list[Dropped]) -> set[int]:
-    removed = set()
-    for members in near.duplicates.groups().values():
-        keep = _survivor(config, rows, members)
-        for index in members:
-            if index != keep:
-                removed.add(index)
-                document = rows[index].document
-                detail = f"like {rows[keep].document.source}"
-                dropped.append(Dropped(document.source, "near_duplicate", detail, profile.excerpt(document.text)))
-    return removed
+def _drop_near(config: DataConfig, index: Index, order: np.ndarray, near: NearDuplicates) -> dict[int, int]:
+    """Drops all but one of each cluster of near-duplicates. Returns the survivors by their cluster's first member."""
+    chars = index.column("n_chars")[order]
+    survivors = {}
+    for first, members in near.duplicates.groups().items():
+        if len(members) > 1:
+            keep = members[0]  # they are sorted by id
+            if config.dedup.keep == "longest":
+                keep = min(members, key=lambda number: (-chars[number], number))
+            survivors[first] = keep
+            gone = order[[number for number in members if number != keep]]
+            index.drop(gone, "near_duplicate", np.full(len(gone), order[keep]))
+    return survivors
 
 
-def _survivor(config: DataConfig, rows: Sequence[Row], members: Sequence[int]) -> int:
-    if config.dedup.keep == "longest":
-        return min(members, key=lambda index: (-len(rows[index].document.text), index))
-    return min(members)  # rows are sorted by id
-
-
-def _near_section(config: DataConfig, rows: Sequence[Row], near: NearDuplicates, removed: set[int]) -> dict[str, Any]:
+def _near_section(
+    config: DataConfig, index: Index, texts: Texts, near: NearDuplicates, survivors: dict[int, int]
+) -> dict[str, Any]:
     clusters = near.duplicates.groups()
     examples = []
     for members in sorted((m for m in clusters.values() if len(m) > 1), key=lambda m: (-len(m), m))[:EXAMPLE_CLUSTERS]:
-        keep = next(index for index in members if index not in removed)
-        inside = [
-            j for left, right, j in near.similar if left in members and right in members and j >= config.dedup.threshold
-        ]
+        keep, inside = survivors[members[0]], set(members)
+        lowest = min(
+            j for left, right, j in near.similar if left in inside and right in inside and j >= config.dedup.threshold
+        )
+        others = [number for number in members if number != keep][:10]
         examples.append(
             {
-                "kept": rows[keep].document.source, "jaccard": round(min(inside), 4),
-                "dropped": [rows[index].document.source for index in members if index != keep][:10],
-                "excerpt": profile.excerpt(rows[keep].document.text),
+                "kept": index.string("source", texts.rows[keep]), "jaccard": round(lowest, 4),
+                "dropped": [index.string("source", texts.rows[number]) for number in others],
+                "excerpt": profile.excerpt(texts[keep]),
             }
         )  # fmt: skip
     return {
@@ -217,103 +191,112 @@ def _near_section(config: DataConfig, rows: Sequence[Row], near: NearDuplicates,
     }  # fmt: skip
 
 
-def _split(config: DataConfig, rows: Sequence[Row]) -> dict[str, list[Row]]:
+def _split(config: DataConfig, index: Index, clusters_N: np.ndarray) -> np.ndarray:
+    """For every row of the index the number of its split in `SPLITS`."""
+    split_N = np.zeros(len(index), np.int8)
+    if not index.kept_N.any():
+        return split_N
+    sizes_N = np.bincount(clusters_N, np.where(index.kept_N, index.column("n_bytes"), 0), len(index)).astype(np.int64)
+    used = np.unique(clusters_N[index.kept_N])
+    names = index.table["id"].take(used).to_pylist()
     group_bytes: Counter[str] = Counter()
-    for row in rows:
-        group_bytes[row.cluster] += len(row.document.text.encode())
+    for name, size in zip(names, sizes_N[used].tolist(), strict=True):
+        group_bytes[name] += size
     out = held_out(group_bytes, config.validation_fraction, config.seed)
-    splits: dict[str, list[Row]] = {split: [] for split in SPLITS}
-    for row in rows:
-        splits["validation" if row.cluster in out else "train"].append(row)
-    return splits
+    held = np.zeros(len(index), bool)
+    held[used] = [name in out for name in names]
+    return held[clusters_N].astype(np.int8)
 
 
-def _require_some(rows: Sequence[Row], dropped: Sequence[Dropped]) -> None:
-    if rows:
-        return
-    nothing = "" if dropped else "; the sources hold no files"
-    raise UserError(f"data.sources: no document is left{nothing}{profile.drop_summary(dropped)}")
+# --- Writing ---
+
+
+def _write(
+    out: Path, work: Path, index: Index, clusters_N: np.ndarray, split_N: np.ndarray, dropped: DropLog
+) -> profile.Profile:
+    """The shards and `dropped.parquet`; what was counted on the way. Raises UserError where no row is left."""
+    import pyarrow.parquet as pq
+
+    buckets = work / "buckets"
+    shutil.rmtree(buckets, ignore_errors=True)
+    buckets.mkdir()
+    files = _scatter(buckets, index, clusters_N, split_N, dropped)
+    for partition in index.partitions:
+        dropped.extend(pq.read_table(partition.dropped))
+    if not index.kept_N.any():
+        summary = profile.drop_summary(dropped.items()) or "; the sources hold no files"
+        raise UserError(f"data.sources: no document is left{summary}")
+    dropped.write(out / "dropped.parquet")
+    counted = profile.Profile(SPLITS)
+    writers = [ShardWriter(out, split, ROWS) for split in SPLITS]
+    for path in files:
+        _sorted_rows(path, writers, counted)
+        path.unlink()
+    for writer in writers:
+        writer.close()
+    return counted
+
+
+def _scatter(buckets: Path, index: Index, clusters_N: np.ndarray, split_N: np.ndarray, dropped: DropLog) -> list[Path]:
+    """Rows to buckets by the first digits of their id, in which they are sorted afterwards; the others are logged."""
+    import pyarrow as pa
+
+    total = int(index.column("n_bytes")[index.kept_N].sum())
+    count = max(1, -(-total // BUCKET_BYTES))
+    paths = [buckets / f"{number:05d}.arrow" for number in range(count)]
+    files: list[Any] = [None] * count
+    row = 0
+    for partition in index.partitions:
+        for batch in partition.batches(ROWS[:-1]):
+            rows = np.arange(row, row + len(batch))
+            row += len(batch)
+            _log(index, rows[~index.kept_N[rows]], rows[0], batch, dropped)
+            rows, batch = rows[index.kept_N[rows]], batch.filter(pa.array(index.kept_N[rows]))
+            clusters = index.table["id"].take(clusters_N[rows]).combine_chunks()
+            batch = batch.append_column("cluster", clusters).append_column("split", pa.array(split_N[rows]))
+            owner = np.array([int(name[:8], 16) * count >> 32 for name in batch["id"].to_pylist()], np.int64)
+            for number in np.unique(owner).tolist():
+                if files[number] is None:
+                    options = pa.ipc.IpcWriteOptions(compression="zstd")
+                    files[number] = pa.ipc.new_stream(paths[number], batch.schema, options=options)
+                files[number].write_batch(batch.filter(pa.array(owner == number)))
+    for file in files:
+        if file is not None:
+            file.close()
+    return [path for path, file in zip(paths, files, strict=True) if file is not None]
+
+
+def _log(index: Index, rows: np.ndarray, first: int, batch: Any, dropped: DropLog) -> None:
+    words = {"exact_duplicate": "same as", "near_duplicate": "like"}
+    for row in rows.tolist():
+        reason = index.reasons[index.reason_N[row]]
+        detail = f"{words[reason]} {index.string('source', index.twin_N[row])}"
+        text = batch["text"][row - first].as_py()
+        dropped.add(Dropped(index.string("source", row), reason, detail, profile.excerpt(text)))
+
+
+def _sorted_rows(path: Path, writers: Sequence[ShardWriter], counted: profile.Profile) -> None:
+    """One bucket, sorted, to the writers of the splits."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    with pa.ipc.open_stream(path) as stream:
+        table = stream.read_all()
+    table = table.sort_by([("id", "ascending"), ("source", "ascending")])
+    for number, writer in enumerate(writers):
+        rows = table.filter(pc.equal(table["split"], number)).select(ROWS)
+        for batch in rows.to_batches(max_chunksize=1024):
+            columns = batch.to_pydict()
+            counted.add(number, columns)
+            writer.add(columns, columns["n_bytes"])
 
 
 def _report(
-    steps: list[dict[str, Any]], splits: dict[str, list[Row]], dropped: list[Dropped], near: dict[str, Any]
+    index: Index, steps: list[dict[str, Any]], near: dict[str, Any], counted: profile.Profile, dropped: DropLog
 ) -> dict[str, Any]:
-    import numpy as np
-
-    rows = [row for members in splits.values() for row in members]
-    documents = [row.document for row in rows]
-    texts = [document.text for document in documents]
+    ids = index.table["id"].take(index.order(("id", "ascending")))
     return {
         "format": "soma-corpus-report", "version": 1, "python": platform.python_version(),
-        "corpus_hash": hash_lines(sorted(row.id for row in rows)), "steps": steps,
-        "splits": {split: profile.sizes([row.document for row in members]) for split, members in splits.items()},
-        "document_chars": profile.histogram(np.array([len(text) for text in texts])),
-        "line_bytes": profile.histogram(profile.line_lengths(texts)),
-        "characters": profile.character_classes(texts), "kinds": profile.by_kind(documents),
-        "sources": profile.top_sources(documents), "dropped": profile.drop_reasons(dropped),
-        "near_duplicates": near,
+        "corpus_hash": hash_lines(value.as_py() for value in ids), "steps": steps, **counted.figures(),
+        "dropped": profile.drop_reasons(dropped.items()), "near_duplicates": near,
     }  # fmt: skip
-
-
-# --- Files ---
-
-
-def _write_split(out: Path, split: str, rows: Sequence[Row]) -> None:
-    columns: dict[str, list[Any]] = defaultdict(list)
-    for row in rows:
-        document = row.document
-        columns["id"].append(row.id)
-        columns["text"].append(document.text)
-        columns["source"].append(document.source)
-        columns["meta"].append(json.dumps(document.meta, sort_keys=True, ensure_ascii=False))
-        columns["kind"].append(document.kind)
-        columns["n_bytes"].append(len(document.text.encode()))
-        columns["n_chars"].append(len(document.text))
-        columns["cluster"].append(row.cluster)
-    names = ["id", "text", "source", "meta", "kind", "n_bytes", "n_chars", "cluster"]
-    write_shards(out, split, {name: columns[name] for name in names}, columns["n_bytes"])
-
-
-def write_shards(out: Path, split: str, columns: dict[str, list[Any]], row_bytes: Sequence[int]) -> None:
-    """`<split>-00000.parquet`… with at most `SHARD_BYTES` of text each (one file at least, also for no rows)."""
-    start, size, shard = 0, 0, 0
-    for end, row_size in enumerate([*row_bytes, SHARD_BYTES], start=0):
-        if end == len(row_bytes) or (end > start and size + row_size > SHARD_BYTES):
-            write_parquet(
-                out / f"{split}-{shard:05d}.parquet", {name: values[start:end] for name, values in columns.items()}
-            )
-            start, size, shard = end, 0, shard + 1
-        size += row_size
-
-
-def write_parquet(path: Path, columns: dict[str, list[Any]]) -> None:
-    """One Parquet file whose bytes depend on the values alone. Lists of int become int64, all others strings."""
-    import pyarrow
-    import pyarrow.parquet as pq
-
-    kinds = {name: pyarrow.int64() if name.startswith("n_") else pyarrow.string() for name in columns}
-    table = pyarrow.table({name: pyarrow.array(values, kinds[name]) for name, values in columns.items()})
-    pq.write_table(table, path, compression="zstd", row_group_size=ROW_GROUP, store_schema=False)
-
-
-def write_dropped(out: Path, dropped: list[Dropped]) -> None:
-    """`dropped.parquet`, in an order that does not depend on the order of reading."""
-    items = profile.ordered(dropped)
-    names = ("source", "reason", "detail", "excerpt")
-    write_parquet(out / "dropped.parquet", {name: [getattr(item, name) for item in items] for name in names})
-
-
-def read_corpus(corpus: Path, split: str, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of a split as dictionaries, in order of their id. Raises UserError where a file is missing or broken."""
-    import pyarrow
-    import pyarrow.parquet as pq
-
-    files = sorted(corpus.glob(f"{split}-[0-9]*.parquet"))
-    if not files:
-        raise UserError(f"{corpus}: no {split}-00000.parquet; this is not a corpus folder (`soma run` makes one)")
-    for path in files:
-        try:
-            for batch in pq.ParquetFile(path).iter_batches(batch_size=256, columns=list(columns) if columns else None):
-                yield from batch.to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None

@@ -92,18 +92,25 @@ class NearDuplicates:
     rows: int
 
 
-def near_duplicates(texts: Sequence[str], config: DedupConfig) -> NearDuplicates:
-    """Near-duplicates among `texts` by word `config.ngram`-grams. Give the texts in a fixed order (by id)."""
+def near_duplicates(
+    texts: Sequence[str], config: DedupConfig, signatures_NH: np.ndarray | None = None
+) -> NearDuplicates:
+    """Near-duplicates among `texts` by word `config.ngram`-grams. Give the texts in a fixed order (by id).
+
+    `signatures_NH`: their `minhash` signatures, where they are known already; then `texts` may be a sequence that reads
+    a text when it is asked for it.
+    """
     bands, rows = banding(config.num_hashes, config.straddle_threshold)
     result = NearDuplicates(UnionFind(len(texts)), UnionFind(len(texts)), [], 0, bands, rows)
-    plain = [normalized(text) for text in texts]
+    if signatures_NH is None:
+        signatures_NH = minhash([normalized(text) for text in texts], config)
 
     @lru_cache(maxsize=1024)
     def shingles(index: int) -> frozenset[str]:
-        return shingle_set(plain[index], config.ngram)
+        return shingle_set(normalized(texts[index]), config.ngram)
 
     checked: set[tuple[int, int]] = set()
-    for bucket in _buckets(minhash(plain, config), bands, rows):
+    for bucket in _buckets(signatures_NH, bands, rows):
         for position, left in enumerate(bucket):
             for right in bucket[position + 1 : position + 1 + BUCKET_WINDOW]:
                 if (left, right) in checked or result.duplicates.find(left) == result.duplicates.find(right):
@@ -123,6 +130,8 @@ def minhash(plain: Sequence[str], config: DedupConfig) -> np.ndarray:
     """MinHash signatures, uint32 (documents, num_hashes), of texts that went through `normalized`. Computed by Daft."""
     import daft
 
+    if not plain:
+        return np.zeros((0, config.num_hashes), np.uint32)
     frame = daft.from_pydict({"text": list(plain)})
     signature = daft.col("text").minhash(
         num_hashes=config.num_hashes, ngram_size=config.ngram, seed=MINHASH_SEED, hash_function="xxhash3_64"

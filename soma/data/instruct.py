@@ -227,7 +227,7 @@ def _unique(rows: list[Row], dropped: list[Dropped], key: Any) -> list[Row]:
 
 def _require_some(rows: Sequence[Row], dropped: Sequence[Dropped], where: str) -> None:
     if not rows:
-        raise UserError(f"{where}: no sample is left{profile.drop_summary(dropped)}")
+        raise UserError(f"{where}: no sample is left{profile.drop_summary(profile.ordered(dropped))}")
 
 
 def _write_split(out: Path, split: str, rows: Sequence[Row], preference: bool) -> None:
@@ -259,5 +259,5 @@ def _report(shape: str, splits: dict[str, list[Row]], dropped: list[Dropped]) ->
         },
         "prompt_chars": profile.histogram(np.array([len(row.prompt) for row in rows])),
         "answer_chars": profile.histogram(np.array([len(row.answer) for row in rows])),
-        "dropped": profile.drop_reasons(dropped),
+        "dropped": profile.drop_reasons(profile.ordered(dropped)),
     }  # fmt: skip

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from soma.data.readers import EXCERPT_CHARS, Document, Dropped
+from soma.data.readers import EXCERPT_CHARS, Dropped
 
 TOP_SOURCES = 20
 EXAMPLES = 3
@@ -60,78 +60,105 @@ def histogram(lengths: np.ndarray) -> dict[str, Any]:
     """`{"edges", "counts", "median", "p90", "max"}`: counts[i] lengths lie in [edges[i], edges[i+1]); empty ends are
     cut off.
     """
-    if not len(lengths):
+    return counted_histogram(*np.unique(lengths, return_counts=True))
+
+
+def counted_histogram(lengths_N: np.ndarray, times_N: np.ndarray) -> dict[str, Any]:
+    """`histogram` of ascending lengths that each occur so many times."""
+    if not len(lengths_N):
         return {"edges": [0, 1], "counts": [0], "median": 0, "p90": 0, "max": 0}
     edges = [0, *(1 << power for power in range(BINS))]
-    counts = np.histogram(lengths, bins=[*edges, np.iinfo(np.int64).max])[0]
+    counts = np.histogram(lengths_N, bins=[*edges, np.iinfo(np.int64).max], weights=times_N)[0].astype(np.int64)
     used = np.flatnonzero(counts)
-    first, last = int(used[0]), int(used[-1])
-    top = edges[last + 1] if last + 1 < len(edges) else int(lengths.max()) + 1
+    first, last, longest = int(used[0]), int(used[-1]), int(lengths_N[-1])
+    top = edges[last + 1] if last + 1 < len(edges) else longest + 1
     return {
         "edges": [*edges[first : last + 1], top], "counts": counts[first : last + 1].tolist(),
-        "median": float(np.median(lengths)), "p90": float(np.quantile(lengths, 0.9)), "max": int(lengths.max()),
+        "median": _quantile(lengths_N, times_N, 0.5), "p90": _quantile(lengths_N, times_N, 0.9), "max": longest,
     }  # fmt: skip
 
 
-def line_lengths(texts: Iterable[str]) -> np.ndarray:
-    """Bytes of every line of every text, without its line end."""
-    found = [np.zeros(0, np.int64)]
-    for text in texts:
-        data = np.frombuffer(text.encode(), np.uint8)
-        ends = np.concatenate([[-1], np.flatnonzero(data == 10), [len(data)]])
-        found.append(np.diff(ends) - 1)
-    return np.concatenate(found)
+def _quantile(values_N: np.ndarray, times_N: np.ndarray, share: float) -> float:
+    """As np.quantile of the values written out: linear between the two neighbours."""
+    ends_N = np.cumsum(times_N)
+    place = share * (int(ends_N[-1]) - 1)
+    low, high = (float(values_N[np.searchsorted(ends_N, int(p), side="right")]) for p in (place, np.ceil(place)))
+    part = place - int(place)
+    return low + (high - low) * part if part < 0.5 else high - (high - low) * (1 - part)
 
 
-def sizes(documents: Sequence[Document]) -> dict[str, int]:
-    """Documents, UTF-8 bytes, characters and lines."""
-    return {
-        "documents": len(documents), "bytes": sum(len(d.text.encode()) for d in documents),
-        "chars": sum(len(d.text) for d in documents), "lines": sum(d.text.count("\n") + 1 for d in documents),
-    }  # fmt: skip
+def line_lengths(text: str) -> np.ndarray:
+    """Bytes of every line of a text, without its line end."""
+    data = np.frombuffer(text.encode(), np.uint8)
+    return np.diff(np.concatenate([[-1], np.flatnonzero(data == 10), [len(data)]])) - 1
 
 
-def by_kind(documents: Iterable[Document]) -> dict[str, dict[str, int]]:
-    """Documents and bytes by kind, largest first."""
-    found: dict[str, dict[str, int]] = defaultdict(lambda: {"documents": 0, "bytes": 0})
-    for document in documents:
-        found[document.kind]["documents"] += 1
-        found[document.kind]["bytes"] += len(document.text.encode())
-    return dict(sorted(found.items(), key=lambda item: (-item[1]["bytes"], item[0])))
+class Profile:
+    """Counts what the report says of the rows of a corpus, a batch at a time."""
+
+    def __init__(self, splits: Sequence[str]) -> None:
+        self.sizes = {split: dict.fromkeys(("documents", "bytes", "chars", "lines"), 0) for split in splits}
+        self.splits = list(splits)
+        self.characters: Counter[str] = Counter()
+        self.chars: Counter[int] = Counter()
+        self.lines: Counter[int] = Counter()
+        self.kinds: dict[str, dict[str, int]] = defaultdict(lambda: {"documents": 0, "bytes": 0})
+        self.sources: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+
+    def add(self, split: int, columns: dict[str, list[Any]]) -> None:
+        """Rows of a split with the columns text, source, kind, n_bytes, n_chars."""
+        texts, counts = columns["text"], self.sizes[self.splits[split]]
+        self.characters.update(character_classes(texts))
+        self.chars.update(columns["n_chars"])
+        if texts:
+            lengths, times = np.unique(np.concatenate([line_lengths(text) for text in texts]), return_counts=True)
+            self.lines.update(dict(zip(lengths.tolist(), times.tolist(), strict=True)))
+            counts["lines"] += int(times.sum())
+        counts["documents"] += len(texts)
+        counts["bytes"] += sum(columns["n_bytes"])
+        counts["chars"] += sum(columns["n_chars"])
+        for kind, source, size in zip(columns["kind"], columns["source"], columns["n_bytes"], strict=True):
+            self.kinds[kind]["documents"] += 1
+            self.kinds[kind]["bytes"] += size
+            of_source = self.sources[source.split("#")[0]]
+            of_source[0] += 1
+            of_source[1] += size
+
+    def figures(self) -> dict[str, Any]:
+        """The sections of `report.json` that are about the rows."""
+        ranked = sorted(self.sources.items(), key=lambda item: (-item[1][1], item[0]))[:TOP_SOURCES]
+        return {
+            "splits": self.sizes, "document_chars": _counter_histogram(self.chars),
+            "line_bytes": _counter_histogram(self.lines),
+            "characters": dict(sorted(self.characters.items(), key=lambda item: (-item[1], item[0]))),
+            "kinds": dict(sorted(self.kinds.items(), key=lambda item: (-item[1]["bytes"], item[0]))),
+            "sources": [{"source": name, "documents": count, "bytes": size} for name, (count, size) in ranked],
+        }  # fmt: skip
 
 
-def top_sources(documents: Iterable[Document]) -> list[dict[str, Any]]:
-    """The input files that most of the text comes from."""
-    found: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    for document in documents:
-        counts = found[document.source.split("#")[0]]
-        counts[0] += 1
-        counts[1] += len(document.text.encode())
-    ranked = sorted(found.items(), key=lambda item: (-item[1][1], item[0]))[:TOP_SOURCES]
-    return [{"source": name, "documents": count, "bytes": size} for name, (count, size) in ranked]
+def _counter_histogram(counts: Counter[int]) -> dict[str, Any]:
+    lengths = sorted(counts)
+    return counted_histogram(np.array(lengths, np.int64), np.array([counts[n] for n in lengths], np.int64))
 
 
-def drop_reasons(dropped: Sequence[Dropped]) -> list[dict[str, Any]]:
-    """Count and first examples for each reason, most frequent first."""
-    found: dict[str, list[Dropped]] = defaultdict(list)
-    for item in ordered(dropped):
-        found[item.reason].append(item)
-    ranked = sorted(found.items(), key=lambda pair: (-len(pair[1]), pair[0]))
-    return [
-        {
-            "reason": reason, "count": len(items),
-            "examples": [{"source": i.source, "detail": i.detail, "excerpt": i.excerpt} for i in items[:EXAMPLES]],
-        }
-        for reason, items in ranked
-    ]  # fmt: skip
+def drop_reasons(dropped: Iterable[Dropped]) -> list[dict[str, Any]]:
+    """Count and first examples for each reason, most frequent first. Give them `ordered`."""
+    counts: Counter[str] = Counter()
+    examples: dict[str, list[dict[str, str]]] = defaultdict(list)
+    for item in dropped:
+        counts[item.reason] += 1
+        if counts[item.reason] <= EXAMPLES:
+            examples[item.reason].append({"source": item.source, "detail": item.detail, "excerpt": item.excerpt})
+    ranked = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
+    return [{"reason": reason, "count": count, "examples": examples[reason]} for reason, count in ranked]
 
 
-def ordered(dropped: Sequence[Dropped]) -> list[Dropped]:
+def ordered(dropped: Iterable[Dropped]) -> list[Dropped]:
     """By reason and source, so that the order of reading does not show."""
     return sorted(dropped, key=lambda item: (item.reason, item.source, item.detail, item.excerpt))
 
 
-def drop_summary(dropped: Sequence[Dropped]) -> str:
+def drop_summary(dropped: Iterable[Dropped]) -> str:
     """One line for each reason with its first example, for an error message; empty if nothing was dropped."""
     lines = []
     for entry in drop_reasons(dropped):

@@ -37,12 +37,24 @@ BUFFER = 1 << 20  # bytes read at once from an object store
 
 @dataclass(frozen=True)
 class Item:
-    """One input file. `name` is its path relative to the source's root, with slashes."""
+    """One input file. `name` is its path relative to the source's root, with slashes; `size` in bytes where known."""
 
     name: str
     kind: str | None
     compression: str | None
     open: Callable[[], IO[bytes]]
+    size: int | None = None
+
+    def content_hash(self) -> str:
+        """sha256 hex of the file's bytes, or why it cannot be read."""
+        digest = hashlib.sha256()
+        try:
+            with self.open() as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+        except OSError as error:
+            return f"unreadable: {type(error).__name__}"
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -82,19 +94,8 @@ def source_fingerprint(sources: list[str]) -> str:
     lines = [f"python {platform.python_version()}"] if STDLIB in sources else []
     for item in list_items(sources):
         if isinstance(item, Item):
-            lines.append(f"{item.name}\0{_content_hash(item)}")
+            lines.append(f"{item.name}\0{item.content_hash()}")
     return hash_lines(sorted(lines))
-
-
-def _content_hash(item: Item) -> str:
-    digest = hashlib.sha256()
-    try:
-        with item.open() as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    except OSError as error:
-        return f"unreadable: {type(error).__name__}"
-    return digest.hexdigest()
 
 
 # --- Local files ---
@@ -123,11 +124,15 @@ def _local(source: str) -> Iterator[Item | Skipped]:
 def _file_item(path: Path, name: str) -> Item:
     kind, compression = kind_of(name)
     # What is named one by one is read as text whatever its suffix; see `_folder` for what is found in folders.
-    return Item(name, kind or "text", compression, _opener(path))
+    return Item(name, kind or "text", compression, _opener(path), path.stat().st_size)
 
 
 def _opener(path: Path) -> Callable[[], IO[bytes]]:
-    return lambda: open(path, "rb")
+    return partial(_open_file, path)
+
+
+def _open_file(path: Path) -> IO[bytes]:
+    return open(path, "rb")
 
 
 def _folder(root: Path, skip: set[str] = SKIPPED_FOLDERS, only: str | None = None) -> Iterator[Item | Skipped]:
@@ -149,7 +154,7 @@ def _folder(root: Path, skip: set[str] = SKIPPED_FOLDERS, only: str | None = Non
             if problem := _unfit(path, kind):
                 yield Skipped(relative, *problem)
             else:
-                yield Item(relative, kind, compression, _opener(path))
+                yield Item(relative, kind, compression, _opener(path), path.stat().st_size)
 
 
 def _unfit(path: Path, kind: str | None) -> tuple[str, str] | None:

@@ -436,7 +436,7 @@ def test_survivors_do_not_depend_on_the_order_of_rows(tmp_path: Path) -> None:
 
 
 def test_shards_split_and_join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("soma.data.corpus.SHARD_BYTES", 100)
+    monkeypatch.setattr("soma.data.shards.SHARD_BYTES", 100)
     write_shards(tmp_path, "train", {"id": list("abcde"), "n_bytes": [60, 30, 20, 300, 1]}, [60, 30, 20, 300, 1])
     assert [row["id"] for row in read_corpus(tmp_path, "train")] == list("abcde")
     assert len(list(tmp_path.glob("train-*.parquet"))) == 4
