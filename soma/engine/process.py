@@ -58,6 +58,7 @@ class ProcessRequest(Request):
         self.send_cancel = send_cancel
         self.number = -1
         self.chosen: str | None = None  # its adapter
+        self.options: dict[str, Any] = {}  # those of `submit_all`
         self.made: list[int] = []
         self.cancelled = False
         self.finish_reason: str | None = None
@@ -154,6 +155,7 @@ class EngineProcess:
         self.embedder = RemoteEmbedder(self)
         self.adapters = RemoteAdapters(self, adapters or {})
         self.on_end: Callable[[ProcessRequest], None] = lambda request: None
+        self.take_over: Callable[[ProcessRequest], bool] = lambda request: False  # whether another engine runs it now
         self.closing, self.closed = False, threading.Event()
         self.channel: Channel | None = None  # None while there is no engine to talk to
         self.restarts = 0
@@ -248,12 +250,33 @@ class EngineProcess:
                 waiting = max(0, len(self.requests) - self.facts["max_running"])
                 raise QueueFullError(waiting, retry_after=1 + waiting // self.facts["max_running"])
             for request in requests:
-                request.number, request.chosen = next(self.numbers), adapter
+                request.number, request.chosen, request.options = next(self.numbers), adapter, options
                 self.requests[request.number] = request
             channel.put("submit", requests[0].number, [request.prompt_ids for request in requests],
                         [replace(one, stop=()) if one.stop else one for one in each],
                         {**options, "adapter": adapter})  # fmt: skip
         return requests
+
+    def adopt(self, request: ProcessRequest) -> None:
+        """Run a request that another engine lost before its first token. Its deadline stays where it was.
+
+        Raises EngineClosedError, EngineRestartingError, QueueFullError, RequestError (its adapter is not here).
+        """
+        options = dict(request.options)
+        if options.get("timeout") is not None:
+            options["timeout"] -= time.monotonic() - request.arrived
+        with self.lock:
+            channel = self.open_channel()
+            self.adapters.check(request.chosen)
+            if self.room < 1:
+                raise QueueFullError(len(self.requests), retry_after=1)
+            request.number, request.send_cancel = next(self.numbers), self._cancel
+            self.requests[request.number] = request
+            params = replace(request.params, stop=()) if request.params.stop else request.params
+            channel.put("submit", request.number, [request.prompt_ids], [params],
+                        {**options, "adapter": request.chosen})  # fmt: skip
+            if request.cancelled:
+                self._cancel(request)
 
     async def stream(
         self, prompt_ids: Sequence[int], params: SamplingParams | None = None
@@ -398,11 +421,10 @@ class EngineProcess:
         status = self.process.wait()
         if not self.closing:
             why = self.last_words or "it did not say why"
-            log.error("the engine process ended with status %d (%s); %d requests end with an error", status, why,
-                      len(requests))  # fmt: skip
+            log.error("the engine process ended with status %d (%s) and %d requests in it", status, why, len(requests))
             self.last_words = ""
         for request in requests:
-            if request.finish_reason is None:
+            if request.finish_reason is None and (request.made or not self.take_over(request)):
                 self._deliver(request, TokenEvent(None, finish_reason="error", error=LOST, is_lost=True))
         self.adapters.lose()
         for future in futures:

@@ -1,7 +1,8 @@
 """Several engine processes with the same model, asked like one: data parallelism behind one front.
 
-Each prompt goes to the engine that `soma.engine.router` names. An engine that died is passed over until it is back;
-only its own requests end with an error, and only if none is there are requests refused.
+Each prompt goes to the engine that `soma.engine.router` names. An engine that died is passed over until it is back.
+Its requests that had no token yet go to another engine, the others end with an error; only if no engine is there are
+requests refused.
 """
 
 import threading
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 
 from soma.base.errors import UserError
-from soma.engine.errors import EngineClosedError, EngineRestartingError, QueueFullError, unknown_model
+from soma.engine.errors import EngineClosedError, EngineRestartingError, QueueFullError, RequestError, unknown_model
 from soma.engine.launch import Launched
 from soma.engine.params import SamplingParams
 from soma.engine.process import EngineProcess, ProcessRequest
@@ -50,9 +51,30 @@ class ReplicasEmbedder:
         min(self.engines, key=lambda engine: engine.embedder.max_length).embedder.check(ids)
 
     def submit(self, prompts: Sequence[Sequence[int]]) -> "Future[np.ndarray]":
-        """As `RemoteEmbedder.submit`."""
-        there = [engine for engine in self.engines if engine.alive] or self.engines
-        return min(there, key=lambda engine: len(engine.embedder.waiting)).embedder.submit(prompts)
+        """As `RemoteEmbedder.submit`; what an engine loses goes to another one."""
+        outcome: Future[np.ndarray] = Future()
+        outcome.set_running_or_notify_cancel()
+
+        def attempt() -> None:
+            there = [engine for engine in self.engines if engine.alive] or self.engines
+            made = min(there, key=lambda engine: len(engine.embedder.waiting)).embedder.submit(prompts)
+            made.add_done_callback(pass_on)
+
+        def pass_on(made: "Future[np.ndarray]") -> None:
+            error = made.exception()
+            if isinstance(error, EngineRestartingError) and any(engine.alive for engine in self.engines):
+                try:
+                    attempt()
+                    return
+                except (EngineClosedError, EngineRestartingError, QueueFullError) as refused:
+                    error = refused
+            if error is None:
+                outcome.set_result(made.result())
+            else:
+                outcome.set_exception(error)
+
+        attempt()
+        return outcome
 
 
 class Replicas:
@@ -88,6 +110,7 @@ class Replicas:
         for number, engine in enumerate(self.engines):
             engine.guides = self.guides
             engine.on_end = partial(self._ended, number)
+            engine.take_over = self._take_over
 
     @property
     def tokenizer(self) -> Any:
@@ -217,6 +240,19 @@ class Replicas:
             chain = self.router.chain([*request.prompt_ids, *request.made], salt_of(request.chosen))
             with self.lock:
                 self.router.add(number, chain)
+
+    def _take_over(self, request: ProcessRequest) -> bool:
+        """Give a request that an engine lost to another one; False if there is none for it."""
+        with ExitStack() as held:
+            for lock in (self.lock, *(engine.lock for engine in self.engines)):
+                held.enter_context(lock)
+            try:
+                (number,) = self._choose([(1, request.prompt_ids)], request.chosen)
+                self.engines[number].adopt(request)
+            except (EngineClosedError, EngineRestartingError, QueueFullError, RequestError):
+                return False
+            request.replica = number
+            return True
 
     def generate(self, prompt_ids: Sequence[int], params: SamplingParams | None = None) -> Completion:
         """Run one request to its end."""

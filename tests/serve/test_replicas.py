@@ -85,24 +85,35 @@ def test_load_is_spread_and_the_bound_is_that_of_all(url: str) -> None:
 
 
 def test_one_engine_killed_under_streams(url: str) -> None:
-    """Its streams end with an error event; those of the other, and new requests, notice nothing."""
+    """Its streams end with an error event; those of the other, and requests that had no answer yet, notice nothing."""
     errors = metric(url, "vllm:request_success_total", finished_reason="error")
     victim, other = engines_of(url)
 
-    async def run() -> tuple[list[bytes], list[tuple[int, Any]]]:
+    async def run() -> list[bytes]:
         started = asyncio.Semaphore(0)
         changes = [{"prompt": [5 + number] * 3, "max_tokens": 600} for number in range(10)]
         clients = [asyncio.create_task(stream(url, started, **change)) for change in changes]
         for _ in clients:
             await started.acquire()
+        victim.suspend()  # what it is given from now on waits in it, and is lost with it
+        given = metric(url, "vllm:prompt_tokens_total")
+        body = {**LONG, "max_tokens": 200}  # long enough to be there together, so that both engines get some
+        posts = [asyncio.create_task(asyncio.to_thread(post, url, "/v1/completions", body)) for _ in range(4)]
+        arrived = await asyncio.to_thread(wait_for, lambda: metric(url, "vllm:prompt_tokens_total") >= given + 4)
+        assert arrived
+        assert not all(task.done() for task in posts)
+        vector = asyncio.create_task(asyncio.to_thread(post, url, "/v1/embeddings", {"model": "tiny", "input": [9]}))
         victim.kill()
-        meanwhile = []
+        meanwhile: list[tuple[int, Any]] = []
         while not all(client.done() for client in clients):
             meanwhile.append(await asyncio.to_thread(post, url, "/v1/completions", SHORT))
-        return await asyncio.gather(*clients), meanwhile
+        moved = await asyncio.gather(*posts)
+        assert {status for status, _ in meanwhile + moved} == {200}
+        assert {value["usage"]["completion_tokens"] for _, value in moved} == {200}
+        assert (await vector)[0] == 200
+        return await asyncio.gather(*clients)
 
-    answers, meanwhile = asyncio.run(run())
-    assert {status for status, _ in meanwhile} == {200}
+    answers = asyncio.run(run())
     assert call(url, "GET", "/health")[0] == 200
     ends = []
     for answer in answers:
