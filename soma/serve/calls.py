@@ -10,6 +10,7 @@ import logging
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Protocol
 
 from starlette.requests import Request
@@ -24,6 +25,21 @@ class Caller:
     key_id: str
     team: str | None = None
     priority: int = 0
+    models: tuple[str, ...] | None = None  # patterns of models that it may use; None: all
+
+    def may_use(self, model: str) -> bool:
+        """Whether the key is good for a model."""
+        return self.models is None or any(fnmatchcase(model, pattern) for pattern in self.models)
+
+
+class Meter(Protocol):
+    """Counts what a call makes while it runs, so that the counts outlive this process. Any thread may call it."""
+
+    def sent(self) -> None:
+        """The call has gone to the engine or upstream: its prompt counts."""
+
+    def made(self, tokens: int) -> None:
+        """So many tokens more have come back."""
 
 
 @dataclass(slots=True)
@@ -38,6 +54,7 @@ class Call:
     max_tokens: int = 0
     id: str = field(default_factory=lambda: f"req-{secrets.token_hex(12)}")
     tags: dict[str, str] = field(default_factory=dict)  # prompt template version, graph node: go to ledger and trace
+    meter: Meter | None = None  # set by the ledger's gate
 
 
 @dataclass(slots=True)
