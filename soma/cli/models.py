@@ -40,8 +40,12 @@ def serve(
         bool, typer.Option("--allow-adapter-loading", help="Let clients load adapters from folders of this machine.")
     ] = False,
     allow_public: Annotated[
-        bool, typer.Option("--allow-public", help="Let other machines reach the service. It asks nobody for a key.")
+        bool,
+        typer.Option("--allow-public", help="Let other machines reach the service though it asks nobody for a key."),
     ] = False,
+    keys: Annotated[
+        str | None, typer.Option(metavar="DATABASE", help="Ask for keys: a file or postgresql://… of `soma keys`.")
+    ] = None,
     in_process: Annotated[
         bool, typer.Option("--in-process", help="Run the engine in this process, to debug it.")
     ] = False,
@@ -57,6 +61,7 @@ def serve(
             cache_dtype=cache_dtype, replicas=replicas, speculate=speculate, draft_tokens=draft_tokens,
             tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel, in_process=in_process,
             adapters=parse_adapters(adapter or []), allow_adapter_loading=allow_adapter_loading,
+            keys=keys,
         )  # fmt: skip
 
 

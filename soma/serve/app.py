@@ -19,7 +19,7 @@ from soma.engine.replicas import Replicas
 from soma.engine.request import LATE, TokenEvent
 from soma.model.tokenizer import Tokenizer
 from soma.serve import adapters, embeddings, errors, tokens
-from soma.serve.calls import Gates, Passage, Usage, called
+from soma.serve.calls import Gates, Passage, Usage, called, check_allowed, may_use
 from soma.serve.errors import ApiError
 from soma.serve.formats import ChatFormat, CompletionFormat
 from soma.serve.generation import Generation
@@ -32,6 +32,7 @@ from soma.serve.tools import read_tools
 if TYPE_CHECKING:
     from soma.engine.embed import Embedder
     from soma.engine.engine import Engine
+    from soma.serve.keys.door import Guard
 
     AnyEngine = Engine | EngineProcess | Replicas
 
@@ -107,15 +108,21 @@ class Service:
 def create_app(
     engine: "AnyEngine", tokenizer: Tokenizer, model_name: str, *, max_body_bytes: int = MAX_BODY_BYTES,
     embedder: "Embedder | None" = None, allow_adapter_loading: bool = False, gates: Gates | None = None,
+    guard: "Guard | None" = None,
 ) -> FastAPI:  # fmt: skip
     """The application. `app.state.service` is its `Service`; who runs it closes the engine afterwards.
 
     `embedder` makes the embeddings beside an engine in this process; an engine process has its own.
     `allow_adapter_loading`: clients may load adapters from folders of this machine, and unload them. `gates`: what
-    every request that uses the model passes.
+    every request that uses the model passes. `guard`: who asks for keys at the door of every route.
     """
     app = FastAPI(title="Soma", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.service = service = Service(engine, tokenizer, model_name, max_body_bytes, embedder, gates)
+    if guard is not None:
+        from soma.serve.keys.door import Door
+
+        app.add_middleware(Door, guard=guard)
+        service.metrics.registry.register(guard.refused)
     errors.install(app)
     embeddings.install(app, service)
     tokens.install(app, service)
@@ -162,12 +169,14 @@ def create_app(
         return await answer(service, request, body, prompts, params, shape, adapter)
 
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": service.models()}
+    async def models(request: Request) -> dict[str, Any]:
+        found = [each for each in service.models() if may_use(request, each["id"])]
+        return {"object": "list", "data": found}
 
     @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
+    async def model(request: Request, name: str) -> dict[str, Any]:
         adapter = service.check_model(name)
+        check_allowed(request, name)
         return service.model(name, service.engine.adapter_folders.get(name) if adapter else None)
 
     @app.get("/health")

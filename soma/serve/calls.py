@@ -15,6 +15,8 @@ from typing import Protocol
 
 from starlette.requests import Request
 
+from soma.serve.errors import ApiError
+
 log = logging.getLogger("soma.serve")
 
 
@@ -136,6 +138,29 @@ class Gates:
 
 def called(request: Request, model: str, prompt_tokens: int, max_tokens: int = 0) -> Call:
     """The call that a request is, for the gates. Who asks was found out before: `request.state.caller`."""
-    caller = getattr(request.state, "caller", None)
+    caller = caller_of(request)
     address = getattr(request.state, "address", None) or (request.client.host if request.client else "")
     return Call(request.url.path, model, address, caller, prompt_tokens, max_tokens)
+
+
+def caller_of(request: Request) -> Caller | None:
+    """Who asks, where this service asks for keys."""
+    caller: Caller | None = getattr(request.state, "caller", None)
+    return caller
+
+
+def may_use(request: Request, model: str) -> bool:
+    """Whether the key that came with a request is good for a model; without keys everybody is."""
+    caller = caller_of(request)
+    return caller is None or caller.may_use(model)
+
+
+def check_allowed(request: Request, model: str) -> None:
+    """Raises ApiError 403 where the request's key may not use the model. For routes that pass no gates."""
+    if not may_use(request, model):
+        raise not_allowed(model)
+
+
+def not_allowed(model: str) -> ApiError:
+    """The answer to a key that is kept to other models."""
+    return ApiError(403, f"this key may not use the model `{model}`", "model", "model_not_allowed")

@@ -13,8 +13,10 @@ from soma.engine.errors import EngineClosedError, EngineRestartingError, QueueFu
 
 log = logging.getLogger("soma.serve")
 
-TYPES = {404: "not_found_error", 429: "rate_limit_error", 500: "server_error", 503: "service_unavailable_error",
-         504: "timeout_error"}  # fmt: skip
+TYPES = {
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error",
+    500: "server_error", 503: "service_unavailable_error", 504: "timeout_error",
+}  # fmt: skip
 
 
 class ApiError(Exception):

@@ -23,6 +23,7 @@ from fastapi import FastAPI
 from soma.base import progress
 from soma.base.errors import UserError
 from soma.engine.launch import Launched, launch
+from soma.serve.calls import Gates
 
 if TYPE_CHECKING:
     from soma.engine.embed import Embedder
@@ -62,13 +63,14 @@ def serve(
     max_running: int = 64, max_waiting: int = 256, weights: str | None = None, replicas: int = 1,
     cache_dtype: str = "auto", speculate: str | None = None, draft_tokens: int | None = None, tensor_parallel: int = 1,
     pipeline_parallel: int = 1, grace: float = GRACE, in_process: bool = False,
-    adapters: Mapping[str, str] | None = None, allow_adapter_loading: bool = False,
+    adapters: Mapping[str, str] | None = None, allow_adapter_loading: bool = False, keys: str | None = None,
     ready: Callable[[str], None] | None = None,
 ) -> None:  # fmt: skip
     """Serve a model until SIGTERM or SIGINT.
 
-    port 0 takes a free one. `allow_public` lets `host` be reachable from other machines: there are no keys, so whoever
-    reaches the port uses the model. `grace`: seconds that running answers get at the end. `replicas`: engine processes
+    port 0 takes a free one. `keys`: the database of keys (`soma keys`), which requests are then asked for.
+    `allow_public` lets `host` be reachable from other machines without keys: whoever reaches the port uses the model.
+    `grace`: seconds that running answers get at the end. `replicas`: engine processes
     with a copy of the model each, behind this one front. `tensor_parallel`, `pipeline_parallel`: ranks that split each
     layer, times stages of layers, for each copy (`soma.engine.parallel`). `cache_dtype`, `speculate`,
     `draft_tokens`: see `Engine`.
@@ -76,8 +78,8 @@ def serve(
     `adapters`: names and PEFT folders of adapters, chosen as models by those names; with `allow_adapter_loading`
     clients may load and unload others. `ready` is called with the base URL once requests are answered; without it a
     note says so.
-    Raises UserError: no such model, a public host without `allow_public`, a port in use, no replicas, an adapter that
-    cannot be loaded.
+    Raises UserError: no such model, a public host without `keys` or `allow_public`, a port in use, no replicas, an
+    adapter that cannot be loaded, a database that cannot be opened.
     """
     sizes = {"replicas": replicas, "tensor_parallel": tensor_parallel, "pipeline_parallel": pipeline_parallel}
     for option, size in sizes.items():
@@ -85,9 +87,14 @@ def serve(
             raise UserError(f"{option} {size}: expected 1 or more, and with in_process 1")
     world = tensor_parallel * pipeline_parallel
     more = {} if world == 1 else {"tensor_parallel": tensor_parallel, "pipeline_parallel": pipeline_parallel}
-    check_host(host, allow_public=allow_public)
+    check_host(host, allow_public=allow_public or keys is not None)
     listener = listen(host, port)
+    gateway = None
     try:
+        if keys is not None:
+            from soma.serve.gateway import Gateway
+
+            gateway = Gateway(keys)
         launched = [] if in_process else [launch(replicas * world) for _ in range(replicas)]
         from soma.serve.app import create_app  # heavy: the engine process imports its parts meanwhile
 
@@ -101,8 +108,9 @@ def serve(
             if (name or own_name) in engine.adapter_folders:
                 raise UserError(f"adapter {name or own_name!r}: this is the name of the base model")
             app = create_app(
-                engine, tokenizer, name or own_name, embedder=embedder, allow_adapter_loading=allow_adapter_loading
-            )
+                engine, tokenizer, name or own_name, embedder=embedder, allow_adapter_loading=allow_adapter_loading,
+                gates=Gates(gateway.gates if gateway else ()), guard=gateway.guard if gateway else None,
+            )  # fmt: skip
             url = base_url(listener)
             config = uvicorn.Config(
                 app, log_level="warning", access_log=False, timeout_graceful_shutdown=2, lifespan="off"
@@ -112,6 +120,8 @@ def serve(
         finally:
             engine.close()
     finally:
+        if gateway is not None:
+            gateway.close()
         listener.close()
 
 
@@ -174,8 +184,9 @@ def check_host(host: str, *, allow_public: bool) -> None:
         is_loopback = False
     if not is_loopback:
         raise UserError(
-            f"host {host}: other machines could reach the service, and it asks nobody for a key. Use 127.0.0.1, or say "
-            "allow_public (--allow-public) if that is what you want"
+            f"host {host}: other machines could reach the service, and it asks nobody for a key. Give it keys (--keys "
+            "DATABASE, `soma keys create`), use 127.0.0.1, or say allow_public (--allow-public) if everybody who "
+            "reaches the port may use the model"
         )
 
 

@@ -7,6 +7,7 @@ from fastapi import FastAPI, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from soma.serve import protocol
+from soma.serve.calls import check_allowed
 from soma.serve.errors import ApiError
 from soma.serve.protocol import Message
 
@@ -66,6 +67,7 @@ def install(app: FastAPI, service: "Service") -> None:
     async def tokenize(request: Request) -> dict[str, Any]:
         body = await read_as(request, TokenizeRequest, service.max_body_bytes)
         service.check_model(body.model or service.model_name)
+        check_allowed(request, body.model or service.model_name)
         ids = await asyncio.to_thread(encode, service, body)
         strings = [service.tokenizer.token_text(id) for id in ids] if body.return_token_strs else None
         return {"count": len(ids), "max_model_len": service.engine.max_length, "tokens": ids, "token_strs": strings}
@@ -74,6 +76,7 @@ def install(app: FastAPI, service: "Service") -> None:
     async def detokenize(request: Request) -> dict[str, Any]:
         body = await read_as(request, DetokenizeRequest, service.max_body_bytes)
         service.check_model(body.model or service.model_name)
+        check_allowed(request, body.model or service.model_name)
         last = service.tokenizer.vocab_size - 1
         for token in body.tokens:
             if not 0 <= token <= last:

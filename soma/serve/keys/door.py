@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import Counter
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from soma.serve.calls import Call, Caller
+from soma.serve.calls import Call, Caller, not_allowed
 from soma.serve.errors import ApiError, respond
 from soma.serve.keys.keyring import Keyring
 
@@ -25,8 +25,11 @@ PUBLIC = frozenset((
     "/docs/swagger-ui.css", "/docs/swagger-ui-bundle.js",
 ))  # fmt: skip
 # Routes that change the service: for keys that name them (or `*`) among their routes.
-MANAGING = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v2/repository/models/*/load",
-            "/v2/repository/models/*/unload")  # fmt: skip
+MANAGING = (
+    "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v2/repository/models/*/load",
+    "/v2/repository/models/*/unload", "/inference.GRPCInferenceService/RepositoryModelLoad",
+    "/inference.GRPCInferenceService/RepositoryModelUnload",
+)  # fmt: skip
 FAILURES = 10  # wrong keys that one address may send at once, and how many a minute after that
 ADDRESSES = 10_000  # whose failures are remembered
 
@@ -53,13 +56,13 @@ class Failures:
 class Guard:
     """Finds out who asks, for HTTP and for gRPC.
 
-    role: of the keys that open this door.
+    role: of the keys that open this door. `refused`: a counter, for whose registry it is.
     """
 
-    def __init__(self, keyring: Keyring, registry: CollectorRegistry | None = None, role: str = "use") -> None:
+    def __init__(self, keyring: Keyring, role: str = "use") -> None:
         self.keyring, self.role, self.failures = keyring, role, Failures()
         self.refused = Counter("soma:requests_refused", "Requests refused at the door, by reason.", ["reason"],
-                               registry=registry)  # fmt: skip
+                               registry=None)  # fmt: skip
 
     def admit(self, given: Iterable[str], address: str, path: str) -> Caller:
         """The caller with the one key that was given, if it may use `path`.
@@ -94,28 +97,22 @@ class Guard:
         if wait := self.failures.count(address):
             return ApiError(429, "too many attempts without a valid key", code="too_many_failures",
                             retry_after=math.ceil(wait))  # fmt: skip
-        return ApiError(401, words, code="invalid_api_key")
+        return ApiError(401, words, code="invalid_api_key", headers={"WWW-Authenticate": 'Bearer realm="soma"'})
 
 
 class Door:
-    """The middleware. It also notes the client's address for what comes after: `request.state.address`.
+    """The middleware: it sets `request.state.caller`. `soma.serve.addresses` stands before it and finds the address."""
 
-    guard None: no keys are asked for. address_of: the client's address; who sent the packet, unless proxies are named.
-    """
-
-    def __init__(
-        self, app: ASGIApp, guard: Guard | None = None, address_of: Callable[[Scope], str] | None = None,
-        public: frozenset[str] = PUBLIC,
-    ) -> None:  # fmt: skip
-        self.app, self.guard, self.address_of, self.public = app, guard, address_of or peer, public
+    def __init__(self, app: ASGIApp, guard: Guard, public: frozenset[str] = PUBLIC) -> None:
+        self.app, self.guard, self.public = app, guard, public
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
         state = scope.setdefault("state", {})
-        state["address"] = address = self.address_of(scope)
-        if self.guard is not None and (scope["type"] != "http" or scope["path"] not in self.public):
+        if scope["type"] != "http" or scope["path"] not in self.public:
+            address = state.get("address") or peer(scope)
             try:
                 state["caller"] = self.guard.admit(credentials(scope["headers"]), address, scope["path"])
             except ApiError as error:
@@ -129,10 +126,7 @@ async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) ->
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008})
         return
-    response = respond(error)
-    if error.status == 401:
-        response.headers["WWW-Authenticate"] = 'Bearer realm="soma"'
-    await response(scope, receive, send)
+    await respond(error)(scope, receive, send)
 
 
 def credentials(headers: Iterable[tuple[bytes, bytes]]) -> list[str]:
@@ -178,4 +172,4 @@ class ModelScope:
     async def enter(self, call: Call) -> None:
         """Raises ApiError 403."""
         if call.caller is not None and not call.caller.may_use(call.model):
-            raise ApiError(403, f"this key may not use the model `{call.model}`", "model", "model_not_allowed")
+            raise not_allowed(call.model)

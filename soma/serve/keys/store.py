@@ -66,7 +66,7 @@ class KeyStore:
     ) -> tuple[Key, Secret]:  # fmt: skip
         """A new key and its secret, which is not to be had again. A team that is not there is made.
 
-        models, routes: patterns (`*`, `?`) that it may use, left out: all; routes that manage the service must be named.
+        models, routes: patterns (`*`, `?`) it may use, left out: all; routes that manage the service must be named.
         days: until it expires. Raises UserError.
         """
         check_name(name, "name")
@@ -80,8 +80,9 @@ class KeyStore:
             if not 0 < len(pattern) <= 200:
                 raise UserError("a pattern of models or routes has 1 to 200 characters")
         made, now = new_secret(), now_ms()
+        end = now + int(days * 86_400_000) if days else None
         key = Key(f"key-{random.token_hex(6)}", name, team, role, priority, tuple(models) if models else None,
-                  tuple(routes) if routes else None, now, now + int(days * 86_400_000) if days else None, None)  # fmt: skip
+                  tuple(routes) if routes else None, now, end, None)  # fmt: skip
         with self.database.write() as connection:
             if team is not None:
                 _make_team(connection, team)
@@ -91,7 +92,7 @@ class KeyStore:
             _changed(connection)
         return key, made
 
-    def list(self) -> list[Key]:
+    def all(self) -> list[Key]:
         """All keys, the newest last."""
         with self.database.read() as connection:
             return [key_of(row) for row in connection.execute(sa.select(keys).order_by(keys.c.created_at, keys.c.id))]
@@ -134,7 +135,7 @@ class KeyStore:
             connection.execute(keys.update().where(keys.c.id == key_id).values(expires_at=end))
             _changed(connection)
 
-    def teams(self) -> "list[str]":  # in quotes: `list` is a method here
+    def teams(self) -> list[str]:
         with self.database.read() as connection:
             return list(connection.execute(sa.select(teams.c.name).order_by(teams.c.name)).scalars())
 
@@ -143,7 +144,7 @@ class KeyStore:
         with self.database.write() as connection:
             _make_team(connection, name)
 
-    def budgets(self) -> "list[Budget]":
+    def budgets(self) -> list[Budget]:
         with self.database.read() as connection:
             return [Budget(*row) for row in connection.execute(sa.select(budgets).order_by(*budgets.c))]
 
