@@ -5,6 +5,7 @@ Shape letters: K inputs of a layer, N outputs, R rank.
 
 import hashlib
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -195,17 +196,26 @@ def add_lora(model: Transformer, config: LoRAConfig, seed: int = 0) -> None:
     A is uniform in ±1/sqrt(K) (Kaiming with a = sqrt(5), PEFT's default), drawn from (seed, layer); B is 0. A joint
     layer of transformers (GPT-2's c_attn) has one A, which ours share. Raises UserError if no layer is selected.
     """
-    chosen = {name: target for name, target in targets(model.config).items() if config.selects(name)}
-    if not chosen:
-        raise UserError(f"target_modules {config.target_modules!r} selects no linear layer of a {model.config.family}")
     model.requires_grad_(False)
-    for name, target in chosen.items():
-        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        rank, bound = config.rank(name), 1 / math.sqrt(target.columns)
-        a_RK = (torch.rand(rank, target.columns, generator=generator) * 2 - 1) * bound
-        pieces = [torch.zeros(rows, rank) for rows in target.rows]
+    for name, target in chosen_targets(model.config, config).items():
+        pieces = [torch.zeros(rows, config.rank(name)) for rows in target.rows]
+        a_RK = first_inputs(name, config.rank(name), target.columns, seed)
         _attach(model, target, a_RK, pieces, config.scale(name), config.lora_dropout)
+
+
+def chosen_targets(model: ModelConfig, config: LoRAConfig) -> dict[str, Target]:
+    """The targets that `config` selects. Raises UserError if there are none."""
+    chosen = {name: target for name, target in targets(model).items() if config.selects(name)}
+    if not chosen:
+        raise UserError(f"target_modules {config.target_modules!r} selects no linear layer of a {model.family}")
+    return chosen
+
+
+def first_inputs(name: str, rank: int, columns: int, seed: int) -> Tensor:
+    """A of a target that has not been trained, (R, K)."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return (torch.rand(rank, columns, generator=generator) * 2 - 1) / math.sqrt(columns)
 
 
 def load_lora(model: Transformer, folder: str | Path) -> LoRAConfig:
@@ -245,21 +255,49 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
+def shared_inputs(model: nn.Module) -> list[list[LoRALinear]]:
+    """The layers that have one A together (GPT-2's q, k and v), in lists."""
+    sharing: dict[int, list[LoRALinear]] = {}
+    for layer in lora_layers(model).values():
+        sharing.setdefault(id(layer._parameters["lora_A"]), []).append(layer)
+    return [layers for layers in sharing.values() if len(layers) > 1]
+
+
 def save_lora(model: Transformer, config: LoRAConfig, folder: str | Path) -> None:
     """Write a model's updates as a PEFT folder. `config` is the one that they were made or loaded with."""
-    folder, layers = Path(folder), lora_layers(model)
+    layers = lora_layers(model)
+    chosen = {name: target for name, target in targets(model.config).items() if target.parts[0] in layers}
+    for name, target in chosen.items():
+        parts = [layers[part] for part in target.parts]
+        assert all(part.lora_A is parts[0].lora_A and part.scale == config.scale(name) for part in parts), name
+    tensors = model.state_dict()
+    save_updates(model.config, config, chosen, tensors, tensors.__getitem__, folder)
+
+
+def save_updates(
+    model: ModelConfig, config: LoRAConfig, chosen: Mapping[str, Target], shapes: Mapping[str, Tensor],
+    fetch: Callable[[str], Tensor], folder: str | Path,
+) -> None:  # fmt: skip
+    """`save_lora` for updates of the targets `chosen` that `fetch(name)` brings one by one.
+
+    `shapes` has the tensors of a model with updates, by name, with the shape and dtype of each (meta ones will do).
+    """
+    assert chosen, "the model has no updates"
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, Tensor] = {}
-    for name, target in targets(model.config).items():
-        if target.parts[0] in layers:
-            parts = [layers[part] for part in target.parts]
-            assert all(part.lora_A is parts[0].lora_A and part.scale == config.scale(name) for part in parts), name
-            tensors[f"{PREFIX}{name}.lora_A.weight"] = parts[0].lora_A.detach().cpu()
-            tensors[f"{PREFIX}{name}.lora_B.weight"] = torch.cat([part.lora_B.detach().cpu() for part in parts])
-    assert tensors, "the model has no updates"
-    specs = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    write_safetensors(folder / WEIGHTS, specs, tensors.values())
-    write_json(folder / CONFIG, config_to_peft(config, fan_in_fan_out=model.config.family == "gpt2"))
+    specs: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
+    parts: list[list[str]] = []
+    for name, target in chosen.items():
+        columns = shapes[f"{target.parts[0]}.lora_A"]
+        rows = [f"{part}.lora_B" for part in target.parts]
+        specs += [
+            (f"{PREFIX}{name}.lora_A.weight", columns.dtype, tuple(columns.shape)),
+            (f"{PREFIX}{name}.lora_B.weight", columns.dtype, (sum(target.rows), columns.size(0))),
+        ]
+        parts += [[f"{target.parts[0]}.lora_A"], rows]
+    tensors = (torch.cat([fetch(name).detach().cpu() for name in names]) for names in parts)
+    write_safetensors(folder / WEIGHTS, specs, tensors)
+    write_json(folder / CONFIG, config_to_peft(config, fan_in_fan_out=model.family == "gpt2"))
 
 
 def merge_lora(model: Transformer) -> None:

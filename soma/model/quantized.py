@@ -107,6 +107,25 @@ class QuantizedLinear(nn.Module):
         self.scales = scales.to(self.scales.device)  # whatever dtype the model is cast to
         return self
 
+    def keep(self, dimension: int, start: int, size: int) -> None:
+        """Keep some outputs (0) or some inputs (1) of the weight, in place: the same numbers, not rounded anew.
+
+        The bias is left alone. Raises UserError for inputs that do not end where groups do.
+        """
+        if dimension == 1 and (start % GROUP or size % GROUP):
+            raise UserError(
+                f"{self.in_features} inputs of a layer rounded in groups of {GROUP} cannot be cut into pieces of "
+                f"{size}: take fewer pieces, so that each is a multiple of {GROUP}, or weights that are not rounded"
+            )
+        part = [slice(None), slice(None)]
+        part[dimension] = slice(start, start + size)
+        values_NK = unpack(self.packed, self.bits, self.out_features, self.in_features)[part[0], part[1]]
+        columns = slice(start // GROUP, (start + size) // GROUP) if dimension else slice(None)
+        scales_NG = self.scales.transpose(1, 2).flatten(0, 1)[: self.out_features][part[0], columns]
+        kept = QuantizedLinear(values_NK, scales_NG, self.bits, group=GROUP)
+        self.packed, self.scales = kept.packed, kept.scales
+        self.out_features, self.in_features = kept.out_features, kept.in_features
+
     @property
     def weight(self) -> Tensor:
         """The weight (N, K) in float32, for who needs it as a matrix (MLA)."""

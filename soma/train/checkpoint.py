@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from soma.base import progress
 from soma.base.artefact import directory_bytes, file_hash, publish, read_json, write_json
 from soma.base.errors import UserError
+from soma.model.quantized import QuantizedLinear
 from soma.train.optim import allocate_state
 from soma.train.world import World
 
@@ -161,8 +162,12 @@ def manifest(directory: Path) -> dict[str, Any]:
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Weights and persistent buffers by name; tied weights once."""
-    seen: set[int] = set()
+    """Weights that are trained and persistent buffers, by name; tied weights once.
+
+    What is frozen (below low-rank updates, rounded or not) is where the run started from, which `identity` names.
+    """
+    seen = {id(parameter) for parameter in model.parameters() if not parameter.requires_grad}
+    seen |= {id(b) for module in model.modules() if isinstance(module, QuantizedLinear) for b in module.buffers()}
     tensors = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:

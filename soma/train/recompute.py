@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from soma.base.errors import UserError
+from soma.model.lora import lora_layers
 from soma.model.transformer import Transformer
 from soma.train.config import checkpointing_form
 
@@ -38,11 +39,14 @@ def recompute_layers(model: Transformer, mode: bool | str, measure: Callable[[],
     """
     kind, number = checkpointing_form(mode)
     layers = list(model.layers)
+    dropout = any(
+        layer.dropout > 0 for layer in lora_layers(model).values()
+    )  # the same mask again, from the same state
     if kind == "none":
         return 0
     if kind == "selective":
         for layer in layers:
-            layer.forward = recomputing(layer.forward, selective)
+            layer.forward = recomputing(layer.forward, selective, random=dropout)
         return len(layers)
     if kind == "budget":
         assert measure is not None, "a budget needs a forward pass to measure"
@@ -50,19 +54,22 @@ def recompute_layers(model: Transformer, mode: bool | str, measure: Callable[[],
     else:
         chosen = [index for index in range(len(layers)) if index % number == 0]
     for index in chosen:
-        layers[index].forward = recomputing(layers[index].forward)
+        layers[index].forward = recomputing(layers[index].forward, random=dropout)
     return len(chosen)
 
 
-def recomputing(forward: Forward, context: Callable[[], Any] | None = None) -> Forward:
-    """A layer's forward pass that is run again in the backward pass; without gradients it is as before."""
+def recomputing(forward: Forward, context: Callable[[], Any] | None = None, random: bool = False) -> Forward:
+    """A layer's forward pass that is run again in the backward pass; without gradients it is as before.
+
+    `random`: it draws numbers, the same ones again.
+    """
     more: dict[str, Any] = {} if context is None else {"context_fn": context}
 
     @wraps(forward)
     def run(*args: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args)
-        return checkpoint(partial(forward), *args, use_reentrant=False, preserve_rng_state=False, **more)
+        return checkpoint(partial(forward), *args, use_reentrant=False, preserve_rng_state=random, **more)
 
     return run
 

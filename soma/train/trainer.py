@@ -18,7 +18,7 @@ from soma.model.config import ModelConfig
 from soma.model.families import config_to_hf
 from soma.model.formulas import flops_per_token
 from soma.model.hub import load_model
-from soma.model.lora import add_lora, load_lora, merge_lora, remove_lora, save_lora
+from soma.model.lora import add_lora
 from soma.model.lora_config import LoRAConfig
 from soma.model.quantized import quantize
 from soma.model.tokenizer import Tokenizer
@@ -30,7 +30,7 @@ from soma.train.loop import DivergenceError, Trainer, TrainResult
 from soma.train.objective import LanguageModeling, Objective, Preference, make_loader
 from soma.train.parallel.apply import Parallel, parallelize
 from soma.train.parallel.config import Layout
-from soma.train.parallel.export import save_whole
+from soma.train.parallel.export import save_merged, save_whole
 from soma.train.parallel.pipeline.training import stage_model
 from soma.train.tracking import NullTracker, Tracker
 from soma.train.world import World
@@ -69,6 +69,11 @@ def train(
     network, kept_dtype = make_model(config, model, names)
     check_model(config, network.config, index, tokens)
     check_layout(config, world.mesh.layout, network.config)
+    if config.lora is not None and config.lora.base_weights != "full" and not isinstance(model, Path):
+        raise UserError(
+            f"lora.base_weights {config.lora.base_weights}: a model from scratch has no weights worth rounding: give a "
+            "model folder, or base_weights full"
+        )
     loader = make_loader(config, world, tokens, "train")
     steps = total_steps(config, loader.sequences_per_epoch)
     compute = resolve(
@@ -87,9 +92,12 @@ def train(
     trainer.run()
     result = trainer.result(out / "model")
     final = with_ends(network.config, names.eos_ids) if index["masked"] else network.config
-    if config.lora is not None:
-        parallel = merge_updates(config.lora, parallel, model, out / "adapter")
-    save_whole(parallel, final, DTYPES.get(config.save_precision, kept_dtype), result.model, tokenizer)
+    dtype = DTYPES.get(config.save_precision, kept_dtype)
+    if config.lora is None:
+        save_whole(parallel, final, dtype, result.model, tokenizer)
+    else:
+        start = model if isinstance(model, Path) and config.lora.base_weights != "full" else None
+        save_merged(parallel, plain_lora(config.lora), start, final, dtype, out / "adapter", result.model, tokenizer)
     if world.is_main:
         write_artefact(result, compute, out, work)
         tracker.artefact(out / "model")
@@ -132,29 +140,9 @@ def add_updates(lora: LoRATraining, network: Transformer, seed: int) -> None:
     add_lora(network, lora, seed)
 
 
-def merge_updates(
-    lora: LoRATraining, parallel: Parallel, start: ModelConfig | Path, folder: Path
-) -> Parallel:  # fmt: skip
-    """Write the trained updates to a PEFT folder and merge them; the parallel model with plain layers again.
-
-    Rounded layers are replaced by those that training started from: the update was trained beside the rounded ones, and
-    what it learned of the rest holds for both.
-    """
-    if parallel.mesh.rank == 0:
-        plain = {name: getattr(lora, name) for name in LoRAConfig.model_fields}
-        save_lora(parallel.model, LoRAConfig(**plain), folder)
-    if lora.base_weights == "full":
-        merge_lora(parallel.model)
-        remove_lora(parallel.model)
-        return parallel
-    assert isinstance(start, Path)
-    whole = load_model(start, quantized=False)
-    dtype = whole.dtype
-    if parallel.mesh.rank == 0:
-        load_lora(whole.float(), folder)
-        merge_lora(whole)
-        remove_lora(whole)
-    return Parallel(whole.to(dtype), parallel.mesh)
+def plain_lora(lora: LoRATraining) -> LoRAConfig:
+    """PEFT's settings of an update alone."""
+    return LoRAConfig(**{name: getattr(lora, name) for name in LoRAConfig.model_fields})
 
 
 def with_ends(shape: ModelConfig, ends: tuple[int, ...]) -> ModelConfig:
@@ -268,9 +256,6 @@ def check_layout(config: TrainConfig, layout: Layout, model: ModelConfig) -> Non
         raise UserError(
             f"sample_prompts: no samples are drawn under layout {cut[0]}: leave them out, or use dp or fsdp"
         )
-    parts = [name for name in ("fsdp", "tp", "cp", "pp", "ep") if getattr(layout, name) > 1]
-    if parts and config.lora is not None:
-        raise UserError(f"lora goes with layout dp alone, not with {' and '.join(parts)}: leave one of them out")
     if config.precision == "fp16" and layout.fsdp * layout.tp * layout.ep > 1:
         raise UserError("precision fp16: its loss scaler works with layout dp and cp alone: take bf16")
 

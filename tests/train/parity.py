@@ -17,6 +17,9 @@ from torch.distributed.tensor import DTensor
 
 from soma.data.loader import IGNORE, PADDING, Batch
 from soma.model.config import ModelConfig
+from soma.model.lora import add_lora, lora_layers
+from soma.model.lora_config import LoRAConfig
+from soma.model.quantized import quantize
 from soma.model.transformer import Transformer
 from soma.train.compute import Compute
 from soma.train.config import TrainConfig
@@ -25,7 +28,7 @@ from soma.train.loop import Trainer
 from soma.train.objective import LanguageModeling, Objective
 from soma.train.parallel.apply import Parallel, parallelize
 from soma.train.parallel.config import Layout
-from soma.train.parallel.export import Gather, save_whole
+from soma.train.parallel.export import Gather, save_merged, save_whole
 from soma.train.parallel.pipeline.training import stage_model
 from soma.train.tracking import NullTracker
 from soma.train.world import World
@@ -54,7 +57,9 @@ GPT2 = {
     "family": "gpt2", "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
     "max_position_embeddings": 64, "initializer_range": 0.2,
 }  # fmt: skip
-MODELS: dict[str, dict[str, Any]] = {"dense": DENSE, "moe": MOE, "latent": LATENT, "gpt2": GPT2}
+LORA = LoRAConfig(r=3, lora_alpha=6, rank_pattern={"down_proj": 5})
+WIDE = DENSE | {"hidden_size": 64, "head_dim": 16, "intermediate_size": 64}  # rounded in groups of 32, cut in two
+MODELS: dict[str, dict[str, Any]] = {"wide": WIDE, "dense": DENSE, "moe": MOE, "latent": LATENT, "gpt2": GPT2}
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ class Case:
     checkpointing: bool = False
     compile: bool = False
     isolate: bool = True
+    lora: str = ""  # of the frozen weights below: full, int8, int4
 
 
 class Exact(Compute):
@@ -92,12 +98,13 @@ class Recording(Trainer):
     """The loop, with every gradient written down before it is clipped."""
 
     outcome: Outcome
+    twin: Transformer  # the whole model's names and shapes
 
     def clip(self) -> Tensor:
         own = {name: parameter.grad for name, parameter in self.model.named_parameters()}
-        shapes = dict(Transformer(self.model.config, device="meta").named_parameters())
+        trained = {name: like for name, like in self.twin.named_parameters() if like.requires_grad}
         self.outcome.gradients.append(
-            {name: whole(self.parallel.share(own.get(name), name, like)) for name, like in shapes.items()}
+            {name: whole(self.parallel.share(own.get(name), name, like)) for name, like in trained.items()}
         )
         return super().clip()
 
@@ -158,7 +165,7 @@ def make_trainer(case: Case, world: World, folder: Path) -> Recording:
         router_bias_rate=0.05,
         activation_checkpointing=case.checkpointing, isolate_documents=case.isolate, layout=world.mesh.layout,
     )  # fmt: skip
-    model = Transformer(ModelConfig(**MODELS[case.model]), device="cpu", dtype=torch.float32)
+    model = make_model(case, "cpu")
     world.mesh.layout.check_model(model.config)
     world.mesh.layout.check_batch(ROWS, case.microbatch, LENGTH)
     compute = Exact(torch.device("cpu"), case.precision, False)
@@ -178,9 +185,22 @@ def make_trainer(case: Case, world: World, folder: Path) -> Recording:
         compute=compute, tokenizer=tokenizer, identity="parity", world=world,
         journal=Journal(folder / "metrics.jsonl", NullTracker(), False),
     )  # fmt: skip
-    trainer.outcome = Outcome()
+    trainer.outcome, trainer.twin = Outcome(), make_model(case, "meta")
     model.train()
     return trainer
+
+
+def make_model(case: Case, device: str) -> Transformer:
+    """The model; updates begin somewhere, so that both of their matrices have gradients from the first step on."""
+    model = Transformer(ModelConfig(**MODELS[case.model]), device=device, dtype=torch.float32)
+    if case.lora:
+        if case.lora != "full" and device != "meta":
+            quantize(model, {"int8": 8, "int4": 4}[case.lora], head=False)
+        add_lora(model, LORA, seed=1)
+        generator = torch.Generator().manual_seed(2)
+        for layer in lora_layers(model).values():
+            layer.lora_B.data.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 0.1)
+    return model
 
 
 def train(case: Case, world: World) -> Outcome:
@@ -190,13 +210,15 @@ def train(case: Case, world: World) -> Outcome:
         for _ in range(STEPS):
             trainer.train_step()
             trainer.at.done += 1
-        trainer.outcome.weights = gathered(trainer.parallel)
+        trainer.outcome.weights = gathered(trainer.parallel, case)
         return trainer.outcome
 
 
-def gathered(parallel: Parallel) -> dict[str, Tensor]:
-    """All weights and buffers, whole."""
-    shapes = Transformer(parallel.model.config, device="meta").state_dict()
+def gathered(parallel: Parallel, case: Case) -> dict[str, Tensor]:
+    """All weights and buffers, whole; without those that are rounded."""
+    shapes = make_model(case, "meta").state_dict()
+    if case.lora not in ("", "full"):
+        shapes = {name: like for name, like in shapes.items() if "lora_" in name}
     fetch = Gather(parallel, shapes)
     return {name: fetch(name).clone() for name in shapes}
 
@@ -266,6 +288,10 @@ def resume_on_rank(
     assert trainer.at.done == STEPS - 1
     trainer.train_step()
     outcome = trainer.outcome
-    outcome.weights = gathered(trainer.parallel)
-    save_whole(trainer.parallel, trainer.model.config, torch.float32, Path(model), None)
+    outcome.weights = gathered(trainer.parallel, case)
+    config, folder_ = trainer.model.config, Path(model)
+    if case.lora:
+        save_merged(trainer.parallel, LORA, None, config, torch.float32, folder_ / "adapter", folder_, None)
+    else:
+        save_whole(trainer.parallel, config, torch.float32, folder_, None)
     return outcome if rank == 0 else None

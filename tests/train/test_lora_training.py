@@ -6,15 +6,20 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from soma.base.artefact import content_hash, read_json
+from soma.base.artefact import content_hash, file_hash, read_json
 from soma.base.errors import UserError
 from soma.model.hub import load_model, save_model
-from soma.model.lora import load_lora
+from soma.model.lora import add_lora, load_lora, lora_layers
+from soma.model.lora_config import LoRAConfig
+from soma.model.quantized import QuantizedLinear
 from soma.model.transformer import Transformer
 from soma.train.config import PreferenceConfig, TrainConfig, TuneConfig
 from soma.train.loop import Trainer
-from soma.train.trainer import TrainResult
+from soma.train.recompute import recompute_layers
+from soma.train.trainer import TrainResult, train
+from tests.train.pool import Pool
 
 Run = Callable[..., TrainResult]
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}
@@ -22,7 +27,8 @@ LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_pr
 
 @pytest.fixture
 def base(tmp_path: Path, shape: Any, tokenizer: Path) -> Path:
-    save_model(Transformer(shape, dtype=torch.float32), tmp_path / "base", tokenizer_dir=tokenizer)
+    even = shape.model_copy(update={"vocab_size": shape.vocab_size + 1})  # two ranks can divide it
+    save_model(Transformer(even, dtype=torch.float32), tmp_path / "base", tokenizer_dir=tokenizer)
     return tmp_path / "base"
 
 
@@ -109,3 +115,67 @@ def test_preferences_too(run: Run, small: dict, pairs: Path, base: Path) -> None
     tuned = run("dpo", config, tokens=pairs, model=base)
     assert tuned.loss < 0.6931
     assert (tuned.model.parent / "adapter" / "adapter_model.safetensors").exists()
+
+
+def train_rank(rank: int, world_size: int, job: dict[str, Any]) -> None:
+    config = TuneConfig(**job["config"])
+    train(config, job["out"], job["work"], tokens=job["tokens"], tokenizer=job["tokenizer"], model=job["model"])
+
+
+@pytest.mark.parametrize(
+    ("layout", "weights"), [({"tp": 2, "sp": True}, "full"), ({"fsdp": 2}, "int4"), ({"pp": 2}, "full")]
+)
+def test_on_two_ranks(
+    run: Run, pool: Pool, small: dict, chats: Path, base: Path, tokenizer: Path, tmp_path: Path,
+    layout: dict[str, Any], weights: str,
+) -> None:  # fmt: skip
+    """The adapter and the merged model of one process come out of any layout."""
+    changes = {"steps": 6, "learning_rate": 1e-3, "lora": LORA | {"base_weights": weights}}
+    one = run("one", TuneConfig(**settings(small, **changes)), tokens=chats, model=base).model.parent
+    out = tmp_path / "two"
+    out.mkdir()
+    job = {"config": settings(small, **changes, layout=layout), "out": out, "work": tmp_path / "work",
+           "tokens": chats, "tokenizer": tokenizer, "model": base}  # fmt: skip
+    pool.run(train_rank, 2, job)
+    assert file_hash(out / "adapter" / "adapter_config.json") == file_hash(one / "adapter" / "adapter_config.json")
+    for name in ("adapter/adapter_model.safetensors", "model/model.safetensors"):
+        ours, theirs = load_file(out / name), load_file(one / name)
+        assert ours.keys() == theirs.keys()
+        for tensor, value in theirs.items():
+            torch.testing.assert_close(ours[tensor], value, atol=2e-5, rtol=1e-3)
+    trained = load_file(out / "adapter" / "adapter_model.safetensors")
+    assert all(value.any() for value in trained.values())
+
+
+def test_dropout_draws_the_same_mask_when_a_layer_is_computed_again(shape: Any) -> None:
+    grads = []
+    for mode in (False, True):
+        model = Transformer(shape, dtype=torch.float32)
+        add_lora(model, LoRAConfig(r=4, lora_dropout=0.5))
+        for layer in lora_layers(model).values():
+            torch.nn.init.ones_(layer.lora_B)
+        recompute_layers(model, mode)
+        torch.manual_seed(3)
+        model.train()(torch.arange(24)[None]).square().sum().backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert grads[0].keys() == grads[1].keys()
+    assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
+
+
+def test_rounded_weights_need_a_model_to_start_from(run: Run, small: dict) -> None:
+    with pytest.raises(UserError, match=r"lora.base_weights int4: a model from scratch has no weights worth rounding"):
+        run("none", TrainConfig(**settings(small, lora=LORA | {"base_weights": "int4"})))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_piece_of_a_rounded_layer(bits: int) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(40, 96)
+    whole = QuantizedLinear.from_weight(weight, bits).dequantize()
+    rows, columns = (QuantizedLinear.from_weight(weight, bits) for _ in range(2))
+    rows.keep(0, 10, 20)
+    columns.keep(1, 32, 64)
+    assert torch.equal(rows.dequantize(), whole[10:30])
+    assert torch.equal(columns.dequantize(), whole[:, 32:])
+    with pytest.raises(UserError, match="96 inputs of a layer rounded in groups of 32 cannot be cut into pieces of 48"):
+        QuantizedLinear.from_weight(weight, bits).keep(1, 0, 48)

@@ -1,7 +1,8 @@
 """The parity grid: every layout gives the loss, every gradient, the clipped norm and the weights of one process.
 
-layouts × {dense, MoE} × {fp32, bf16} × {accumulation 1, 4} × {AdamW, Muon} on four Gloo processes. A slice of it that
-has every value of every axis runs in `make test`, all of it in `make test-parallel`. A case trains three steps of the
+layouts × {dense, MoE} × {fp32, bf16} × {accumulation 1, 4} × {AdamW, Muon} on four Gloo processes, and layouts × models
+for low-rank updates beside frozen weights, rounded or not. A slice of it that has every value of every axis runs in
+`make test`, all of it in `make test-parallel`. A case trains three steps of the
 real loop on packed documents with unequal numbers of targets; embeddings are tied.
 """
 
@@ -78,16 +79,47 @@ SLICE: dict[str, list[dict[str, Any]]] = {
 }
 
 
+# Updates: repeated key heads; whole layers under FSDP; one A for three layers; latents; experts; stages.
+LORA_SLICE: dict[str, Case] = {
+    "tp4": Case(lora="full"),
+    "zero3": Case("gpt2", lora="full", microbatch=1),
+    "fsdp2-tp2-sp": Case("wide", lora="int8", checkpointing=True),
+    "fsdp2-tp2-ep2": Case("moe", lora="full"),
+    "cp2-tp2-sp": Case("latent", lora="full"),
+    "pp2-tp2-sp": Case("gpt2", lora="full", microbatch=4),
+}
+
+
+def lora_cases(layout: dict[str, Any]) -> list[Case]:
+    """All cases of a layout with updates; a weight that is cut is rounded where the pieces are whole groups."""
+    if "ep" in layout:
+        return [Case("moe", lora="full"), Case("latent", lora="full")]
+    plain = [Case(model, lora="full", microbatch=accumulated(layout)) for model in ("dense", "moe", "latent", "gpt2")]
+    rounded = [Case("wide", lora="int8"), Case("wide", lora="int4", precision="bf16")]
+    return plain + (rounded if layout.get("tp", 1) < 4 else [])
+
+
 def check(pool: Pool, layout: dict[str, Any], chosen: list[Case]) -> None:
     outcomes = pool.run(on_rank, RANKS, layout, chosen, timeout=300)[0]
     for case, ours in zip(chosen, outcomes, strict=True):
-        bounds = case.precision if case.model == "dense" or case.precision == "fp32" else "bf16 moe"
+        bounds = case.precision if case.model in ("dense", "wide") or case.precision == "fp32" else "bf16 moe"
         assert differences(ours, alone(case), bounds) == [], (layout, case)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_slice(pool: Pool, name: str) -> None:
     check(pool, LAYOUTS[name], [Case(**values) for values in SLICE[name]])
+
+
+@pytest.mark.parametrize("name", LORA_SLICE)
+def test_lora_slice(pool: Pool, name: str) -> None:
+    check(pool, LAYOUTS[name], [LORA_SLICE[name]])
+
+
+@pytest.mark.parallel
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_lora_grid(pool: Pool, name: str) -> None:
+    check(pool, LAYOUTS[name], lora_cases(LAYOUTS[name]))
 
 
 @pytest.mark.parallel
@@ -151,6 +183,27 @@ def with_microbatches_swapped(world: World) -> Outcome:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parity, "make_batch", swapped)
         return train(Case(), world)
+
+
+def with_an_update_not_summed(rank: int, world_size: int) -> Outcome | None:
+    """Each rank keeps its own part of A's gradient for the whole."""
+    from soma.train.parallel import tensor
+
+    whole_cut = tensor.cut
+
+    def wrong(module: Any, name: str, mesh: Any, how: Any, partial: bool = False, view: Any = None) -> None:
+        whole_cut(module, name, mesh, how, partial and name != "lora_A", view)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensor, "cut", wrong)
+        outcome = train(Case(lora="full"), World.join(Layout(tp=4), "cpu"))
+    return outcome if rank == 0 else None
+
+
+def test_an_update_that_is_not_summed_is_seen(pool: Pool) -> None:
+    found = differences(pool.run(with_an_update_not_summed, RANKS)[0], alone(Case(lora="full")), "fp32")
+    assert any(text.startswith("gradient 1, ") and "q_proj.lora_A" in text for text in found)
+    assert not any(text.startswith("gradient 1, ") and "o_proj.lora_A" in text for text in found)
 
 
 def broken(rank: int, world_size: int, fault: Callable[[World], Outcome]) -> Outcome | None:

@@ -14,6 +14,7 @@ import torch
 
 from soma.base.artefact import file_hash
 from soma.model.hub import load_model
+from soma.model.lora import merge_lora, remove_lora
 from soma.train.checkpoint import torn
 from soma.train.world import World
 from tests.train.parity import (
@@ -23,6 +24,7 @@ from tests.train.parity import (
     alone,
     differences,
     gathered,
+    make_model,
     make_trainer,
     resume_on_rank,
     save_on_rank,
@@ -36,6 +38,7 @@ MOVES: list[tuple[dict[str, Any], dict[str, Any], int, Case]] = [
     ({"fsdp": 2, "tp": 2, "ep": 2}, {"dp": 2}, 2, Case(model="latent")),
     ({"dp": 2, "fsdp": 2}, {"cp": 2, "tp": 2}, 4, Case()),
     ({"fsdp": 4, "ep": 4}, {"dp": 2, "tp": 2, "ep": 2}, 4, Case(model="moe", optimizer="muon")),
+    ({"fsdp": 2, "tp": 2}, {"pp": 2}, 2, Case(model="gpt2", lora="full", microbatch=4)),
 ]
 
 
@@ -55,8 +58,18 @@ def test_another_layout_goes_on(
     expected = last_step(alone(case))
     assert differences(ours, expected, "fp32") == []
     model = load_model(tmp_path / "model").state_dict()
-    assert model.keys() <= ours.weights.keys()
-    assert all(torch.equal(value, ours.weights[name]) for name, value in model.items())
+    expected_model = merged(case, ours.weights) if case.lora else ours.weights
+    assert model.keys() <= expected_model.keys()
+    assert all(torch.equal(value, expected_model[name]) for name, value in model.items())
+
+
+def merged(case: Case, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The plain model of weights and updates."""
+    model = make_model(case, "cpu")
+    model.load_state_dict(weights)
+    merge_lora(model)
+    remove_lora(model)
+    return model.state_dict()
 
 
 def test_one_process_goes_on_and_a_missing_shard_is_named(pool: Pool, tmp_path: Path) -> None:
@@ -66,7 +79,7 @@ def test_one_process_goes_on_and_a_missing_shard_is_named(pool: Pool, tmp_path: 
     trainer = make_trainer(case, World(), tmp_path)
     trainer.resume()
     trainer.train_step()
-    trainer.outcome.weights = gathered(trainer.parallel)
+    trainer.outcome.weights = gathered(trainer.parallel, case)
     assert differences(trainer.outcome, last_step(alone(case)), "fp32") == []
     shards = sorted((checkpoint / "state").glob("*.distcp"))
     assert len(shards) == RANKS

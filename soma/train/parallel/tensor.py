@@ -12,15 +12,19 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import Placement, Replicate, Shard
 
 from soma.model.attention import Attention, LatentAttention
 from soma.model.layers import MLP
+from soma.model.lora import LoRALinear, shared_inputs
 from soma.model.moe import MoE
+from soma.model.quantized import QuantizedLinear
 from soma.model.transformer import Layer, Transformer
 from soma.train.parallel.local import cut, enter, leave, scale_gradient, shard_offset
 
-COLUMNS, ROWS = [Shard(0)], [Shard(1)]  # of a (outputs, inputs) matrix: by outputs, by inputs
+WHOLE: list[Placement] = [Replicate()]
+COLUMNS: list[Placement] = [Shard(0)]  # of a (outputs, inputs) matrix: by outputs
+ROWS: list[Placement] = [Shard(1)]  # by inputs
 
 
 def apply_tensor(model: Transformer, mesh: DeviceMesh, sequence: bool, experts: DeviceMesh | None) -> None:
@@ -29,6 +33,7 @@ def apply_tensor(model: Transformer, mesh: DeviceMesh, sequence: bool, experts: 
     `experts`: the mesh of (ep ×) tp ranks that MoE layers' experts are cut over.
     """
     group = mesh.get_group()
+    shared = shared_inputs(model)
     if model.embed_tokens is not None:
         cut_embedding(model.embed_tokens, mesh, sequence)
     if getattr(model, "embed_positions", None) is not None:
@@ -36,7 +41,7 @@ def apply_tensor(model: Transformer, mesh: DeviceMesh, sequence: bool, experts: 
         if sequence:
             model.embed_positions.register_forward_hook(own_positions(group))
     if model.lm_head is not None:
-        cut(model.lm_head, "weight", mesh, COLUMNS)
+        cut_columns(model.lm_head, mesh)
     for layer in model.layers:
         assert isinstance(layer, Layer)
         keep_whole(layer.input_layernorm, mesh, partial=sequence)
@@ -52,6 +57,9 @@ def apply_tensor(model: Transformer, mesh: DeviceMesh, sequence: bool, experts: 
         else:
             cut_mlp(layer.mlp, mesh)
         wrap_block(layer.mlp, group, sequence)
+    for first, *others in shared:
+        for other in others:
+            other._parameters["lora_A"] = first._parameters["lora_A"]
     if model.norm is None:
         return
     keep_whole(model.norm, mesh, partial=sequence)
@@ -77,24 +85,45 @@ def wrap_block(block: nn.Module, group: dist.ProcessGroup, sequence: bool) -> No
 
 def keep_whole(module: nn.Module, mesh: DeviceMesh, partial: bool) -> None:
     """Every rank has all of the module's own weights; `partial` as in `cut`."""
+    if isinstance(module, LoRALinear):
+        keep_whole(module.base, mesh, partial)
     for name, parameter in module._parameters.items():
         if parameter is not None:
-            cut(module, name, mesh, [Replicate()], partial)
+            cut(module, name, mesh, WHOLE, partial)
 
 
-def cut_columns(linear: nn.Linear, mesh: DeviceMesh) -> None:
-    """A rank computes some of the outputs."""
-    cut(linear, "weight", mesh, COLUMNS)
-    if linear.bias is not None:
-        cut(linear, "bias", mesh, COLUMNS)
+def cut_columns(linear: nn.Module, mesh: DeviceMesh) -> None:
+    """A rank computes some of the outputs. Of a low-rank update it has those rows of B, and A whole: its gradient is a
+    sum over the ranks' outputs."""
+    base = cut_weight(linear, mesh, 0)
+    if base.bias is not None:
+        cut(base, "bias", mesh, COLUMNS)
+    if isinstance(linear, LoRALinear):
+        cut(linear, "lora_A", mesh, WHOLE, partial=True)
+        cut(linear, "lora_B", mesh, COLUMNS)
 
 
-def cut_rows(linear: nn.Linear, mesh: DeviceMesh) -> None:
-    """A rank computes a part of every output's sum, from some of the inputs; the first rank adds the bias."""
-    cut(linear, "weight", mesh, ROWS)
-    if linear.bias is not None:
+def cut_rows(linear: nn.Module, mesh: DeviceMesh) -> None:
+    """A rank computes a part of every output's sum, from some of the inputs; the first rank adds the bias. Of a
+    low-rank update it has those columns of A, and B whole, into which each rank feeds its part of the sum."""
+    base = cut_weight(linear, mesh, 1)
+    if base.bias is not None:
         first = mesh.get_local_rank() == 0
-        cut(linear, "bias", mesh, [Replicate()], partial=True, view=None if first else nothing)
+        cut(base, "bias", mesh, WHOLE, partial=True, view=None if first else nothing)
+    if isinstance(linear, LoRALinear):
+        cut(linear, "lora_A", mesh, ROWS)
+        cut(linear, "lora_B", mesh, WHOLE, partial=True)
+
+
+def cut_weight(linear: nn.Module, mesh: DeviceMesh, dimension: int) -> nn.Module:
+    """Cut the matrix of a linear layer, of the frozen one below an update, rounded or not; the layer that has it."""
+    base = linear.base if isinstance(linear, LoRALinear) else linear
+    if isinstance(base, QuantizedLinear):  # its numbers are packed in blocks, so each rank packs its own
+        length = (base.out_features, base.in_features)[dimension]
+        base.keep(dimension, *shard_offset(length, mesh.size(), mesh.get_local_rank()))
+    else:
+        cut(base, "weight", mesh, [Shard(dimension)])
+    return base
 
 
 def nothing(piece: Tensor) -> Tensor:
@@ -122,20 +151,29 @@ def cut_attention(attention: Attention, mesh: DeviceMesh) -> None:
         cut_columns(attention.v_proj, mesh)
         attention.num_kv_heads //= ranks
     else:
-        start = rank * keys // ranks * width
         for linear in (attention.k_proj, attention.v_proj):
-            for name, parameter in linear._parameters.items():
-                if parameter is not None:
-                    cut(linear, name, mesh, [Replicate()], partial=True, view=rows(start, width))
+            use_rows(linear, mesh, rank * keys // ranks * width, width)
         attention.num_kv_heads = 1
     if attention.qk_norm:
         keep_whole(attention.q_norm, mesh, partial=True)
         keep_whole(attention.k_norm, mesh, partial=True)
 
 
-def rows(start: int, count: int) -> Any:
-    """A view of some rows."""
-    return lambda piece: piece.narrow(0, start, count)
+def use_rows(linear: nn.Module, mesh: DeviceMesh, start: int, count: int) -> None:
+    """Every rank has the whole layer and computes some outputs, perhaps the same ones as others."""
+
+    def view(piece: Tensor) -> Tensor:
+        return piece.narrow(0, start, count)
+
+    base = linear.base if isinstance(linear, LoRALinear) else linear
+    if isinstance(base, QuantizedLinear):
+        base.keep(0, start, count)
+    for name, parameter in base._parameters.items():
+        if parameter is not None:
+            cut(base, name, mesh, WHOLE, partial=True, view=view)
+    if isinstance(linear, LoRALinear):
+        cut(linear, "lora_A", mesh, WHOLE, partial=True)
+        cut(linear, "lora_B", mesh, WHOLE, partial=True, view=view)
 
 
 def cut_latent_attention(attention: LatentAttention, mesh: DeviceMesh) -> None:

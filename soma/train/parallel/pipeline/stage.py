@@ -222,9 +222,11 @@ class StageWorker:
             self.total += total
         assert grad_BTD is not None
         outputs, seeds = [held.y], [grad_BTD]
-        if held.aux is not None and held.aux.requires_grad:
+        if held.aux is not None:
             outputs, seeds = [*outputs, held.aux], [*seeds, self.aux_scale.to(held.aux.dtype)]
-        torch.autograd.backward(outputs, seeds)
+        pairs = [pair for pair in zip(outputs, seeds, strict=True) if pair[0].requires_grad]
+        if pairs:  # frozen first layers have none
+            torch.autograd.backward([out for out, _ in pairs], [seed for _, seed in pairs])
         if index in self.split:
             grads = [tuple(gradient_of(tap) for tap in own) for own in held.taps]
             self.open[index] = (held.saved, grads)
