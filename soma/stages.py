@@ -147,7 +147,10 @@ def corpus_stage(config: DataConfig) -> Stage:
         splits = read_json(artefact / "report.json")["splits"]
         return {f"{split}_bytes": facts["bytes"] for split, facts in splits.items()}
 
-    return Stage("corpus", config.content(), build, fingerprint=lambda: source_fingerprint(config), metrics=metrics)
+    return Stage(
+        "corpus", config.content(), build, fingerprint=lambda: source_fingerprint(config), metrics=metrics,
+        format_version=2,
+    )  # fmt: skip
 
 
 def tokenizer_stage(config: TokenizerConfig) -> Stage:

@@ -33,8 +33,8 @@ from soma.base.artefact import hash_lines, write_json
 from soma.base.errors import UserError
 from soma.data import profile
 from soma.data.config import DataConfig
-from soma.data.dedup import NearDuplicates, UnionFind, near_duplicates
-from soma.data.index import Index, Texts
+from soma.data.duplicates import drop_exact, drop_near
+from soma.data.index import Index
 from soma.data.partitions import make_partitions
 from soma.data.partitions import text_id as text_id
 from soma.data.readers import Dropped
@@ -48,7 +48,6 @@ from soma.data.sources import source_fingerprint as _fingerprint
 from soma.data.split import held_out
 
 SPLITS = ("train", "validation")
-EXAMPLE_CLUSTERS = 5
 BUCKET_BYTES = 48 << 20  # of text, sorted at once
 ROWS = ("id", "text", "source", "meta", "kind", "n_bytes", "n_chars", "cluster")
 
@@ -74,9 +73,9 @@ def build_corpus(config: DataConfig, out: Path, state: Path | None = None) -> No
             _step(steps, step, *counts.tolist())
         index = Index(partitions)
         if config.dedup.exact:
-            _exact(index)
+            drop_exact(index)
             _kept_step(steps, "exact", index)
-        clusters_N, near = _near(config, index)
+        clusters_N, near = drop_near(config, index, work / "near")
         _kept_step(steps, "near", index)
         split_N = _split(config, index, clusters_N)
         counted = _write(out, work, index, clusters_N, split_N, dropped)
@@ -113,82 +112,7 @@ def _items(config: DataConfig, dropped: DropLog) -> list[Item]:
     return found
 
 
-# --- Duplicates and the split ---
-
-
-def _exact(index: Index) -> None:
-    """One row for each text up to white space: the longest, then the smallest id, then the first source by name."""
-    import pyarrow.compute as pc
-
-    order = index.order(("exact", "ascending"), ("n_chars", "descending"), ("id", "ascending"), ("source", "ascending"))
-    if not len(order):
-        return
-    keys = index.table["exact"].take(order)
-    first = np.ones(len(order), bool)
-    first[1:] = pc.not_equal(keys.slice(1), keys.slice(0, len(order) - 1)).to_numpy()
-    best = order[np.maximum.accumulate(np.where(first, np.arange(len(order)), 0))]
-    index.drop(order[~first], "exact_duplicate", best[~first])
-
-
-def _near(config: DataConfig, index: Index) -> tuple[np.ndarray, dict[str, Any]]:
-    """For every row of the index the row that stands for its split group, and the report's section."""
-    order = index.order(("id", "ascending"), ("source", "ascending"))
-    groups, section = UnionFind(len(order)), {}
-    if config.dedup.near and len(order):
-        texts = Texts(index, order)
-        with progress.current().task("near-duplicates", total=len(order), unit="documents") as task:
-            near = near_duplicates(texts, config.dedup, index.signatures(order))
-            task.advance(len(order), candidates=near.candidates)
-        groups = near.groups
-        section = _near_section(config, index, texts, near, _drop_near(config, index, order, near))
-    wholes = index.table["whole"].take(order).to_pylist() if len(order) else []
-    first_part: dict[str, int] = {}
-    for number, whole in enumerate(wholes):
-        if whole:
-            groups.union(first_part.setdefault(whole, number), number)
-    clusters_N = np.arange(len(index))
-    clusters_N[order] = order[[groups.find(number) for number in range(len(order))]] if len(order) else order
-    return clusters_N, section
-
-
-def _drop_near(config: DataConfig, index: Index, order: np.ndarray, near: NearDuplicates) -> dict[int, int]:
-    """Drops all but one of each cluster of near-duplicates. Returns the survivors by their cluster's first member."""
-    chars = index.column("n_chars")[order]
-    survivors = {}
-    for first, members in near.duplicates.groups().items():
-        if len(members) > 1:
-            keep = members[0]  # they are sorted by id
-            if config.dedup.keep == "longest":
-                keep = min(members, key=lambda number: (-chars[number], number))
-            survivors[first] = keep
-            gone = order[[number for number in members if number != keep]]
-            index.drop(gone, "near_duplicate", np.full(len(gone), order[keep]))
-    return survivors
-
-
-def _near_section(
-    config: DataConfig, index: Index, texts: Texts, near: NearDuplicates, survivors: dict[int, int]
-) -> dict[str, Any]:
-    clusters = near.duplicates.groups()
-    examples = []
-    for members in sorted((m for m in clusters.values() if len(m) > 1), key=lambda m: (-len(m), m))[:EXAMPLE_CLUSTERS]:
-        keep, inside = survivors[members[0]], set(members)
-        lowest = min(
-            j for left, right, j in near.similar if left in inside and right in inside and j >= config.dedup.threshold
-        )
-        others = [number for number in members if number != keep][:10]
-        examples.append(
-            {
-                "kept": index.string("source", texts.rows[keep]), "jaccard": round(lowest, 4),
-                "dropped": [index.string("source", texts.rows[number]) for number in others],
-                "excerpt": profile.excerpt(texts[keep]),
-            }
-        )  # fmt: skip
-    return {
-        "threshold": config.dedup.threshold, "straddle_threshold": config.dedup.straddle_threshold, "bands": near.bands,
-        "rows": near.rows, "candidates": near.candidates, "sizes": profile.size_counts(clusters),
-        "group_sizes": profile.size_counts(near.groups.groups()), "examples": examples,
-    }  # fmt: skip
+# --- The split ---
 
 
 def _split(config: DataConfig, index: Index, clusters_N: np.ndarray) -> np.ndarray:

@@ -67,21 +67,6 @@ class Index:
         sorted_N: np.ndarray = rows[pc.sort_indices(table, [*keys, ("row", "ascending")]).to_numpy()]
         return sorted_N
 
-    def signatures(self, rows: np.ndarray) -> np.ndarray:
-        """MinHash signatures (rows, hashes) uint32 of these rows, in this order."""
-        place_N = np.full(len(self), -1, np.int64)
-        place_N[rows] = np.arange(len(rows))
-        found_NH, start = np.zeros((0, 0), np.uint32), 0
-        for partition in self.partitions:
-            for batch in partition.batches(["signatures"]):
-                block_BH = np.asarray(batch.column(0).flatten()).reshape(len(batch), -1)
-                if not found_NH.size:
-                    found_NH = np.zeros((len(rows), block_BH.shape[1]), np.uint32)
-                place_B = place_N[start : start + len(batch)]
-                found_NH[place_B[place_B >= 0]] = block_BH[place_B >= 0]
-                start += len(batch)
-        return found_NH
-
 
 class Texts(Sequence[str]):
     """The texts of some rows of an index, read from the partitions when they are asked for."""

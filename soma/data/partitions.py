@@ -20,7 +20,9 @@ from soma.base.artefact import json_hash, read_json, write_json
 from soma.base.errors import UserError
 from soma.data.clean import clean_text, cut_text
 from soma.data.config import DataConfig
-from soma.data.dedup import exact_key, minhash, normalized
+from soma.data.dedup import exact_key
+from soma.data.dedup.minhash import minhash_words
+from soma.data.dedup.words import parse
 from soma.data.profile import excerpt
 from soma.data.readers import Document, Dropped, read_item
 from soma.data.shards import DropLog
@@ -242,7 +244,7 @@ class _Maker:
             "n_chars": [len(text) for text in texts],
         }  # fmt: skip
         if self.config.dedup.near:
-            signatures_NH = minhash([normalized(text) for text in texts], self.config.dedup)
+            signatures_NH = minhash_words(parse(texts), self.config.dedup)
             flat = pa.array(signatures_NH.ravel())
             columns["signatures"] = pa.FixedSizeListArray.from_arrays(flat, signatures_NH.shape[1])
         if texts:

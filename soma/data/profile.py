@@ -1,7 +1,7 @@
 """What is in a corpus, counted: the figures of `report.json`."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -166,12 +166,6 @@ def drop_summary(dropped: Iterable[Dropped]) -> str:
         detail = f": {first['detail']}" if first["detail"] else ""
         lines.append(f"\n  {entry['count']} dropped as {entry['reason']}, such as {first['source']}{detail}")
     return "".join(lines)
-
-
-def size_counts(groups: Mapping[Any, Sequence[Any]]) -> dict[str, int]:
-    """How many groups have how many members, for groups of two and more."""
-    counts = Counter(len(members) for members in groups.values() if len(members) > 1)
-    return {str(size): counts[size] for size in sorted(counts)}
 
 
 def excerpt(text: str) -> str:

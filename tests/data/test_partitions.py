@@ -185,8 +185,3 @@ def test_texts_of_an_index_are_read_when_asked(
     texts = Texts(index, order)
     assert [partitions.text_id(text) for text in texts] == index.table["id"].take(order).to_pylist()
     assert len(texts.cache) == 2
-    signatures = index.signatures(order)
-    assert signatures.shape == (len(order), config.dedup.num_hashes)
-    from soma.data.dedup import minhash, normalized
-
-    assert (signatures[17] == minhash([normalized(texts[17])], config.dedup)[0]).all()

@@ -1,0 +1,27 @@
+"""Arrays in files: there whole or not at all, and mapped rather than read."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """`array` as a .npy file, written under another name first, so that a killed run leaves no half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            np.save(file, array, allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def map_array(path: Path) -> Any:
+    """A .npy file as a read-only memory map; one without elements is read, for it cannot be mapped."""
+    array = np.load(path, mmap_mode=None if path.stat().st_size <= 4096 else "r", allow_pickle=False)
+    return array
