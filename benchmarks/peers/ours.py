@@ -10,7 +10,6 @@ from ids import Ids
 from worker import answer_requests
 
 from soma.engine.engine import Engine
-from soma.engine.native import release_threads
 from soma.engine.params import SamplingParams
 from soma.engine.request import TokenEvent
 from soma.model.hub import load_model
@@ -72,7 +71,6 @@ class Ours:
             start = time.perf_counter()
             memory.sum()
             best = max(best, memory.nbytes / (time.perf_counter() - start) / 1e9)
-        release_threads()  # as an engine's process has none beside the engine's own
         return best
 
 

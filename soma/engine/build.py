@@ -15,11 +15,11 @@ from soma.base.cache import cache_root
 from soma.base.machine import compiler, cpu_model
 
 SOURCES = Path(__file__).with_name("csrc")
-FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
-# Tried in this order: the machine's own instructions and OpenMP, then with less.
-EXTRAS = (
-    ("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-fopenmp",), ("-march=native", "-fopenmp-simd"), (),
+FLAGS = (
+    "-O3", "-std=gnu11", "-shared", "-fPIC", "-pthread", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi",
 )  # fmt: skip
+# Tried in this order: the machine's own instructions and vectors where the code asks for them, then with less.
+EXTRAS = (("-march=native", "-fopenmp-simd"), ("-mcpu=native", "-fopenmp-simd"), ("-fopenmp-simd",), ())
 BUILD_SECONDS = 120
 WITHOUT = "the model runs on torch alone, which is slower on a CPU, most of all with quantized weights"
 

@@ -21,7 +21,6 @@ from soma.engine.draft import DraftModel, load_draft
 from soma.engine.errors import EngineClosedError, QueueFullError
 from soma.engine.guided import Guides
 from soma.engine.memory import GPU_SHARE, fitting_tokens
-from soma.engine.native import release_threads
 from soma.engine.paged import PagedCache, cache_dtype_of
 from soma.engine.params import SamplingParams
 from soma.engine.prompts import Prompt, answer_all, ids_of
@@ -151,7 +150,6 @@ class Engine(StepLoop):
         self.flight = None
         self.closing = False
         self.changed = threading.Condition()
-        release_threads()  # this one has loaded and measured; now the engine's own computes
         self.thread = threading.Thread(target=self._work, name="soma-engine", daemon=True)
         self.thread.start()
 

@@ -6,6 +6,8 @@ Shape letters: T new tokens, R rows whose logits are wanted, D model width, V vo
 """
 
 import ctypes
+import os
+import weakref
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -128,15 +130,30 @@ def slots_of(segments: Sequence[Segment], count: int) -> np.ndarray:
     return slots
 
 
-def release_threads() -> None:
-    """End the OpenMP threads of the calling thread, before another one begins to compute.
+def declare(built: ctypes.CDLL) -> None:
+    """What the functions of forward.c and threads.h take and give."""
+    built.soma_scratch.restype, built.soma_step.restype = Size, ctypes.c_int
+    built.soma_scratch.argtypes = [ctypes.POINTER(Model), Size, Size, Size, ctypes.c_int]
+    built.soma_step.argtypes = [ctypes.POINTER(Model), ctypes.POINTER(Tokens), *[Pointer] * 4]
+    built.soma_assemble.restype, built.soma_assemble.argtypes = Pointer, [ctypes.c_int]
+    built.soma_disband.restype, built.soma_disband.argtypes = None, [Pointer]
 
-    A thread that computed (to load a model, say) keeps its helpers for good. libgomp stops spinning at barriers when it
-    has more threads than there are processors: a decode step of a 135M model in 4 bits then takes 7.9 ms in place of
-    2.3.
-    """
-    if (built := library(torch.float32)) is not None:
-        built.soma_release_threads()
+
+class Team:
+    """Threads in C that share the steps of one model: the calling one, and helpers that sleep in between."""
+
+    def __init__(self, built: ctypes.CDLL, threads: int) -> None:
+        self.threads = threads
+        self.pointer = built.soma_assemble(threads)
+        assert self.pointer, "no memory for a team of threads"
+        end = weakref.finalize(self, disband, built, self.pointer, os.getpid())
+        end.atexit = False  # a step may be running then, and the helpers end with the process
+
+
+def disband(built: ctypes.CDLL, pointer: int, process: int) -> None:
+    """End a team's threads; a fork of the process that made them has none."""
+    if os.getpid() == process:
+        built.soma_disband(pointer)
 
 
 class NativeModel:
@@ -199,16 +216,21 @@ class NativeModel:
             config.norm_eps, layers, self._pointer(model.embed_tokens.weight),
             self._pointer(model.norm.get_parameter("weight")), self._linear(head), None, None,
         )  # fmt: skip
-        built.soma_scratch.restype, built.soma_step.restype = Size, ctypes.c_int
-        built.soma_scratch.argtypes = [ctypes.POINTER(Model), Size, Size, Size, ctypes.c_int]
-        built.soma_step.argtypes = [
-            ctypes.POINTER(Model), ctypes.POINTER(Tokens), Pointer, Pointer, Pointer, ctypes.c_int,
-        ]  # fmt: skip
+        declare(built)
         self.built = built
         self.scratch = torch.empty(0, dtype=torch.uint8)
         self.updates = Updates({}, config.num_hidden_layers)
         weights = [*model.parameters(), *model.buffers()]
         self.threads = 1 if sum(tensor.nbytes for tensor in weights) < SMALL_BYTES else torch.get_num_threads()
+
+    @property
+    def threads(self) -> int:
+        """Threads that share a step."""
+        return self.team.threads
+
+    @threads.setter
+    def threads(self, count: int) -> None:
+        self.team = Team(self.built, count)
 
     def _fill(self, into: Layer, layer: nn.Module, keys: Tensor, values: Tensor, block_size: int) -> None:
         attention, mlp = layer.get_submodule("self_attn"), layer.get_submodule("mlp")
@@ -275,7 +297,7 @@ class NativeModel:
         memory = -(-self.scratch.data_ptr() // ALIGNMENT) * ALIGNMENT
         logits_RV, hidden_RD = torch.empty(R, self.vocab_size), torch.empty(R, self.width)
         wrong = self.built.soma_step(
-            self.model, tokens, memory, hidden_RD.data_ptr(), logits_RV.data_ptr(), self.threads
+            self.model, tokens, memory, hidden_RD.data_ptr(), logits_RV.data_ptr(), self.team.pointer
         )
         assert not wrong, f"a {WRONG[wrong]} of the batch is out of range"
         return logits_RV, hidden_RD

@@ -1,6 +1,7 @@
 """The step in C over the paged cache against the Transformer: every trait of the families that it runs, any batch."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -399,16 +400,51 @@ def test_the_first_set_of_flags_builds(tmp_path: Path, bf16: int) -> None:
     assert check(build.SOURCES / "forward.c").stderr == ""
 
 
-def test_the_threads_that_loaded_a_model_are_gone_when_the_engine_computes() -> None:
-    """libgomp counts the helpers of all threads: with more of them than processors, barriers no longer spin."""
+def thread_names() -> list[str]:
+    return [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+
+
+@pytest.mark.parametrize("bits", [0, 8])
+def test_who_computes_what_does_not_change_a_bit(bits: int) -> None:
+    """More threads than processors, so that some are pushed aside at any moment and others take their share."""
+    model = make_model("qwen3")
+    native = make_native(quantize(model, bits).fuse() if bits else model)
+    native.threads = 1
+    right = random_run(native, TEXTS, 5)
+    for threads in (2, 7, 16):
+        native.threads = threads
+        for ours, expected in zip(random_run(native, TEXTS, 5), right, strict=True):
+            assert torch.equal(ours, expected)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux's list of threads")
+def test_helpers_end_with_their_model() -> None:
+    before = thread_names().count("soma-step")
+    native = make_native(make_model("llama"))
+    native.threads = 4
+    native.step(one_text(random_ids(0, 20), np.arange(20)))
+    assert thread_names().count("soma-step") == before + 3
+    native.threads = 2
+    assert thread_names().count("soma-step") == before + 1
+    del native
+    assert thread_names().count("soma-step") == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_without_the_helpers_can_drop_the_model() -> None:
     code = (
-        "import os, torch\n"
-        "from soma.engine.native import release_threads\n"
-        "torch.set_num_threads(3)\n"
-        "torch.ones(1 << 22).sum()\n"
-        "before = len(os.listdir('/proc/self/task'))\n"
-        "release_threads()\n"
-        "print(before - len(os.listdir('/proc/self/task')))\n"
+        "import os, sys\n"
+        "from soma.engine.build import library\n"
+        "from soma.engine.native import Team, declare\n"
+        "import torch\n"
+        "built = library(torch.float32)\n"
+        "declare(built)\n"
+        "team = Team(built, 3)\n"
+        "if (child := os.fork()) == 0:\n"
+        "    del team\n"
+        "    os._exit(7)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+        "del team\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout) == 2, done.stderr
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout.strip() == "7", done.stderr

@@ -253,23 +253,25 @@ static void values_in_place(const weight *values, int64_t width, const int64_t *
 
 /* Scores of one row in a chunk become shares, e^((s - top)·scale); what was summed before is scaled to the new top. */
 static void soften(float *s, int64_t from, int64_t to, float scale, float *top, float *sum, float *out, int64_t width) {
-    float best = *top, total = 0;
-#pragma omp simd reduction(max : best)
-    for (int64_t j = from; j < to; j++) best = s[j] > best ? s[j] : best;
-    for (int64_t j = 0; j < from; j++) s[j] = 0;
-    for (int64_t j = to; j < KEYS; j++) s[j] = 0;
-#pragma omp simd reduction(+ : total)
-    for (int64_t j = from; j < to; j++) {
-        s[j] = exponential((s[j] - best) * scale);
-        total += s[j];
-    }
+    floats part[KEYS / 16], most, total = {0};
+    float lanes[16], best = *top, added = 0;
+    for (int64_t j = 0; j < from; j++) s[j] = -INFINITY;
+    for (int64_t j = to; j < KEYS; j++) s[j] = -INFINITY;
+    memcpy(part, s, sizeof part);
+    most = larger(larger(part[0], part[1]), larger(part[2], part[3]));
+    memcpy(lanes, &most, sizeof lanes);
+    for (int i = 0; i < 16; i++) best = lanes[i] > best ? lanes[i] : best;
+    for (int i = 0; i < KEYS / 16; i++) total += part[i] = exponentials((part[i] - best) * scale);
+    memcpy(s, part, sizeof part);
+    memcpy(lanes, &total, sizeof lanes);
+    for (int i = 0; i < 16; i++) added += lanes[i];
     if (best > *top) {
-        float shrink = exponential((*top - best) * scale);
-        *sum *= shrink;
-        for (int64_t e = 0; e < width; e++) out[e] *= shrink;
+        floats shrink = exponentials((floats){0} + (*top - best) * scale);
+        *sum *= shrink[0];
+        for (int64_t e = 0; e < width; e++) out[e] *= shrink[0];
         *top = best;
     }
-    *sum += total;
+    *sum += added;
 }
 
 /* Rows are the G heads of each of `tokens` tokens, the first of which is number `position` of its sequence; their queries

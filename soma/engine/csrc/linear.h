@@ -123,18 +123,19 @@ enum Mode { STORE, ADD, GATED }; /* GATED: y = silu(y) · result */
 
 INLINE void finish_some(const Linear *linear, int64_t first, const int64_t count, const float *result, enum Mode mode,
                         float *y) {
-    float bias[BLOCK] = {0};
-    if (linear->bias)
+    floats sum = some_floats(result, BLOCK), before = {0};
+    if (linear->bias) {
+        float bias[BLOCK] = {0};
         for (int64_t r = 0; r < count; r++) bias[r] = load(linear->bias[first + r]);
-    if (mode == STORE)
-        for (int64_t r = 0; r < count; r++) y[r] = result[r] + bias[r];
-    else if (mode == ADD)
-        for (int64_t r = 0; r < count; r++) y[r] += result[r] + bias[r];
-    else
-        for (int64_t r = 0; r < count; r++) y[r] = y[r] / (1.0f + exponential(-y[r])) * (result[r] + bias[r]);
+        sum += some_floats(bias, BLOCK);
+    }
+    if (mode != STORE) before = some_floats(y, count);
+    if (mode == ADD) sum += before;
+    if (mode == GATED) sum *= before / (1.0f + exponentials(-before));
+    memcpy(y, &sum, sizeof(float) * (size_t)count);
 }
 
-static void finish(const Linear *linear, int64_t first, const float *result, enum Mode mode, float *y) {
+INLINE void finish(const Linear *linear, int64_t first, const float *result, enum Mode mode, float *y) {
     if (linear->rows - first >= BLOCK) finish_some(linear, first, BLOCK, result, mode, y);
     else finish_some(linear, first, linear->rows - first, result, mode, y);
 }
@@ -195,27 +196,46 @@ static int64_t tile_bytes(int64_t tokens, int64_t columns) { return 0 * tokens *
 static enum Path path(const Linear *linear, int64_t tokens) { return (void)linear, (void)tokens, VECTORS; }
 #endif
 
-/* Shared by the threads of the region around it, without a barrier at its end. y: (tokens, stride). Calls with as many
-   rows and tokens give a thread the same rows. `reader`: which of the products that read this input. memory: a thread's
-   own `tile_bytes`. */
-static void multiply(const Linear *linear, const Input *in, int reader, int64_t tokens, enum Mode mode, float *y,
-                     int64_t stride, void *memory) {
-    int64_t unit = tokens < FEW ? BLOCK : 2 * BLOCK;
+/* One of the products that read an input. y: (tokens, stride). */
+typedef struct {
+    const Linear *linear;
+    enum Mode mode;
+    float *y;
+    int64_t stride;
+} Product;
+
+/* Rows `first` to `first + unit - 1` of a product; `set`: what the tile unit is set up for. */
+static void multiply_rows(const Product *p, int reader, int64_t first, int64_t unit, const Input *in, int64_t tokens,
+                          void *memory, enum Path *set) {
 #if NATIVE_TILES
-    enum Path which = path(linear, tokens);
-    if (which != VECTORS) configure(which);
-#else
-    (void)memory;
-#endif
-#pragma omp for schedule(static) nowait
-    for (int64_t first = 0; first < linear->rows; first += unit) {
-#if NATIVE_TILES
-        if (which != VECTORS) {
-            blocks_in_tiles(linear, first, in, reader, tokens, mode, y, stride, memory, which);
-            continue;
-        }
-#endif
-        for (int64_t row = first; row < MIN(first + unit, linear->rows); row += BLOCK)
-            block_in_vectors(linear, row, in, reader, tokens, mode, y, stride);
+    enum Path which = path(p->linear, tokens);
+    if (which != VECTORS) {
+        if (which != *set) configure(which);
+        *set = which;
+        blocks_in_tiles(p->linear, first, in, reader, tokens, p->mode, p->y, p->stride, memory, which);
+        return;
     }
+#else
+    (void)memory, (void)set;
+#endif
+    for (int64_t row = first; row < MIN(first + unit, p->linear->rows); row += BLOCK)
+        block_in_vectors(p->linear, row, in, reader, tokens, p->mode, p->y, p->stride);
+}
+
+/* Products that read one input, between two meetings of the team. GATED ones are made with the one before them, rows by
+   rows. memory: a thread's own `tile_bytes`. */
+static void multiply(Team *team, int thread, const Product *products, int count, const Input *in, int64_t tokens,
+                     void *memory) {
+    int64_t unit = tokens < FEW ? BLOCK : 2 * BLOCK, units = 0;
+    enum Path set = VECTORS;
+    for (int p = 0; p < count; p++)
+        if (products[p].mode != GATED) units += ROUND_UP(products[p].linear->rows, unit) / unit;
+    for (Taken t = share(team, thread, units, 1); take(team, &t);)
+        for (int64_t i = t.from; i < t.to; i++) {
+            int64_t at = i, p = 0;
+            for (int64_t mine; at >= (mine = ROUND_UP(products[p].linear->rows, unit) / unit); p++) at -= mine;
+            multiply_rows(&products[p], (int)p, at * unit, unit, in, tokens, memory, &set);
+            if (p + 1 < count && products[p + 1].mode == GATED)
+                multiply_rows(&products[p + 1], (int)p + 1, at * unit, unit, in, tokens, memory, &set);
+        }
 }

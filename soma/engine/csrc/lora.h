@@ -23,14 +23,6 @@ static const Update *update_of(const Shift *shift, int64_t token, int reader) {
     return update->rank ? update : 0;
 }
 
-/* Sixteen numbers from `from`, of which `count` exist; the rest is 0. */
-INLINE floats some_floats(const float *from, int64_t count) {
-    floats result = {0};
-    if (count >= 16) memcpy(&result, from, sizeof result);
-    else memcpy(&result, from, sizeof(float) * (size_t)count);
-    return result;
-}
-
 /* A x of a token for each of `readers` products, to low (readers, most). Four sums at a time, so that none waits for the
    addition before it. */
 static void shrink(const Shift *shift, int64_t token, int readers, const float *x, int64_t columns, float *low) {

@@ -12,6 +12,7 @@
 #define ROUND_UP(n, step) (((n) + (step) - 1) / (step) * (step))
 
 typedef float floats __attribute__((vector_size(64)));
+typedef int32_t integers __attribute__((vector_size(64)));
 
 INLINE float bf16_to_float(uint16_t value) {
     uint32_t bits = (uint32_t)value << 16;
@@ -94,6 +95,14 @@ INLINE void to_operands(const float *from, int64_t count, operand *out) {
     for (; i < count; i++) out[i] = to_operand(from[i]);
 }
 
+INLINE void to_weights(const float *from, int64_t count, weight *out) {
+#if NATIVE_BF16
+    to_operands(from, count, out);
+#else
+    for (int64_t i = 0; i < count; i++) out[i] = store(from[i]);
+#endif
+}
+
 #if NATIVE_BF16
 /* 16 rows of 16 pairs become 16 lines of pairs of the 16 rows: what a tile of weights or keys reads. */
 INLINE void transpose(__m512i *v) {
@@ -155,22 +164,41 @@ INLINE void sum4(floats a, floats b, floats c, floats d, float *out) {
 #endif
 }
 
-/* e^x within 2 units in the last place, without branches so that compilers vectorise it (Cephes' polynomial). */
-INLINE float exponential(float x) {
-    x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
-    float n = rintf(x * 1.44269504f);
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
+/* Sixteen numbers from `from`, of which `count` exist; the rest is 0. */
+INLINE floats some_floats(const float *from, int64_t count) {
+    floats result = {0};
+    if (count >= 16) memcpy(&result, from, sizeof result);
+    else memcpy(&result, from, sizeof(float) * (size_t)count);
+    return result;
+}
+
+/* The larger of two numbers in each lane; b where one of them is none. */
+INLINE floats larger(floats a, floats b) {
+#ifdef __AVX512F__
+    return (floats)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    integers is_a = a > b;
+    return (floats)(((integers)a & is_a) | ((integers)b & ~is_a));
+#endif
+}
+
+/* e^x within 2 units in the last place (Cephes' polynomial); 0 below -87, and at most e^88. */
+INLINE floats exponentials(floats x) {
+    const floats zero = {0};
+    integers is_small = x < zero - 87.0f;
+    x = larger(zero - 87.0f, x);
+    x = -larger(zero - 88.0f, -x);
+    floats n = (x * 1.44269504f + 12582912.0f) - 12582912.0f; /* 1.5 * 2^23: rounds to whole numbers */
+    floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    floats p = zero + 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    int32_t bits = ((int32_t)n + 127) << 23;
-    float scale;
-    memcpy(&scale, &bits, 4);
-    return p * scale;
+    integers bits = (__builtin_convertvector(n, integers) + 127) << 23;
+    return (floats)((integers)(p * (floats)bits) & ~is_small);
 }
 
 /* x / sqrt(mean(x²) + epsilon) · gain; `out` may be `x`. */
