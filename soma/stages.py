@@ -60,7 +60,10 @@ def stages_of(recipe: Recipe) -> list[Stage]:
     stages: list[Stage] = []
     tokenizer = {} if recipe.base else {"tokenizer": "tokenizer"}
     if recipe.data is not None:
-        stages.append(corpus_stage(_seeded(recipe.data, recipe)))
+        sources = _seeded(recipe.data, recipe)
+        if sources.filters is not None:
+            stages.append(documents_stage(sources))
+        stages.append(corpus_stage(sources))
     if recipe.tokenizer is not None:
         stages.append(tokenizer_stage(recipe.tokenizer))
     base = _base_model(recipe.base)
@@ -136,21 +139,30 @@ def _own_files(config: InstructConfig) -> bool:
     return bool(config.sources)
 
 
+def documents_stage(config: DataConfig) -> Stage:
+    """sources → documents with attributes, on which the corpus stage decides: a threshold measures nothing again"""
+    from soma.data.corpus import build_documents, source_fingerprint
+
+    def build(job: Build) -> None:
+        build_documents(config, job.out, job.state)
+
+    return Stage("documents", config.of_documents(), build, fingerprint=lambda: source_fingerprint(config))
+
+
 def corpus_stage(config: DataConfig) -> Stage:
-    """sources → corpus"""
+    """sources, or with filters documents → corpus"""
     from soma.data.corpus import build_corpus, source_fingerprint
 
     def build(job: Build) -> None:
-        build_corpus(config, job.out, job.state)
+        build_corpus(config, job.out, job.state, job.inputs.get("documents"))
 
     def metrics(artefact: Path) -> dict[str, float]:
         splits = read_json(artefact / "report.json")["splits"]
         return {f"{split}_bytes": facts["bytes"] for split, facts in splits.items()}
 
-    return Stage(
-        "corpus", config.content(), build, fingerprint=lambda: source_fingerprint(config), metrics=metrics,
-        format_version=2,
-    )  # fmt: skip
+    inputs = {} if config.filters is None else {"documents": "documents"}
+    fingerprint = _nothing if inputs else lambda: source_fingerprint(config)
+    return Stage("corpus", config.content(), build, inputs, fingerprint, metrics, format_version=2)
 
 
 def tokenizer_stage(config: TokenizerConfig) -> Stage:

@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from soma.data.signals.config import Filters, Signal
+
 
 def _as_list(value: Any) -> Any:
     """One source may be written without the list around it."""
@@ -81,6 +83,13 @@ class DataConfig(Block):
     )
     clean: CleanConfig = Field(default_factory=CleanConfig, description="Cleaning and length limits.")
     dedup: DedupConfig = Field(default_factory=DedupConfig, description="Duplicate removal.")
+    filters: Filters | None = Field(
+        None,
+        description="Which documents stay, by their attributes: presets (`gopher`, `c4`, …) or rules of one's own.",
+    )
+    attributes: list[Signal] = Field(
+        default_factory=list, description="Signals to measure and write beside the corpus, whether a filter needs them."
+    )
     validation_fraction: float = Field(
         0.05, ge=0, lt=1, description="Share of the documents that is held out for validation."
     )
@@ -99,6 +108,18 @@ class DataConfig(Block):
     def content(self) -> dict[str, Any]:
         """The settings that the corpus depends on, as JSON."""
         return self.model_dump(mode="json", exclude={"workers", "runner"})
+
+    @property
+    def signals(self) -> list[str]:
+        """The signals that are measured: what the filters need, and `attributes`."""
+        needed = self.filters.signals if self.filters is not None else []
+        return sorted({*needed, *self.attributes})
+
+    def of_documents(self) -> dict[str, Any]:
+        """The settings that documents and their attributes depend on, as JSON; no threshold is among them."""
+        near = [self.dedup.num_hashes, self.dedup.ngram] if self.dedup.near else None
+        keys = {"sources", "text_field", "clean", "min_documents"}
+        return self.model_dump(mode="json", include=keys) | {"near": near, "signals": self.signals}
 
 
 class TokenizerConfig(Block):

@@ -7,7 +7,7 @@ the sort goes through buckets on disk.
 `report.json`, made to be drawn:
 
 * `python`, `corpus_hash` (over the sorted ids of all rows): print both beside every figure taken on this corpus.
-* `steps`: [{step, documents, bytes}] after `read`, `clean`, `exact`, `near`.
+* `steps`: [{step, documents, bytes}] after `read`, `clean`, `filters` (where there are some), `exact`, `near`.
 * `splits`: {train, validation: {documents, bytes, chars, lines}}.
 * `document_chars`, `line_bytes`: {edges, counts, median, p90, max}; counts[i] values lie in [edges[i], edges[i+1]).
 * `characters`: {class: count}. `kinds`: {kind: {documents, bytes}}. `sources`: the 20 largest, [{source, documents,
@@ -29,13 +29,14 @@ from typing import Any
 import numpy as np
 
 from soma.base import progress
-from soma.base.artefact import hash_lines, write_json
+from soma.base.artefact import hash_lines, read_json, write_json
 from soma.base.errors import UserError
 from soma.data import profile
+from soma.data.attributes import AttributeFiles, drop_filtered, read_attributes
 from soma.data.config import DataConfig
 from soma.data.duplicates import drop_exact, drop_near
 from soma.data.index import Index
-from soma.data.partitions import make_partitions
+from soma.data.partitions import Partition, make_partitions
 from soma.data.partitions import text_id as text_id
 from soma.data.readers import Dropped
 from soma.data.shards import DropLog, ShardWriter
@@ -48,6 +49,7 @@ from soma.data.sources import source_fingerprint as _fingerprint
 from soma.data.split import held_out
 
 SPLITS = ("train", "validation")
+ATTRIBUTE = "attribute:"  # before the names of attributes while they travel with their row
 BUCKET_BYTES = 48 << 20  # of text, sorted at once
 ROWS = ("id", "text", "source", "meta", "kind", "n_bytes", "n_chars", "cluster")
 
@@ -57,21 +59,50 @@ def source_fingerprint(config: DataConfig) -> str:
     return _fingerprint(config.sources)
 
 
-def build_corpus(config: DataConfig, out: Path, state: Path | None = None) -> None:
+def build_documents(config: DataConfig, out: Path, state: Path | None = None) -> None:
+    """Fill the directory `out` with what does not depend on any threshold, for `build_corpus` to decide on.
+
+    `partitions/` with texts, MinHash signatures and attributes, `skipped.parquet`: files that were not read.
+    """
+    with _workplace(state, out) as work:
+        skipped = DropLog()
+        partitions = make_partitions(config, _items(config, skipped), work / "partitions")
+        (out / "partitions").mkdir()
+        for partition in partitions:
+            for path in work.glob(f"partitions/{partition.path.stem}.*"):
+                shutil.copyfile(path, out / "partitions" / path.name)
+        skipped.write(out / "skipped.parquet")
+
+
+def _documents(config: DataConfig, made: Path | None, work: Path, dropped: DropLog) -> list[Partition]:
+    """The partitions of a `build_documents` folder, or made here."""
+    import pyarrow.parquet as pq
+
+    if made is None:
+        return make_partitions(config, _items(config, dropped), work / "partitions")
+    dropped.extend(pq.read_table(made / "skipped.parquet"))
+    return [Partition(path.with_suffix(".parquet"), read_json(path)) for path in sorted(made.glob("partitions/*.json"))]
+
+
+def build_corpus(config: DataConfig, out: Path, state: Path | None = None, documents: Path | None = None) -> None:
     """Fill the directory `out` with `<split>-00000.parquet`…, `dropped.parquet` and `report.json`.
 
     The bytes depend on the input files' names and contents and on `config` alone. `state`: a folder that survives a
-    kill; partitions that lie there are not made again. Raises UserError for a source that does not exist and where
+    kill; partitions that lie there are not made again. `documents`: a folder of `build_documents` with these settings;
+    then no source is read and no signal computed. Raises UserError for a source that does not exist and where
     nothing is left, saying what was dropped and why.
     """
     with _workplace(state, out) as work:
         dropped = DropLog()
-        partitions = make_partitions(config, _items(config, dropped), work / "partitions")
+        partitions = _documents(config, documents, work, dropped)
         steps: list[dict[str, Any]] = []
         for step in ("read", "clean"):
             counts = np.array([partition.facts["steps"][step] for partition in partitions]).reshape(-1, 2).sum(0)
             _step(steps, step, *counts.tolist())
         index = Index(partitions)
+        if config.filters is not None:
+            drop_filtered(config, index)
+            _kept_step(steps, "filters", index)
         if config.dedup.exact:
             drop_exact(index)
             _kept_step(steps, "exact", index)
@@ -153,11 +184,13 @@ def _write(
     dropped.write(out / "dropped.parquet")
     counted = profile.Profile(SPLITS)
     writers = [ShardWriter(out, split, ROWS) for split in SPLITS]
+    attributes = AttributeFiles(out, SPLITS)
     for path in files:
-        _sorted_rows(path, writers, counted)
+        _sorted_rows(path, writers, attributes, counted)
         path.unlink()
     for writer in writers:
         writer.close()
+    attributes.close()
     return counted
 
 
@@ -171,6 +204,8 @@ def _scatter(buckets: Path, index: Index, clusters_N: np.ndarray, split_N: np.nd
     files: list[Any] = [None] * count
     row = 0
     for partition in index.partitions:
+        measured = read_attributes(partition) if partition.attributes.exists() else None
+        first = row
         for batch in partition.batches(ROWS[:-1]):
             rows = np.arange(row, row + len(batch))
             row += len(batch)
@@ -178,6 +213,11 @@ def _scatter(buckets: Path, index: Index, clusters_N: np.ndarray, split_N: np.nd
             rows, batch = rows[index.kept_N[rows]], batch.filter(pa.array(index.kept_N[rows]))
             clusters = index.table["id"].take(clusters_N[rows]).combine_chunks()
             batch = batch.append_column("cluster", clusters).append_column("split", pa.array(split_N[rows]))
+            if measured is not None:
+                beside = measured.take(rows - first).drop_columns("id").combine_chunks()
+                for name in beside.column_names:
+                    column = beside[name].combine_chunks()
+                    batch = batch.append_column(ATTRIBUTE + name, column)
             owner = np.array([int(name[:8], 16) * count >> 32 for name in batch["id"].to_pylist()], np.int64)
             for number in np.unique(owner).tolist():
                 if files[number] is None:
@@ -194,12 +234,14 @@ def _log(index: Index, rows: np.ndarray, first: int, batch: Any, dropped: DropLo
     words = {"exact_duplicate": "same as", "near_duplicate": "like"}
     for row in rows.tolist():
         reason = index.reasons[index.reason_N[row]]
-        detail = f"{words[reason]} {index.string('source', index.twin_N[row])}"
+        detail = index.details.get(row) or f"{words[reason]} {index.string('source', index.twin_N[row])}"
         text = batch["text"][row - first].as_py()
         dropped.add(Dropped(index.string("source", row), reason, detail, profile.excerpt(text)))
 
 
-def _sorted_rows(path: Path, writers: Sequence[ShardWriter], counted: profile.Profile) -> None:
+def _sorted_rows(
+    path: Path, writers: Sequence[ShardWriter], attributes: AttributeFiles, counted: profile.Profile
+) -> None:
     """One bucket, sorted, to the writers of the splits."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -207,9 +249,15 @@ def _sorted_rows(path: Path, writers: Sequence[ShardWriter], counted: profile.Pr
     with pa.ipc.open_stream(path) as stream:
         table = stream.read_all()
     table = table.sort_by([("id", "ascending"), ("source", "ascending")])
+    names = [name for name in table.column_names if name.startswith(ATTRIBUTE)]
     for number, writer in enumerate(writers):
-        rows = table.filter(pc.equal(table["split"], number)).select(ROWS)
-        for batch in rows.to_batches(max_chunksize=1024):
+        rows = table.filter(pc.equal(table["split"], number))
+        if names and len(rows):
+            beside = rows.select(["id", *names])
+            attributes.add(
+                number, beside.rename_columns([name.removeprefix(ATTRIBUTE) for name in beside.column_names])
+            )
+        for batch in rows.select(ROWS).to_batches(max_chunksize=1024):
             columns = batch.to_pydict()
             counted.add(number, columns)
             writer.add(columns, columns["n_bytes"])

@@ -17,7 +17,8 @@ class Index:
     """All rows of all partitions, numbered in the order of the partitions.
 
     `table` has the columns `COLUMNS`; `kept_N` (bool) says which rows are still in; of the others `reason_N` holds the
-    number of the reason in `reasons`, `twin_N` the row that is kept in its place (or −1).
+    number of the reason in `reasons`, `twin_N` the row that is kept in its place (or −1) and `details`
+    what else is to be said of it.
     """
 
     def __init__(self, partitions: Sequence[Partition]) -> None:
@@ -33,6 +34,7 @@ class Index:
         self.reason_N = np.full(rows, -1, np.int16)
         self.reasons: list[str] = []
         self.twin_N = np.full(rows, -1, np.int64)
+        self.details: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(self.kept_N)

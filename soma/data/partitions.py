@@ -1,9 +1,9 @@
 """Documents on disk in partitions: a few input files each, read, cleaned, cut and measured once.
 
 `partitions/NNNNN-KEY.parquet` holds the columns of `schema()`, rows in the order of reading; beside it lie
-`….dropped.parquet` (what was set aside) and, written last, `….json` (counts): where that is, the partition is whole.
-KEY is a hash over names and contents of the input files and over the settings that count, so a killed run goes on
-with what is there, and no number of workers changes a byte.
+`….dropped.parquet` (what was set aside), `….attributes.parquet` (where signals are measured) and, written last,
+`….json` (counts): where that is, the partition is whole. KEY is a hash over names and contents of the input files and
+over the settings that count, so a killed run goes on with what is there, and no number of workers changes a byte.
 """
 
 import json
@@ -26,6 +26,7 @@ from soma.data.dedup.words import parse
 from soma.data.profile import excerpt
 from soma.data.readers import Document, Dropped, read_item
 from soma.data.shards import DropLog
+from soma.data.signals.measure import Measurer
 from soma.data.sources import Item
 from soma.data.workers import map_tasks
 
@@ -65,7 +66,13 @@ class Partition:
 
     @property
     def dropped(self) -> Path:
+        """What was set aside on the way."""
         return self.path.with_suffix(".dropped.parquet")
+
+    @property
+    def attributes(self) -> Path:
+        """A row of attributes for each row, where signals are measured."""
+        return self.path.with_suffix(".attributes.parquet")
 
     def batches(self, columns: Sequence[str], rows: int = BATCH_ROWS) -> Iterator[Any]:
         """Arrow record batches of these columns, in order."""
@@ -139,10 +146,9 @@ def _groups(items: Sequence[Item]) -> Iterator[list[Item]]:
 
 
 def _key(config: DataConfig, items: Sequence[Item], cut: Cut) -> str:
-    settings = {"text_field": config.text_field, "clean": config.clean.model_dump(), "cut": [cut.limit, cut.few]}
-    near = [config.dedup.num_hashes, config.dedup.ngram] if config.dedup.near else None
+    settings = {**config.of_documents(), "sources": None, "cut": [cut.limit, cut.few]}
     files = [[item.name, item.kind, item.compression, item.content_hash()] for item in items]
-    return json_hash([FORMAT, settings, near, files])[:20]
+    return json_hash([FORMAT, settings, files])[:20]
 
 
 def _facts_path(path: Path) -> Path:
@@ -174,13 +180,16 @@ class _Maker:
         self.waiting_chars = 0
         steps = {"read": [0, 0], "clean": [0, 0]}  # documents, bytes
         self.facts: dict[str, Any] = {"documents": 0, "chars": 0, "rows": 0, "steps": steps}
+        self.measurer = Measurer(self.config.signals) if self.config.signals else None
+        self.attributes: Any = None
 
     def make(self) -> dict[str, Any]:
         import pyarrow.parquet as pq
 
         task = self.task
         self.schema = schema(self.config.dedup.num_hashes if self.config.dedup.near else None)
-        hidden = {name: task.path.with_name(f".{task.path.name}.{os.getpid()}.{name}") for name in ("rows", "dropped")}
+        names = ("rows", "dropped", "attributes")
+        self.hidden = hidden = {name: task.path.with_name(f".{task.path.name}.{os.getpid()}.{name}") for name in names}
         try:
             with pq.ParquetWriter(hidden["rows"], self.schema, compression="zstd", store_schema=False) as self.file:
                 for item in task.items:
@@ -189,6 +198,9 @@ class _Maker:
                 self._flush()
             self.drops.write(hidden["dropped"])
             hidden["dropped"].replace(task.path.with_suffix(".dropped.parquet"))
+            if self.attributes is not None:
+                self.attributes.close()
+                hidden["attributes"].replace(task.path.with_suffix(".attributes.parquet"))
             hidden["rows"].replace(task.path)
         finally:
             for path in hidden.values():
@@ -247,7 +259,24 @@ class _Maker:
             signatures_NH = minhash_words(parse(texts), self.config.dedup)
             flat = pa.array(signatures_NH.ravel())
             columns["signatures"] = pa.FixedSizeListArray.from_arrays(flat, signatures_NH.shape[1])
+        if self.measurer is not None:
+            self._measure(columns["id"], texts)
         if texts:
             self.file.write_table(pa.table(columns, self.schema))
         self.facts["rows"] += len(texts)
         self.waiting, self.waiting_chars = [], 0
+
+    def _measure(self, ids: list[str], texts: list[str]) -> None:
+        """Write the attributes of these rows."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        assert self.measurer is not None
+        found = self.measurer.measure(texts)
+        kinds = {name: pa.string() if values.dtype == object else None for name, values in found.items()}
+        arrays = {name: pa.array(values, kinds[name]) for name, values in found.items()}
+        table = pa.table({"id": pa.array(ids, pa.string()), **arrays})
+        if self.attributes is None:
+            path = self.hidden["attributes"]
+            self.attributes = pq.ParquetWriter(path, table.schema, compression="zstd", store_schema=False)
+        self.attributes.write_table(table)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+Signal = Literal["gopher_quality", "gopher_repetition", "c4", "c4_any", "fineweb", "refinedweb", "language"]
 Preset = Literal["gopher", "c4", "fineweb", "refinedweb"]
 
 
