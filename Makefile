@@ -12,7 +12,7 @@ PEERS := $(VENV)/peers
 PEERS_STAMP := $(PEERS)/.installed
 NO_AMX := -DCMAKE_C_FLAGS=-mno-amx-tile -DCMAKE_CXX_FLAGS=-mno-amx-tile
 
-.PHONY: quickstart test test-full test-parallel check bench lock clean
+.PHONY: quickstart test test-full test-parallel check bench lock proto clean
 
 quickstart: $(RUN_STAMP)
 	$(BIN)/soma run recipes/quickstart.yaml
@@ -59,6 +59,10 @@ $(DEV_STAMP): requirements-dev.lock $(RUN_STAMP)
 # Write both lock files anew from pyproject.toml (CONSTRAINTS=file to hold versions back).
 lock: | $(BIN)/python
 	$(BIN)/python tools/lock.py $(if $(CONSTRAINTS),--constraints $(CONSTRAINTS))
+
+# Write the generated code of the gRPC protocol anew from soma/serve/v2/inference.proto.
+proto: $(DEV_STAMP)
+	$(BIN)/python tools/proto.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
