@@ -22,6 +22,7 @@ from soma.engine.errors import EngineClosedError, QueueFullError
 from soma.engine.guided import Guides
 from soma.engine.memory import GPU_SHARE, fitting_tokens
 from soma.engine.paged import PagedCache, cache_dtype_of
+from soma.engine.pages import gather
 from soma.engine.params import SamplingParams
 from soma.engine.prompts import Prompt, answer_all, ids_of
 from soma.engine.request import Completion, Request, TokenEvent, Tokenizer
@@ -87,10 +88,10 @@ class Engine(StepLoop):
             model, tokenizer = load_weights(local_folder(model))
         assert tokenizer is not None
         draft = None if speculate in (None, "ngram") else load_draft(str(speculate), model, tokenizer)
-        if (bits := weight_bits(weights)) is not None:
-            for each in (model, draft):
-                if each is not None:
-                    quantize(each, bits)
+        bits = weight_bits(weights)
+        for each in (model, draft):
+            if each is not None:
+                gather(each if bits is None else quantize(each, bits))
         self.config, self.tokenizer = model.config if group is None else group.config, tokenizer
         self.device = model.device
         stored = cache_dtype_of(cache_dtype, model.dtype)

@@ -4,7 +4,7 @@ Shape letters: N blocks, K key/value heads, H query heads, G query heads per key
 a value, T new tokens, S sequences, L tokens in the cache.
 """
 
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from soma.base.errors import UserError
 from soma.engine.batch import Batch
+from soma.engine.pages import zeros
 from soma.model.config import ModelConfig
 from soma.model.formulas import kv_cache_bytes
 
@@ -49,14 +50,15 @@ class PagedCache:
             shape = (num_blocks + 1, 1, block_size, config.kv_lora_rank + config.qk_rope_head_dim)
         else:
             shape = (num_blocks + 1, config.num_key_value_heads, block_size, config.head_dim)
-        layers = range(config.num_hidden_layers)
-        # On a CPU zeros are not real memory before they are written.
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
-        self.values = [] if config.is_mla else [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
-        scaled = layers if dtype == torch.int8 else range(0)
-        self.key_scales, self.value_scales = (
-            [torch.zeros(shape[:-1], dtype=torch.float32, device=device) for _ in scaled] for _ in ("keys", "values")
-        )
+        layers = config.num_hidden_layers
+        counts = (layers, 0 if config.is_mla else layers, *[layers if dtype == torch.int8 else 0] * 2)
+        kinds = ((shape, dtype), (shape, dtype), (shape[:-1], torch.float32), (shape[:-1], torch.float32))
+        wanted = [kind for kind, count in zip(kinds, counts, strict=True) for _ in range(count)]
+        made = iter(
+            zeros(wanted) if torch.device(device).type == "cpu"
+            else [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in wanted]
+        )  # fmt: skip
+        self.keys, self.values, self.key_scales, self.value_scales = (list(islice(made, count)) for count in counts)
 
     @staticmethod
     def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
