@@ -12,7 +12,7 @@ PEERS := $(VENV)/peers
 PEERS_STAMP := $(PEERS)/.installed
 NO_AMX := -DCMAKE_C_FLAGS=-mno-amx-tile -DCMAKE_CXX_FLAGS=-mno-amx-tile
 
-.PHONY: quickstart test test-full test-parallel check bench lock clean
+.PHONY: quickstart test test-full test-parallel check bench lock proto clean
 
 quickstart: $(RUN_STAMP)
 	$(BIN)/soma run recipes/quickstart.yaml
@@ -36,6 +36,7 @@ bench: $(DEV_STAMP) $(PEERS_STAMP)
 	$(BIN)/python -m benchmarks.train --json
 	$(BIN)/python -m benchmarks.generate --json
 	$(BIN)/python benchmarks/engine.py --peers $(PEERS)/bin/python --json
+	$(BIN)/python benchmarks/data.py --json
 
 # What benchmarks/engine.py runs beside us; llama.cpp is built for this machine (a C++ compiler and cmake, 5-10 minutes).
 $(PEERS_STAMP): | $(BIN)/python
@@ -59,6 +60,10 @@ $(DEV_STAMP): requirements-dev.lock $(RUN_STAMP)
 # Write both lock files anew from pyproject.toml (CONSTRAINTS=file to hold versions back).
 lock: | $(BIN)/python
 	$(BIN)/python tools/lock.py $(if $(CONSTRAINTS),--constraints $(CONSTRAINTS))
+
+# Write the generated code of the gRPC protocol anew from soma/serve/v2/inference.proto.
+proto: $(DEV_STAMP)
+	$(BIN)/python tools/proto.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

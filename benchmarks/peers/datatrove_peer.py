@@ -1,9 +1,9 @@
-"""datatrove's filters on a JSONL file of {"id", "text"}: decisions to a file, seconds to standard output.
+"""datatrove's filters on a JSONL file of {"id", "text"}; runs in the peers' environment.
 
-    python datatrove_peer.py TEXTS.jsonl OUT.json ROUNDS
+    python datatrove_peer.py TEXTS.jsonl
 
-Runs in the peers' environment. `OUT.json`: {filter: {id: reason or null}}. The first line printed is the seconds of a
-process that has just loaded spaCy (its memory of words empty), the following those of later rounds.
+Answers each line of standard input with a line of JSON: the first when it is ready, the others after filtering all
+documents: {"seconds", "decisions": {filter: {id: reason or null}}}.
 """
 
 import json
@@ -22,23 +22,22 @@ from datatrove.pipeline.filters import (
 from datatrove.utils.text import split_into_parts, split_into_words
 
 
-def main(texts: str, out: str, rounds: str) -> None:
-    documents = [Document(**json.loads(line)) for line in Path(texts).read_text().splitlines()]
+def main(texts: str) -> None:
+    documents = [Document(**json.loads(line)) for line in Path(texts).read_text().split("\n") if line]
     filters = {
         "gopher_quality": GopherQualityFilter(), "gopher_repetition": GopherRepetitionFilter(),
         "c4": C4QualityFilter(), "fineweb": FineWebQualityFilter(),
     }  # fmt: skip
     split_into_words("Load the tokenizer.")
-    for _ in range(int(rounds)):
+    for number, _ in enumerate(sys.stdin):
         found: dict[str, dict[str, str | None]] = {name: {} for name in filters}
         started = time.perf_counter()
-        for document in documents:
-            for name, one in filters.items():  # one after the other, so that its memory of the last words is of use
+        for document in documents if number else []:
+            for name, one in filters.items():  # one after the other: its memory of the last five texts is of use
                 result = one.filter(replace(document))  # C4 changes the text of the document that it is given
                 found[name][document.id] = result[1] if isinstance(result, tuple) else None
-        print(time.perf_counter() - started, flush=True)
+        print(json.dumps({"seconds": time.perf_counter() - started, "decisions": found}), flush=True)
         split_into_parts.cache_clear()
-    Path(out).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

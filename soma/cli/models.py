@@ -46,6 +46,16 @@ def serve(
     keys: Annotated[
         str | None, typer.Option(metavar="DATABASE", help="Ask for keys: a file or postgresql://… of `soma keys`.")
     ] = None,
+    grpc_port: Annotated[
+        int | None, typer.Option(help="Open Inference Protocol over gRPC on this port as well (Triton's is 8001).")
+    ] = None,
+    grpc_compression: Annotated[str, typer.Option(help="Of gRPC answers: none, gzip or deflate.")] = "none",
+    models: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="YAML file with further models: Python, ONNX, encoders.")
+    ] = None,
+    allow_model_control: Annotated[
+        bool, typer.Option("--allow-model-control", help="Let clients load and unload the models of that file.")
+    ] = False,
     limits: Annotated[
         Path | None, typer.Option(metavar="FILE", help="YAML: rate limits, in this process or in Redis.")
     ] = None,
@@ -68,7 +78,8 @@ def serve(
             cache_dtype=cache_dtype, replicas=replicas, speculate=speculate, draft_tokens=draft_tokens,
             tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel, in_process=in_process,
             adapters=parse_adapters(adapter or []), allow_adapter_loading=allow_adapter_loading,
-            keys=keys, limits=limits, trusted_proxies=trusted_proxy or (),
+            keys=keys, grpc_port=grpc_port, grpc_compression=grpc_compression, models=models,
+            allow_model_control=allow_model_control, limits=limits, trusted_proxies=trusted_proxy or (),
         )  # fmt: skip
 
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from soma.base.errors import UserError
 from soma.model.attention import Across, Attention, LatentAttention, flash_supports, make_mask
@@ -55,8 +54,7 @@ class Layer(nn.Module):
 class Transformer(nn.Module):
     """Decoder-only language model after `config`.
 
-    Built on `device` in `dtype` with weights of `init_weights(0)`; on the meta device nothing is allocated. Set
-    `activation_checkpointing` to recompute each layer in the backward pass instead of keeping its activations.
+    Built on `device` in `dtype` with weights of `init_weights(0)`; on the meta device nothing is allocated.
     """
 
     def __init__(
@@ -64,7 +62,6 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False
         with torch.device("meta"):
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
             if config.position_embedding == "learned":
@@ -149,12 +146,7 @@ class Transformer(nn.Module):
         rope, masks, keep_BT = self.context(x_BTD, tokens_BT, positions_BT, document_ids_BT, cache, offset)
         losses = []
         for layer in self.layers:
-            if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
-                x_BTD, aux_loss = checkpoint(
-                    layer, x_BTD, rope, masks, keep_BT, None, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                x_BTD, aux_loss = layer(x_BTD, rope, masks, keep_BT, cache)
+            x_BTD, aux_loss = layer(x_BTD, rope, masks, keep_BT, cache)
             if aux_loss is not None:
                 losses.append(aux_loss)
         if isinstance(cache, KVCache):

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -16,18 +16,24 @@ from soma.engine.params import SamplingParams
 from soma.engine.process import EngineProcess
 from soma.engine.prompts import encode_prompt
 from soma.engine.replicas import Replicas
-from soma.engine.request import LATE, TokenEvent
+from soma.engine.request import TokenEvent
 from soma.model.tokenizer import Tokenizer
 from soma.serve import adapters, embeddings, errors, tokens
 from soma.serve.calls import Gates, Passage, Usage, called, check_allowed, may_use
+from soma.serve.disconnect import CLIENT_CLOSED_REQUEST, unless_disconnected
 from soma.serve.errors import ApiError
 from soma.serve.formats import ChatFormat, CompletionFormat
-from soma.serve.generation import Generation
+from soma.serve.generation import Generation, check
 from soma.serve.metrics import Metrics
 from soma.serve.prompts import TokenNames
 from soma.serve.protocol import ChatRequest, CompletionRequest, Sampling, read_body
 from soma.serve.tool_calls import ToolChatFormat, with_calls
 from soma.serve.tools import read_tools
+from soma.serve.v2 import rest
+from soma.serve.v2.encoder import Encoder
+from soma.serve.v2.front import Front
+from soma.serve.v2.llm import LanguageModel
+from soma.serve.v2.repository import Repository
 
 if TYPE_CHECKING:
     from soma.engine.embed import Embedder
@@ -37,7 +43,6 @@ if TYPE_CHECKING:
     AnyEngine = Engine | EngineProcess | Replicas
 
 MAX_BODY_BYTES = 4 << 20
-CLIENT_CLOSED_REQUEST = 499  # nginx's name for a client that left; nobody reads it
 PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -108,13 +113,15 @@ class Service:
 def create_app(
     engine: "AnyEngine", tokenizer: Tokenizer, model_name: str, *, max_body_bytes: int = MAX_BODY_BYTES,
     embedder: "Embedder | None" = None, allow_adapter_loading: bool = False, gates: Gates | None = None,
-    guard: "Guard | None" = None,
+    guard: "Guard | None" = None, repository: Repository | None = None, allow_model_control: bool = False,
 ) -> FastAPI:  # fmt: skip
     """The application. `app.state.service` is its `Service`; who runs it closes the engine afterwards.
 
     `embedder` makes the embeddings beside an engine in this process; an engine process has its own.
     `allow_adapter_loading`: clients may load adapters from folders of this machine, and unload them. `gates`: what
     every request that uses the model passes. `guard`: who asks for keys at the door of every route.
+    `repository`: further models for the Open Inference Protocol; `allow_model_control`: clients may load and unload
+    those. `app.state.v2` is that protocol's front.
     """
     app = FastAPI(title="Soma", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.service = service = Service(engine, tokenizer, model_name, max_body_bytes, embedder, gates)
@@ -127,6 +134,8 @@ def create_app(
     embeddings.install(app, service)
     tokens.install(app, service)
     adapters.install(app, service, allowed=allow_adapter_loading)
+    app.state.v2 = v2 = v2_front(service, repository or Repository(), allow_control=allow_model_control)
+    rest.install(app, v2)
     page = files("soma.serve").joinpath("page.html").read_text(encoding="utf-8")
 
     @app.post("/v1/chat/completions")
@@ -195,6 +204,19 @@ def create_app(
     return app
 
 
+def v2_front(service: Service, repository: Repository, *, allow_control: bool) -> Front:
+    """The Open Inference Protocol over the engine's model, its adapters, its embeddings and what the repository has.
+    Embeddings are a model of the engine's name; beside a model that makes text they are `NAME-embeddings`."""
+    engine, name = service.engine, service.model_name
+    if service.makes_text:
+        repository.add(name, LanguageModel(service))
+        repository.find = lambda wanted: LanguageModel(service, wanted) if wanted in engine.adapter_folders else None
+    if service.embedder is not None:
+        encoder = Encoder(service.embedder, service.tokenizer, lambda: engine.alive, own=False)
+        repository.add(f"{name}-embeddings" if service.makes_text else name, encoder)
+    return Front(repository, service, allow_control=allow_control)
+
+
 def encode_all(tokenizer: Tokenizer, prompts: list[str] | list[list[int]]) -> list[list[int]]:
     """Ids of every prompt; those given as ids stay as they are."""
     return [encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
@@ -237,41 +259,14 @@ async def answer(
     return JSONResponse(whole, headers=passage.headers)
 
 
-async def unless_disconnected(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
-    """The result of `work`, or None if the client left before (then `work` is cancelled)."""
-
-    async def left() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(left())
-    try:
-        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-        return await task if task.done() else None
-    finally:
-        task.cancel()
-        watch.cancel()
-
-
 async def collect(service: Service, generation: Generation, shape: ChatFormat) -> dict[str, Any]:
     """All choices in one answer."""
     events: dict[int, list[TokenEvent]] = {index: [] for index in range(len(generation.requests))}
     async for index, event in generation:
-        check(service, event)
+        check(service.engine, event)
         events[index].append(event)
     choices = [shape.choice(index, events[index], generation.requests[index]) for index in events]
     return shape.envelope(shape.whole_object, choices, usage=generation.usage)
-
-
-def check(service: Service, event: TokenEvent) -> None:
-    """Raises ApiError if the engine failed on the request: 503 if all of it is gone, 504 if it was late, else 500."""
-    if event.finish_reason == "error":
-        if event.is_lost and isinstance(service.engine, EngineProcess | Replicas):
-            raise ApiError(503, event.error or "the engine is being restarted", code="engine_restarting",
-                           retry_after=service.engine.retry_after)  # fmt: skip
-        if event.error == LATE:
-            raise ApiError(504, LATE, "timeout", "deadline_exceeded")
-        raise ApiError(500, event.error or "the engine failed on this request", code="engine_error")
 
 
 async def stream(
@@ -282,7 +277,7 @@ async def stream(
     started: set[int] = set()
     try:
         async for index, event in generation:
-            check(service, event)
+            check(service.engine, event)
             chunks = [] if index in started else [shape.start(index, generation.requests[index])]
             started.add(index)
             chunks.append(shape.chunk(index, event))

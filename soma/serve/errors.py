@@ -54,11 +54,18 @@ def as_api_error(error: Exception) -> ApiError:
     return ApiError(500, "the server failed on this request; its log says why", code="internal_error")
 
 
-def respond(error: ApiError) -> JSONResponse:
-    """The HTTP response of an error."""
+def error_response(error: ApiError, path: str) -> dict[str, Any]:
+    """The JSON of an error in the shape of the protocol that has this path: `/v2/` is the Open Inference Protocol's."""
+    if path == "/v2" or path.startswith("/v2/"):
+        return {"error": error.message}
+    return error_body(error.status, error.message, error.param, error.code)
+
+
+def respond(error: ApiError, path: str = "") -> JSONResponse:
+    """The HTTP response of an error to a request for this path."""
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
     headers |= error.headers
-    return JSONResponse(error_body(error.status, error.message, error.param, error.code), error.status, headers)
+    return JSONResponse(error_response(error, path), error.status, headers)
 
 
 def log_unknown(error: Exception) -> None:
@@ -76,16 +83,16 @@ def sse_error(error: Exception) -> bytes:
 def install(app: FastAPI) -> None:
     """Give every error of the application OpenAI's shape."""
 
-    async def known(_: Request, error: Exception) -> JSONResponse:
-        return respond(as_api_error(error))
+    async def known(request: Request, error: Exception) -> JSONResponse:
+        return respond(as_api_error(error), request.url.path)
 
-    async def http(_: Request, error: Exception) -> JSONResponse:
+    async def http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        return respond(ApiError(error.status_code, str(error.detail)))
+        return respond(ApiError(error.status_code, str(error.detail)), request.url.path)
 
     async def unknown(request: Request, error: Exception) -> JSONResponse:
         log.error("%s %s failed: %s", request.method, request.url.path, type(error).__name__)
-        return respond(as_api_error(error))
+        return respond(as_api_error(error), request.url.path)
 
     for kind in (ApiError, UserError, QueueFullError, EngineClosedError, EngineRestartingError):
         app.add_exception_handler(kind, known)

@@ -8,8 +8,11 @@ from typing import Any
 
 from soma.engine.engine import Engine, threadsafe
 from soma.engine.params import MASK64, SamplingParams
-from soma.engine.request import Request, TokenEvent
+from soma.engine.process import EngineProcess
+from soma.engine.replicas import Replicas
+from soma.engine.request import LATE, Request, TokenEvent
 from soma.serve.calls import Usage
+from soma.serve.errors import ApiError
 from soma.serve.metrics import Metrics
 
 
@@ -91,3 +94,14 @@ class Generation:
 def nth(params: SamplingParams, k: int) -> SamplingParams:
     """The parameters of answer `k` to one prompt."""
     return params if params.seed is None or k == 0 else replace(params, seed=(params.seed + k) & MASK64)
+
+
+def check(engine: Any, event: TokenEvent) -> None:
+    """Raises ApiError if the engine failed on the request: 503 if all of it is gone, 504 if it was late, else 500."""
+    if event.finish_reason == "error":
+        if event.is_lost and isinstance(engine, EngineProcess | Replicas):
+            raise ApiError(503, event.error or "the engine is being restarted", code="engine_restarting",
+                           retry_after=engine.retry_after)  # fmt: skip
+        if event.error == LATE:
+            raise ApiError(504, LATE, "timeout", "deadline_exceeded")
+        raise ApiError(500, event.error or "the engine failed on this request", code="engine_error")

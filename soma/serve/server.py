@@ -27,11 +27,15 @@ from soma.serve.addresses import Addresses, TrustedProxies
 from soma.serve.calls import Gates
 from soma.serve.limits.config import read_limits
 from soma.serve.limits.gate import LimitsGate
+from soma.serve.v2.config import add_models, read_models
+from soma.serve.v2.repository import Repository
 
 if TYPE_CHECKING:
     from soma.engine.embed import Embedder
     from soma.model.tokenizer import Tokenizer
     from soma.serve.app import AnyEngine
+    from soma.serve.keys.door import Guard
+    from soma.serve.v2.grpc_server import GrpcServer
 
 GRACE = 30.0  # seconds that running answers get after SIGTERM
 
@@ -39,14 +43,27 @@ GRACE = 30.0  # seconds that running answers get after SIGTERM
 class Server(uvicorn.Server):
     """uvicorn, but SIGTERM first lets running answers end while new requests get 503; a second signal ends it all."""
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI, grace: float, ready: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, app: FastAPI, grace: float, ready: Callable[[], None],
+        make_grpc: "Callable[[], GrpcServer] | None" = None,
+    ) -> None:  # fmt: skip
         super().__init__(config)
+        self.make_grpc = make_grpc
+        self.grpc: GrpcServer | None = None
         self.service, self.grace, self.ready = app.state.service, grace, ready
         self.deadline: float | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        if self.make_grpc is not None:
+            self.grpc = self.make_grpc()
+            await self.grpc.start()
         self.ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self.grpc is not None:
+            await self.grpc.stop(0)  # who still runs has had its time
+        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.service.draining:
@@ -67,7 +84,9 @@ def serve(
     cache_dtype: str = "auto", speculate: str | None = None, draft_tokens: int | None = None, tensor_parallel: int = 1,
     pipeline_parallel: int = 1, grace: float = GRACE, in_process: bool = False,
     adapters: Mapping[str, str] | None = None, allow_adapter_loading: bool = False, keys: str | None = None,
-    limits: Path | None = None, trusted_proxies: Sequence[str] = (), ready: Callable[[str], None] | None = None,
+    grpc_port: int | None = None, grpc_compression: str = "none", models: str | Path | None = None,
+    allow_model_control: bool = False, limits: Path | None = None, trusted_proxies: Sequence[str] = (),
+    ready: Callable[[str], None] | None = None,
 ) -> None:  # fmt: skip
     """Serve a model until SIGTERM or SIGINT.
 
@@ -81,10 +100,12 @@ def serve(
     `draft_tokens`: see `Engine`.
     `in_process`: no process of its own for the engine (one process to debug; a crash of the engine ends the service).
     `adapters`: names and PEFT folders of adapters, chosen as models by those names; with `allow_adapter_loading`
-    clients may load and unload others. `ready` is called with the base URL once requests are answered; without it a
-    note says so.
+    clients may load and unload others. `grpc_port`: the Open Inference Protocol over gRPC as well, on the same host;
+    `grpc_compression` of its answers. `models`: a file with further models for that protocol (`soma.serve.v2.config`),
+    which clients may load and unload with `allow_model_control`. `ready` is called with the base URL once requests are
+    answered; without it a note says so.
     Raises UserError: no such model, a public host without `keys` or `allow_public`, a port in use, no replicas, an
-    adapter that cannot be loaded, limits that make no sense, a database that cannot be opened.
+    adapter or model that cannot be loaded, limits that make no sense, a database that cannot be opened.
     """
     sizes = {"replicas": replicas, "tensor_parallel": tensor_parallel, "pipeline_parallel": pipeline_parallel}
     for option, size in sizes.items():
@@ -97,7 +118,10 @@ def serve(
     limiter = None if limits is None else LimitsGate(read_limits(Path(limits)))
     listener = listen(host, port)
     gateway = None
+    repository = Repository()
     try:
+        if models is not None:
+            add_models(repository, read_models(Path(models)), Path(models).parent)
         if keys is not None:
             from soma.serve.gateway import Gateway
 
@@ -118,6 +142,7 @@ def serve(
                 engine, tokenizer, name or own_name, embedder=embedder, allow_adapter_loading=allow_adapter_loading,
                 gates=Gates([*(gateway.gates if gateway else ()), *([limiter] if limiter else ())]),
                 guard=gateway.guard if gateway else None,
+                repository=repository, allow_model_control=allow_model_control,
             )  # fmt: skip
             app.add_middleware(Addresses, proxies=proxies)  # before the door, which counts failures by address
             if limiter is not None:
@@ -127,13 +152,28 @@ def serve(
                 app, log_level="warning", access_log=False, timeout_graceful_shutdown=2, lifespan="off"
             )
             announce = ready or (lambda url: progress.current().note(f"{name or own_name} is served at {url}"))
-            Server(config, app, grace, lambda: announce(url)).run(sockets=[listener])
+            make_grpc = None
+            if grpc_port is not None:
+                make_grpc = grpc_maker(app, host, grpc_port, gateway.guard if gateway else None, grpc_compression)
+            Server(config, app, grace, lambda: announce(url), make_grpc).run(sockets=[listener])
         finally:
+            repository.close()
             engine.close()
     finally:
         if gateway is not None:
             gateway.close()
         listener.close()
+
+
+def grpc_maker(
+    app: FastAPI, host: str, port: int, guard: "Guard | None", compression: str
+) -> "Callable[[], GrpcServer]":  # fmt: skip
+    """What makes the gRPC listener, inside the event loop. Raises UserError where gRPC is not installed."""
+    try:
+        from soma.serve.v2.grpc_server import GrpcServer
+    except ImportError as error:
+        raise UserError(f"gRPC needs more packages ({error}): pip install 'somacube[gateway]'") from error
+    return lambda: GrpcServer(app.state.v2, host, port, guard=guard, compression=compression)
 
 
 def start_engine(

@@ -18,6 +18,7 @@ from soma.base.errors import UserError
 from soma.model.lora import lora_layers
 from soma.model.transformer import Transformer
 from soma.train.config import checkpointing_form
+from soma.train.parallel.matrices import local_part
 
 # Products are dear to compute and their results small; norms, rotations, gates and sums are the other way round.
 KEPT = (
@@ -31,14 +32,18 @@ KEPT = (
 Forward = Callable[..., Any]
 
 
-def recompute_layers(model: Transformer, mode: bool | str, measure: Callable[[], Any] | None = None) -> int:
+def recompute_layers(
+    model: Transformer, mode: bool | str, measure: Callable[[], Any] | None = None, microbatches: float = 1
+) -> int:  # fmt: skip
     """Wrap the layers' forward passes after `mode` (see `TrainConfig`); how many of them recompute.
 
-    `measure` runs one forward pass of a microbatch with gradients: a budget is held against what its layers then keep.
+    The model may be a pipeline rank's part of one. `measure` runs one forward pass of a microbatch with gradients: a
+    budget is held against what its layers then keep, for as many `microbatches` as are on their way at once.
     Raises UserError where recomputing all layers would still go over the budget.
     """
     kind, number = checkpointing_form(mode)
-    layers = list(model.layers)
+    numbers = [int(name) for name, _ in model.layers.named_children()]
+    layers: list[nn.Module] = list(model.layers)
     dropout = any(
         layer.dropout > 0 for layer in lora_layers(model).values()
     )  # the same mask again, from the same state
@@ -50,9 +55,9 @@ def recompute_layers(model: Transformer, mode: bool | str, measure: Callable[[],
         return len(layers)
     if kind == "budget":
         assert measure is not None, "a budget needs a forward pass to measure"
-        chosen = within(number, kept_bytes(layers, measure), inputs_bytes(layers, measure))
+        chosen = within(number, kept_bytes(layers, measure), inputs_bytes(layers, measure), microbatches)
     else:
-        chosen = [index for index in range(len(layers)) if index % number == 0]
+        chosen = [index for index, place in enumerate(numbers) if place % number == 0]
     for index in chosen:
         layers[index].forward = recomputing(layers[index].forward, random=dropout)
     return len(chosen)
@@ -83,15 +88,15 @@ def selective() -> Any:
     return create_selective_checkpoint_contexts(policy)
 
 
-def within(budget: int, kept: Sequence[int], inputs: Sequence[int]) -> list[int]:
+def within(budget: int, kept: Sequence[int], inputs: Sequence[int], microbatches: float = 1) -> list[int]:
     """The fewest layers, the first ones, that must recompute so that all layers keep at most `budget` bytes.
 
-    A layer keeps `kept` bytes, or its `inputs` if it recomputes; while one of those is computed again it needs all of
-    its own besides. Worked number: four layers of 100 bytes with inputs of 10 under a budget of 330: two recompute
-    (2 · 10 + 2 · 100 + 100 for the one in work = 320).
+    A layer keeps `kept` bytes of each microbatch, or its `inputs` if it recomputes; while one of those is computed
+    again it needs all of its own besides. Worked number: four layers of 100 bytes with inputs of 10 under a budget of
+    330: two recompute (2 · 10 + 2 · 100 + 100 for the one in work = 320).
     """
     for count in range(len(kept) + 1):
-        need = sum(inputs[:count]) + sum(kept[count:]) + max(kept[:count], default=0)
+        need = round(microbatches * (sum(inputs[:count]) + sum(kept[count:]))) + max(kept[:count], default=0)
         if need <= budget:
             return list(range(count))
     raise UserError(
@@ -105,7 +110,7 @@ def kept_bytes(layers: Sequence[nn.Module], measure: Callable[[], Any]) -> list[
     sizes = [0] * len(layers)
     seen: set[int] = set()
     current = -1
-    parameters = {tensor.untyped_storage().data_ptr() for layer in layers for tensor in layer.parameters()}
+    parameters = {local_part(p).untyped_storage().data_ptr() for layer in layers for p in layer.parameters()}
 
     def count(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

@@ -10,6 +10,7 @@ from soma.model.config import ModelConfig
 from soma.model.kernels import packed, reference
 from soma.model.kernels.launch import INTERPRETED
 from soma.model.transformer import Transformer
+from soma.train.recompute import recompute_layers
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="on a GPU the trainer itself takes this path")
 IDS = torch.tensor([[0] * 9 + [1] * 20 + [2], [5] * 12 + [6] * 11 + [-1] * 7])
@@ -42,7 +43,7 @@ def test_same_features_and_gradients(
     monkeypatch.setattr(transformer, "flash_supports", lambda *words: True)
     flash = packed.flash_attention
     monkeypatch.setattr(packed, "flash_attention", lambda *a, **k: calls.append(1) or flash(*a, **k))
-    model.activation_checkpointing = checkpointing
+    recompute_layers(model, checkpointing)
     ours = run(model, document_ids)
     assert calls
     for a, b in zip(ours, dense, strict=True):

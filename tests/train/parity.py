@@ -59,7 +59,8 @@ GPT2 = {
 }  # fmt: skip
 LORA = LoRAConfig(r=3, lora_alpha=6, rank_pattern={"down_proj": 5})
 WIDE = DENSE | {"hidden_size": 64, "head_dim": 16, "intermediate_size": 64}  # rounded in groups of 32, cut in two
-MODELS: dict[str, dict[str, Any]] = {"wide": WIDE, "dense": DENSE, "moe": MOE, "latent": LATENT, "gpt2": GPT2}
+DEEP = {name: shape | {"num_hidden_layers": 4} for name, shape in (("dense4", DENSE), ("moe4", MOE))}
+MODELS: dict[str, dict[str, Any]] = DEEP | {"wide": WIDE, "dense": DENSE, "moe": MOE, "latent": LATENT, "gpt2": GPT2}
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Case:
     precision: str = "fp32"
     microbatch: int | None = None
     optimizer: str = "adamw"
-    checkpointing: bool = False
+    checkpointing: bool | str = False
     compile: bool = False
     isolate: bool = True
     lora: str = ""  # of the frozen weights below: full, int8, int4

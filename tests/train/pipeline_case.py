@@ -101,7 +101,6 @@ def make_model(case: Case) -> Transformer:
                 parameter *= 4
             elif name.endswith("bias"):
                 parameter += torch.linspace(-0.1, 0.1, parameter.numel())
-    model.activation_checkpointing = case.recompute
     return model.train()
 
 
@@ -193,7 +192,7 @@ def train_rank(rank: int, world_size: int, case: Case) -> Trained:
     model = make_model(case)
     pipeline = PipelineStep(
         model, plan, layers=layers_of(case, plan.stages), autocast=case.autocast, compiled=case.compiled,
-        split=case.split,
+        split=case.split, recompute=case.recompute,
     )  # fmt: skip
     spoil(pipeline, case.broken)
 

@@ -40,7 +40,29 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2-tp2-sp": {"pp": 2, "tp": 2, "sp": True, "schedule": "zb-h1"},
     "pp2-cp2": {"pp": 2, "cp": 2},
     "pp2-dp2-ep2": {"pp": 2, "dp": 2, "ep": 2},
+    "pp2-fsdp2": {"pp": 2, "fsdp": 2, "schedule": "zb-h1"},
+    "pp2-zero2": {"pp": 2, "fsdp": 2, "zero": 2, "schedule": "dualpipe"},
+    "pp2-zero1-v": {"pp": 2, "fsdp": 2, "zero": 1, "schedule": "zb-v"},
+    "pp2-fsdp2-v": {"pp": 2, "fsdp": 2, "schedule": "zb-v"},
+    "pp2-fsdp2-ep2": {"pp": 2, "fsdp": 2, "ep": 2},
 }
+EIGHT: dict[str, tuple[dict[str, Any], list[Case]]] = {  # three and four dimensions
+    "pp2-fsdp2-tp2-sp": ({"pp": 2, "fsdp": 2, "tp": 2, "sp": True}, [
+        Case(microbatch=2), Case("latent", microbatch=4, optimizer="muon"), Case("gpt2", microbatch=2, lora="full"),
+        Case(microbatch=2, checkpointing="selective"), Case("moe", "bf16", microbatch=2),
+    ]),
+    "pp2-dp2-fsdp2": ({"pp": 2, "dp": 2, "fsdp": 2, "schedule": "zb-v"}, [
+        Case("dense4", microbatch=2), Case("moe4", microbatch=1, optimizer="muon"),
+    ]),
+    "pp2-fsdp2-cp2-ep2": ({"pp": 2, "fsdp": 2, "cp": 2, "ep": 2}, [
+        Case("moe", microbatch=2), Case("latent", microbatch=2),
+    ]),
+    "pp2-fsdp2-tp2-ep2": ({"pp": 2, "fsdp": 2, "tp": 2, "ep": 2, "schedule": "zb-h1"}, [
+        Case("moe", microbatch=2), Case("latent", microbatch=2, lora="full"),
+    ]),
+    "dp2-fsdp2-tp2": ({"dp": 2, "fsdp": 2, "tp": 2}, [Case(), Case("moe", optimizer="muon")]),
+    "fsdp2-cp2-tp2": ({"fsdp": 2, "cp": 2, "tp": 2, "sp": True}, [Case(), Case("latent", checkpointing="every:2")]),
+}  # fmt: skip
 
 
 def accumulated(layout: dict[str, Any]) -> int:
@@ -51,7 +73,8 @@ def accumulated(layout: dict[str, Any]) -> int:
 def cases(layout: dict[str, Any]) -> list[Case]:
     """All cases of a layout."""
     sizes = (None, accumulated(layout))
-    models = ("moe",) if "ep" in layout else ("dense", "moe")
+    deep = "4" if layout.get("schedule") in ("zb-v", "dualpipe") else ""  # two stages on each rank want four layers
+    models = ("moe",) if "ep" in layout else (f"dense{deep}", f"moe{deep}")
     return [Case(*values) for values in product(models, ("fp32", "bf16"), sizes, ("adamw", "muon"))]
 
 
@@ -76,6 +99,11 @@ SLICE: dict[str, list[dict[str, Any]]] = {
     "pp2-tp2-sp": [{"model": "latent", "microbatch": 4, "optimizer": "muon"}],
     "pp2-cp2": [{"microbatch": 4, "checkpointing": True}],
     "pp2-dp2-ep2": [{"model": "moe", "microbatch": 2}],
+    "pp2-fsdp2": [{"model": "latent", "microbatch": 2, "checkpointing": "selective"}],
+    "pp2-zero2": [{"model": "dense4", "microbatch": 2, "optimizer": "muon"}],
+    "pp2-zero1-v": [{"model": "moe4", "microbatch": 2}],
+    "pp2-fsdp2-v": [{"model": "dense4", "microbatch": 2, "checkpointing": True}],
+    "pp2-fsdp2-ep2": [{"model": "moe", "microbatch": 2}],
 }
 
 
@@ -94,15 +122,17 @@ def lora_cases(layout: dict[str, Any]) -> list[Case]:
     """All cases of a layout with updates; a weight that is cut is rounded where the pieces are whole groups."""
     if "ep" in layout:
         return [Case("moe", lora="full"), Case("latent", lora="full")]
+    if layout.get("schedule") in ("zb-v", "dualpipe"):
+        return [Case(model, lora="full", microbatch=accumulated(layout)) for model in ("dense4", "moe4")]
     plain = [Case(model, lora="full", microbatch=accumulated(layout)) for model in ("dense", "moe", "latent", "gpt2")]
     rounded = [Case("wide", lora="int8"), Case("wide", lora="int4", precision="bf16")]
     return plain + (rounded if layout.get("tp", 1) < 4 else [])
 
 
-def check(pool: Pool, layout: dict[str, Any], chosen: list[Case]) -> None:
-    outcomes = pool.run(on_rank, RANKS, layout, chosen, timeout=300)[0]
+def check(pool: Pool, layout: dict[str, Any], chosen: list[Case], ranks: int = RANKS) -> None:
+    outcomes = pool.run(on_rank, ranks, layout, chosen, timeout=300)[0]
     for case, ours in zip(chosen, outcomes, strict=True):
-        bounds = case.precision if case.model in ("dense", "wide") or case.precision == "fp32" else "bf16 moe"
+        bounds = case.precision if case.model in ("dense", "dense4", "wide") or case.precision == "fp32" else "bf16 moe"
         assert differences(ours, alone(case), bounds) == [], (layout, case)
 
 
@@ -126,6 +156,13 @@ def test_lora_grid(pool: Pool, name: str) -> None:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_grid(pool: Pool, name: str) -> None:
     check(pool, LAYOUTS[name], cases(LAYOUTS[name]))
+
+
+@pytest.mark.parallel
+@pytest.mark.parametrize("name", EIGHT)
+def test_eight_ranks(pool: Pool, name: str) -> None:
+    layout, chosen = EIGHT[name]
+    check(pool, layout, chosen, ranks=8)
 
 
 @pytest.mark.parallel

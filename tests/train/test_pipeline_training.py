@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ def same_model(one: Path, other: Path) -> None:
         ({"pp": 2, "dp": 2, "schedule": "dualpipe"}, "moe"),
         ({"pp": 2, "schedule": "zb-v", "microbatches": 4}, "moe"),
         ({"pp": 2, "tp": 2, "sp": True, "schedule": "zb-h1"}, "dense"),
+        ({"pp": 2, "fsdp": 2, "schedule": "interleaved", "virtual_stages": 2}, "dense"),
         pytest.param({"pp": 2, "tp": 2, "schedule": "dualpipe"}, "moe", marks=pytest.mark.parallel),
         pytest.param(
             {"pp": 2, "dp": 2, "tp": 2, "sp": True, "schedule": "interleaved", "virtual_stages": 2},
@@ -65,7 +67,8 @@ def test_pipeline_trains_as_one_process(
         **SHAPE | vocabulary, **MODELS[family], num_hidden_layers=4, tie_word_embeddings=family == "dense"
     )
     settings = small | {
-        "sequence_length": 64, "batch_size": 8 if "dp" in layout else 4, "microbatch_size": 1, "checkpoint_every": 3,
+        "sequence_length": 64, "batch_size": 8 if {"dp", "fsdp"} & layout.keys() else 4,
+        "microbatch_size": 1, "checkpoint_every": 3,
         "steps": 6,
     }  # fmt: skip
     alone = run("a", TrainConfig(**settings), tokens=chats, model=model)
@@ -75,7 +78,7 @@ def test_pipeline_trains_as_one_process(
         "config": settings | {"layout": layout}, "out": str(out), "work": str(work), "tokens": str(chats),
         "tokenizer": str(tokenizer), "model": model.model_dump(mode="json"),
     }  # fmt: skip
-    for answer in pool.run(train_rank, layout["pp"] * layout.get("dp", 1) * layout.get("tp", 1), job):
+    for answer in pool.run(train_rank, prod(layout.get(name, 1) for name in ("pp", "dp", "fsdp", "tp")), job):
         assert answer["parameters"] == alone.parameters
         assert answer["validation"] == pytest.approx(alone.validation_loss, abs=1e-4)
         assert answer["loss"] == pytest.approx(alone.loss, abs=1e-4)
@@ -103,8 +106,6 @@ def test_what_does_not_fit_is_said() -> None:
             make_plan(config, Layout(**({"pp": 2, "dp": 1} | changes)))
     assert make_plan(config, Layout(pp=2, dp=2, schedule="interleaved", virtual_stages=3)).stages == 6
     assert make_plan(config, Layout(pp=2, dp=2, schedule="interleaved", virtual_stages=3)).microbatches == 4
-    with pytest.raises(UserError, match="pp 2 with fsdp 2: a pipeline's stages are not sharded; take dp for fsdp"):
-        check(config, Layout(pp=2, dp=1, fsdp=2, cp=2))
     with pytest.raises(UserError, match="take bf16"):
         check(config.model_copy(update={"precision": "fp16"}), layout)
     with pytest.raises(UserError, match="sample_prompts: no rank has the whole model"):

@@ -126,7 +126,7 @@ async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) ->
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008})
         return
-    await respond(error)(scope, receive, send)
+    await respond(error, scope["path"])(scope, receive, send)
 
 
 def credentials(headers: Iterable[tuple[bytes, bytes]]) -> list[str]:

@@ -1,6 +1,7 @@
 """Fully sharded data parallelism: torch's FSDP2 over our model (ZeRO, arXiv:1910.02054)."""
 
-from typing import cast
+from collections.abc import Iterable
+from typing import Any, cast
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -49,3 +50,85 @@ def begin_microbatch(model: nn.Module, zero: int, last: bool) -> None:
         root.set_requires_gradient_sync(last)
     if zero < 3:
         root.set_reshard_after_backward(last)
+
+
+class StageShards:
+    """The sharded modules of one stage of a pipeline. A schedule says when they are gathered, cut and reduced.
+
+    Between two of these nothing of it happens by itself: forward and backward passes find the parameters together, and
+    add to gradients that are whole.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.modules = [module for part in modules for module in part.modules() if isinstance(module, FSDPModule)]
+        self.handles: list[Any] = []
+        for module in self.modules:
+            module.set_reshard_after_forward(False, recurse=False)
+            module.set_reshard_after_backward(False, recurse=False)
+            module.set_requires_gradient_sync(False, recurse=False)
+            module.set_modules_to_backward_prefetch([module])  # itself: not what ran before it, which has no turn yet
+
+    def unshard(self) -> None:
+        """Begin to gather the parameters."""
+        self.handles += [module.unshard(async_op=True) for module in self.modules]
+
+    def ready(self) -> None:
+        """Wait until they are there."""
+        while self.handles:
+            handle = self.handles.pop(0)
+            if handle is not None:
+                handle.wait()
+
+    def reshard(self) -> None:
+        """Keep this rank's pieces alone."""
+        for module in self.modules:
+            module.reshard()
+
+    def reduce(self) -> None:
+        """Sum the gradients so far over the ranks; each keeps its piece of the sum.
+
+        FSDP2 has no public call for it: this is what torch's own pipelines do (`perform_reduce_grad`).
+        """
+        for module in self.modules:
+            module.set_requires_gradient_sync(True, recurse=False)
+            for group in parameter_groups(module):
+                group.post_backward()
+            module.set_requires_gradient_sync(False, recurse=False)
+
+
+def parameter_groups(module: FSDPModule) -> list[Any]:
+    """FSDP2's groups of a module's own parameters."""
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)  # one, by another name, in torch 2.11
+    return [group for group in ([state._fsdp_param_group] if groups is None else groups) if group is not None]
+
+
+class PipelineShards:
+    """All that a rank of a pipeline has sharded: its stages, and the ends (embedding, final norm, head) that it holds.
+
+    Call `begin` and `finish` around what the schedule does. The ends stay together in between.
+    """
+
+    def __init__(self, model: Transformer, mesh: Mesh, stages: dict[int, list[nn.Module]]) -> None:
+        apply_shards(model, mesh)
+        self.root = cast(FSDPModule, model)
+        self.stages = {index: StageShards(layers) for index, layers in stages.items()}
+        layers = {id(module) for shards in self.stages.values() for module in shards.modules}
+        self.ends = StageShards([])
+        self.ends.modules = [module for module in StageShards([model]).modules if id(module) not in layers]
+        self.root.set_is_last_backward(False)
+
+    def begin(self) -> None:
+        """Before the schedule's first action. The model's own forward pass, which makes it FSDP's root, never runs."""
+        self.root._get_fsdp_state()._lazy_init()
+        self.ends.unshard()
+        self.ends.ready()
+
+    def finish(self, reduce: bool) -> None:
+        """After its last: every gradient is a piece of the sum, and every parameter a piece."""
+        if reduce:
+            self.ends.reduce()
+            self.root.set_is_last_backward(True)
+            self.root._get_fsdp_state()._root_post_backward_final_callback()
+            self.root.set_is_last_backward(False)
+        self.ends.reshard()

@@ -18,13 +18,16 @@ from torch import Tensor
 from soma.model.moe import Router
 from soma.model.transformer import Transformer
 from soma.train import loss
+from soma.train.parallel.mesh import Mesh
 from soma.train.parallel.pipeline.replicas import Replicas
 from soma.train.parallel.pipeline.schedule import Action, Schedule, layers_of_stages
+from soma.train.parallel.pipeline.sharding import ShardAction, with_shards
 from soma.train.parallel.pipeline.simulate import Span, Timeline, peak
 from soma.train.parallel.pipeline.stage import Microbatch, StageWorker, cut
 from soma.train.parallel.pipeline.transfers import forward_only, made_by, needed_by, reader_of
 from soma.train.parallel.pipeline.transport import Transport
 from soma.train.parallel.pipeline.validate import validate
+from soma.train.parallel.shard import PipelineShards, StageShards
 
 
 class Worker(Protocol):
@@ -84,9 +87,12 @@ class Clock:
 
 
 def execute(
-    schedule: Schedule, rank: int, workers: Mapping[int, Worker], transport: Transport, clock: Clock
+    schedule: Schedule, rank: int, workers: Mapping[int, Worker], transport: Transport, clock: Clock,
+    plan: Sequence[Action | ShardAction] | None = None, shards: Mapping[int, StageShards] | None = None,
 ) -> None:  # fmt: skip
     """Run the rank's actions in the schedule's order. `workers` are this rank's stages by their index.
+
+    plan: those of `with_shards`, where the stages are sharded; `shards` does what it says of them.
 
     An action starts when its rank is free and what it needs has come; what it makes leaves while the next one runs. A
     pair that a schedule overlaps runs one after the other here: that takes two streams of a GPU.
@@ -94,12 +100,18 @@ def execute(
     clock.begin()  # first: it waits for the GPU, which would wait for the receives that `transport` posts
     transport.begin()
     here: dict[Action, Tensor | None] = {}  # made on this rank for this rank: the turn of a V
-    for action in schedule.actions(rank):
+    for action in schedule.actions(rank) if plan is None else plan:
+        if isinstance(action, ShardAction):
+            assert shards is not None
+            getattr(shards[action.stage], action.kind)()
+            continue
         need = needed_by(schedule, action)
         value = None
         if need is not None:
             value = here.pop(need) if need in here else transport.receive(need)
         worker = workers[action.stage]
+        if shards is not None:
+            shards[action.stage].ready()
         clock.mark(action)
         result = None
         if action.kind == "F":
@@ -142,7 +154,8 @@ class PipelineStep:
     group: the pipeline's ranks, one for each rank of the schedule; default: all.
     chunk_loss: as in `soma.train.loss.backward`; default: the model's head and cross-entropy under `autocast`.
     split: run B and W apart where the schedule has them apart. Without it a B does both (and W nothing): for layouts
-    whose gradients must come from autograd's own accumulation (FSDP).
+    whose gradients must come from autograd's own accumulation (tensor), and for layers that are computed again.
+    recompute: a forward keeps its stage's input alone, the backward runs it again.
     dtype: of what is sent; default that of the parameters. It must be the dtype of the residual stream.
     sequence_ranks: over which the residual stream is cut along T (sequence parallelism).
 
@@ -153,7 +166,7 @@ class PipelineStep:
         self, model: Transformer, schedule: Schedule, group: dist.ProcessGroup | None = None, *,
         layers: Sequence[Sequence[int]] | None = None, chunk_loss: loss.ChunkLoss | None = None,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext, compiled: bool = False,
-        split: bool = True, dtype: torch.dtype | None = None, sequence_ranks: int = 1,
+        split: bool = True, recompute: bool = False, dtype: torch.dtype | None = None, sequence_ranks: int = 1,
     ) -> None:  # fmt: skip
         validate(schedule)
         group = dist.group.WORLD if group is None else group
@@ -187,7 +200,7 @@ class PipelineStep:
                 chunk_loss,
                 autocast,
                 split=halves[stage.index],
-                recompute=model.activation_checkpointing,
+                recompute=recompute,
                 compiled=compiled,
             )
             for stage in self.stages
@@ -196,6 +209,8 @@ class PipelineStep:
         self.transport = Transport(schedule, group, self.buffer)
         self.forward_schedule = forward_only(schedule)
         self.forward_transport: Transport | None = None
+        self.shards: PipelineShards | None = None
+        self.zero = 0
         self.clock: Clock | None = None
 
     @property
@@ -221,7 +236,7 @@ class PipelineStep:
         """
         self.begin(microbatches, scale, aux_scale)
         self.clock = Clock(self.device)
-        execute(self.schedule, self.rank, self.workers, self.transport, self.clock)
+        self.run(self.schedule, self.transport, self.clock)
         self.replicas.sum_gradients()
         return self.total()
 
@@ -231,8 +246,31 @@ class PipelineStep:
         self.begin(microbatches, 0.0, 0.0)
         if self.forward_transport is None:
             self.forward_transport = Transport(self.forward_schedule, self.group, self.buffer)
-        execute(self.forward_schedule, self.rank, self.workers, self.forward_transport, Clock(self.device))
+        self.run(self.forward_schedule, self.forward_transport, Clock(self.device))
         return self.total()
+
+    def shard(self, mesh: Mesh) -> None:
+        """Cut the stages over the fsdp ranks of a layout, after all else has been applied to them."""
+        layers = {stage.index: list(stage.layers) for stage in self.stages}
+        self.shards, self.zero = PipelineShards(self.model, mesh, layers), mesh.layout.zero
+
+    def run(self, schedule: Schedule, transport: Transport, clock: Clock) -> None:
+        """Execute the whole schedule or its forward part."""
+        if self.shards is None:
+            execute(schedule, self.rank, self.workers, transport, clock)
+            return
+        self.shards.begin()
+        plan = with_shards(schedule, self.rank, self.zero)
+        execute(schedule, self.rank, self.workers, transport, clock, plan, self.shards.stages)
+        self.shards.finish(reduce=torch.is_grad_enabled())
+
+    def try_out(self, tokens_BT: Tensor) -> None:
+        """A forward pass of a microbatch through this rank's stages, of zeros: to see what they keep."""
+        B, T = tokens_BT.shape
+        for worker in self.workers.values():
+            x_BTD = torch.zeros(B, T // self.sequence_ranks, self.width, dtype=self.dtype, device=self.device)
+            entering = None if worker.stage.is_first else x_BTD.requires_grad_(torch.is_grad_enabled())
+            worker.run(Microbatch(tokens_BT, tokens_BT), entering, [])
 
     def begin(self, microbatches: Sequence[Microbatch], scale: Tensor | float, aux_scale: Tensor | float) -> None:
         """Hand the microbatches to the stages."""

@@ -1,6 +1,7 @@
 """A training run whose model lies on the ranks of a pipeline: what the loop calls in place of one model's passes."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,9 @@ from soma.train.parallel.mesh import Mesh
 from soma.train.parallel.pipeline.execute import PipelineStep
 from soma.train.parallel.pipeline.schedule import Schedule
 from soma.train.parallel.pipeline.schedules import SCHEDULES, interleaved
+from soma.train.parallel.pipeline.simulate import simulate
 from soma.train.parallel.pipeline.stage import Microbatch
+from soma.train.recompute import recompute_layers
 
 
 def stage_model(
@@ -32,11 +35,13 @@ def stage_model(
     layout = mesh.layout
     check(config, layout)
     plan = make_plan(config, layout)
-    model.activation_checkpointing = config.activation_checkpointing is True
+    again = config.activation_checkpointing
     group, tensor, whole = mesh.group("pp"), mesh.axis("tp"), Parallel(model, mesh)
     assert group is not None
     divide(model, mesh, whole_batch=config.microbatch_size is None and plan.microbatches == 1)
-    in_layers = layout.tp * layout.cp * layout.ep > 1  # layers talk to other ranks, so each is compiled by itself
+    # Layers that talk to other ranks are compiled one by one, and so are those that are wrapped one by one.
+    by_layer = again not in (False, True)
+    in_layers = layout.tp * layout.cp * layout.ep * layout.fsdp > 1 or by_layer
 
     def head(x_ND: Tensor, targets_N: Tensor) -> Tensor:
         with compute.autocast():
@@ -44,31 +49,30 @@ def stage_model(
         return whole.cross_entropy_sum(logits_NV, targets_N)
 
     try:
-        # A matrix that is cut over tp ranks gets its gradient from autograd, so a B does all there.
+        # A matrix that is cut over tp ranks gets its gradient from autograd, and a layer that autograd computes again
+        # has no taps left: a B does all there.
         pipeline = PipelineStep(
             model, plan, group, chunk_loss=head, autocast=compute.autocast, compiled=compute.compile and not in_layers,
-            split=tensor is None, sequence_ranks=layout.tp if layout.sp else 1,
+            split=tensor is None and not by_layer, recompute=again is True,
+            sequence_ranks=layout.tp if layout.sp else 1,
         )  # fmt: skip
     except ValueError as error:
         raise UserError(f"layout: pp {layout.pp}, schedule {plan.name}: {error}") from None
+    if by_layer:
+        rows = config.batch_size // layout.data_ranks // plan.microbatches
+        tokens_BT = torch.zeros(rows, config.sequence_length // layout.cp, dtype=torch.long, device=compute.device)
+        recompute_layers(model, again, partial(pipeline.try_out, tokens_BT), simulate(plan).peaks[pipeline.rank])
     if in_layers and compute.compile:
         for stage in pipeline.stages:
             for layer in stage.layers:
                 layer.forward = torch.compile(layer.forward, dynamic=False)
+    if layout.fsdp > 1:
+        pipeline.shard(mesh)
     return StagedParallel(mesh, pipeline), StagedLanguageModeling(pipeline, config)
 
 
 def check(config: TrainConfig, layout: Layout) -> None:
     """Raise UserError for what does not go with a pipeline."""
-    if layout.fsdp > 1:
-        raise UserError(
-            f"layout: pp {layout.pp} with fsdp {layout.fsdp}: a pipeline's stages are not sharded; take dp for fsdp"
-        )
-    if not isinstance(config.activation_checkpointing, bool):
-        raise UserError(
-            f"layout: pp {layout.pp}: activation_checkpointing {config.activation_checkpointing!r} does not go with a "
-            "pipeline; take true or false"
-        )
     if isinstance(config, PreferenceConfig):
         raise UserError(f"layout: pp {layout.pp}: preference tuning has no pipeline; take dp, fsdp or tp")
     if config.precision == "fp16":
@@ -84,8 +88,8 @@ def make_plan(config: TrainConfig, layout: Layout) -> Schedule:
     if rows % microbatches or (config.microbatch_size and microbatches * config.microbatch_size != rows):
         size = f", microbatch_size {config.microbatch_size}" if config.microbatch_size else ""
         raise UserError(
-            f"layout: {microbatches} microbatches of {rows} sequences (batch_size / dp){size}: take microbatches "
-            f"{rows // (config.microbatch_size or max(1, rows // microbatches))}"
+            f"layout: {microbatches} microbatches of {rows} sequences (batch_size / (dp × fsdp)){size}: take "
+            f"microbatches {rows // (config.microbatch_size or max(1, rows // microbatches))}"
         )
     if layout.schedule not in SCHEDULES:
         raise UserError(f"layout: schedule {layout.schedule!r}: expected one of {', '.join(SCHEDULES)}")
@@ -106,7 +110,8 @@ class StagedParallel(Parallel):
     """This rank's part of the model, and its replicas' if there is dp as well."""
 
     def __init__(self, mesh: Mesh, pipeline: PipelineStep) -> None:
-        super().__init__(pipeline.model, mesh, replicate(pipeline.model, mesh))
+        reducers = replicate(pipeline.model, mesh) if mesh.layout.fsdp == 1 else []
+        super().__init__(pipeline.model, mesh, reducers)
         self.pipeline = pipeline
 
     def begin(self, last: bool) -> None:
