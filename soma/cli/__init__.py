@@ -49,6 +49,7 @@ app.command("generate")(models.generate)
 app.command("schedule")(schedules.schedule)
 app.command("doctor")(upkeep.doctor)
 app.add_typer(gateway.keys_app, name="keys")
+app.add_typer(gateway.ledger_app, name="ledger")
 app.add_typer(upkeep.runs_app, name="runs")
 app.add_typer(upkeep.cache_app, name="cache")
 

@@ -1,9 +1,10 @@
-"""`soma keys`: who may use a service, and how much."""
+"""`soma keys`: who may use a service, and how much. `soma ledger`: what was used."""
 
 import json
 from dataclasses import asdict
 from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from soma.serve.keys.store import Key, KeyStore
 
 keys_app = typer.Typer(no_args_is_help=True, help="Make, list, rotate and revoke the keys of a service.")
+ledger_app = typer.Typer(no_args_is_help=True, help="Report, back up and settle what a service has counted.")
 Where = Annotated[
     str, typer.Option("--database", help="A file (SQLite) or postgresql://…", envvar="SOMA_DATABASE", show_default=True)
 ]
@@ -118,6 +120,56 @@ def budget(
     made = store_of(database).set_budget(owner, period, tokens, amount)
     bounds = [f"{made.tokens} tokens" if made.tokens is not None else "", f"{money} in money" if money else ""]
     typer.echo(f"{owner} per {period}: {' and '.join(filter(None, bounds)) or 'no bound'}")
+
+
+@ledger_app.command("report")
+def report(
+    by: Annotated[str, typer.Option(help="key, name, team, model, route, day, outcome: some, with commas.")] = (
+        "key,model,day"
+    ),
+    since: Annotated[str | None, typer.Option(help="First UTC day, as 2026-11-01.")] = None,
+    until: Annotated[str | None, typer.Option(help="Last UTC day.")] = None,
+    form: Annotated[str, typer.Option("--format", help="table, csv or json.")] = "table",
+    database: Where = DATABASE,
+) -> None:
+    """Sum up tokens and money."""
+    from soma.serve.database import Database
+    from soma.serve.ledger import report as reports
+
+    columns = by.split(",")
+    lines = reports.report(Database(database, create=False), columns, since, until)
+    if form == "json":
+        typer.echo(reports.as_json(lines))
+    elif form == "csv":
+        typer.echo(reports.as_csv(lines, columns), nl=False)
+    elif form == "table":
+        typer.echo(reports.as_table(lines, columns))
+    else:
+        raise UserError(f"format {form!r}: expected table, csv or json")
+
+
+@ledger_app.command("backup")
+def backup(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where the copy goes.")], database: Where = DATABASE
+) -> None:
+    """Copy keys and ledger while services use them (SQLite; PostgreSQL has pg_dump)."""
+    from soma.serve.database import Database
+
+    Database(database, create=False).backup(file)
+    typer.echo(f"{file}")
+
+
+@ledger_app.command("estimate")
+def estimate(
+    host: Annotated[str, typer.Argument(metavar="HOST", help="Name of a machine that will not come back.")],
+    database: Where = DATABASE,
+) -> None:
+    """Settle by estimate what services on a lost machine left open, in a database that several machines share."""
+    from soma.serve.database import Database
+    from soma.serve.ledger.recover import instances, settle_all
+
+    where = Database(database, create=False)
+    typer.echo(f"{settle_all(where, instances(where, host), {}, None)} calls settled by estimate")
 
 
 def when(milliseconds: int | None) -> str:

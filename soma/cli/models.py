@@ -63,6 +63,9 @@ def serve(
         list[str] | None,
         typer.Option(metavar="ADDRESS", help="Believe X-Forwarded-For from this address or network; repeat it."),
     ] = None,
+    prices: Annotated[
+        str | None, typer.Option(metavar="FILE", help="YAML: what a million tokens of each model cost; with --keys.")
+    ] = None,
     in_process: Annotated[
         bool, typer.Option("--in-process", help="Run the engine in this process, to debug it.")
     ] = False,
@@ -78,7 +81,7 @@ def serve(
             cache_dtype=cache_dtype, replicas=replicas, speculate=speculate, draft_tokens=draft_tokens,
             tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel, in_process=in_process,
             adapters=parse_adapters(adapter or []), allow_adapter_loading=allow_adapter_loading,
-            keys=keys, grpc_port=grpc_port, grpc_compression=grpc_compression, models=models,
+            keys=keys, prices=prices, grpc_port=grpc_port, grpc_compression=grpc_compression, models=models,
             allow_model_control=allow_model_control, limits=limits, trusted_proxies=trusted_proxy or (),
         )  # fmt: skip
 

@@ -237,7 +237,7 @@ async def answer(
     passage = await service.gates.enter(call)
     try:
         options = {**body.scheduling, "adapter": adapter}
-        generation = Generation(engine, service.metrics, prompts, params, n, **options)
+        generation = Generation(engine, service.metrics, prompts, params, n, call.meter, **options)
     except BaseException:
         await passage.leave(Usage(outcome="refused"))
         raise

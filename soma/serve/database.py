@@ -122,7 +122,7 @@ class Database:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
         engine = sa.create_engine(
-            sa.URL.create("sqlite", database=str(self.path)), connect_args={"timeout": 30, "check_same_thread": False}
+            sa.URL.create("sqlite", database=str(self.path)), connect_args={"timeout": 10, "check_same_thread": False}
         )
 
         @sa.event.listens_for(engine, "connect")

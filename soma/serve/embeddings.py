@@ -77,8 +77,11 @@ def install(app: FastAPI, service: "Service") -> None:
                            "dimensions")  # fmt: skip
         prompts = await asyncio.to_thread(encode, service, body)
         used = sum(map(len, prompts))
-        passage = await service.gates.enter(called(request, body.model, used))
+        call = called(request, body.model, used)
+        passage = await service.gates.enter(call)
         spent = Usage(outcome="error")
+        if call.meter is not None:
+            call.meter.sent()
         try:
             vectors = await asyncio.wrap_future(service.embedder.submit(prompts))
             spent = Usage(used)

@@ -11,7 +11,7 @@ from soma.engine.params import MASK64, SamplingParams
 from soma.engine.process import EngineProcess
 from soma.engine.replicas import Replicas
 from soma.engine.request import LATE, Request, TokenEvent
-from soma.serve.calls import Usage
+from soma.serve.calls import Meter, Usage
 from soma.serve.errors import ApiError
 from soma.serve.metrics import Metrics
 
@@ -20,22 +20,36 @@ class Generation:
     """`n` answers to each of several prompts; choice `i` is answer `i % n` to prompt `i // n`.
 
     With a seed answer k draws from seed + k, so that the n answers differ and all can be had again.
+    meter: told of every token when it comes, on the engine's thread.
     options: further ones of `Engine.submit_all`. Raises what that raises, before anything runs.
     """
 
     def __init__(
         self, engine: Engine, metrics: Metrics, prompts: Sequence[list[int]], params: SamplingParams, n: int,
-        **options: Any,
+        meter: Meter | None = None, **options: Any,
     ) -> None:  # fmt: skip
         loop = asyncio.get_running_loop()
         self.metrics = metrics
         self.started = time.monotonic()
         self.events: asyncio.Queue[tuple[int, float, TokenEvent]] = asyncio.Queue()
 
-        def put(index: int) -> Callable[[TokenEvent], None]:
-            return threadsafe(loop, lambda event: self.events.put_nowait((index, time.monotonic(), event)))
-
         total = len(prompts) * n
+        self.made = [0] * total  # tokens of each choice that have come, whether or not they were read from `events`
+
+        def put(index: int) -> Callable[[TokenEvent], None]:
+            hand_over = threadsafe(loop, lambda event: self.events.put_nowait((index, time.monotonic(), event)))
+
+            def arrived(event: TokenEvent) -> None:
+                if event.id is not None:
+                    self.made[index] += 1
+                    if meter is not None:
+                        meter.made(1)
+                hand_over(event)
+
+            return arrived
+
+        if meter is not None:
+            meter.sent()
         self.requests: list[Request] = engine.submit_all(
             [prompts[i // n] for i in range(total)], [nth(params, i % n) for i in range(total)],
             [put(i) for i in range(total)], **options,
@@ -88,7 +102,7 @@ class Generation:
 
     def used(self, outcome: str) -> Usage:
         """What the gates are told at the end."""
-        return Usage(self.prompt_tokens, self.generated, outcome=outcome)
+        return Usage(self.prompt_tokens, sum(self.made), outcome=outcome)
 
 
 def nth(params: SamplingParams, k: int) -> SamplingParams:

@@ -86,11 +86,12 @@ def serve(
     adapters: Mapping[str, str] | None = None, allow_adapter_loading: bool = False, keys: str | None = None,
     grpc_port: int | None = None, grpc_compression: str = "none", models: str | Path | None = None,
     allow_model_control: bool = False, limits: Path | None = None, trusted_proxies: Sequence[str] = (),
-    ready: Callable[[str], None] | None = None,
+    prices: str | None = None, ready: Callable[[str], None] | None = None,
 ) -> None:  # fmt: skip
     """Serve a model until SIGTERM or SIGINT.
 
-    port 0 takes a free one. `keys`: the database of keys (`soma keys`), which requests are then asked for.
+    port 0 takes a free one. `keys`: the database of keys (`soma keys`), which requests are then asked for,
+    and of the ledger; `prices`: what tokens cost (`soma.serve.ledger.prices`).
     `allow_public` lets `host` be reachable from other machines without keys: whoever reaches the port uses the model.
     `limits`: a file of rate limits (`soma.serve.limits`). `trusted_proxies`: addresses and networks whose
     `X-Forwarded-For` is believed.
@@ -122,10 +123,12 @@ def serve(
     try:
         if models is not None:
             add_models(repository, read_models(Path(models)), Path(models).parent)
+        if prices is not None and keys is None:
+            raise UserError("prices without keys: the ledger lies in the database of keys; say which (--keys DATABASE)")
         if keys is not None:
             from soma.serve.gateway import Gateway
 
-            gateway = Gateway(keys)
+            gateway = Gateway(keys, prices)
         launched = [] if in_process else [launch(replicas * world) for _ in range(replicas)]
         from soma.serve.app import create_app  # heavy: the engine process imports its parts meanwhile
 
@@ -138,11 +141,14 @@ def serve(
         try:
             if (name or own_name) in engine.adapter_folders:
                 raise UserError(f"adapter {name or own_name!r}: this is the name of the base model")
+            if gateway is not None:
+                names = (name or own_name, *engine.adapter_folders, *(entry.name for entry in repository))
+                gateway.check_models(names)
+            limiters = [] if limiter is None else [limiter]
             app = create_app(
                 engine, tokenizer, name or own_name, embedder=embedder, allow_adapter_loading=allow_adapter_loading,
-                gates=Gates([*(gateway.gates if gateway else ()), *([limiter] if limiter else ())]),
-                guard=gateway.guard if gateway else None,
                 repository=repository, allow_model_control=allow_model_control,
+                gates=Gates(gateway.gates(limiters) if gateway else limiters), guard=gateway.guard if gateway else None,
             )  # fmt: skip
             app.add_middleware(Addresses, proxies=proxies)  # before the door, which counts failures by address
             if limiter is not None:

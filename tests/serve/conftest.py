@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from postgres import running_postgres
 from tiny import make_model
 
 from soma.serve.server import running_service
@@ -19,6 +20,13 @@ def _environment() -> Iterator[None]:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
         yield
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    """A PostgreSQL server; `new_database` makes a database of a test's own."""
+    with running_postgres() as url:
+        yield url
 
 
 @pytest.fixture(scope="session")

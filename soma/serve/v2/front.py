@@ -163,6 +163,9 @@ class Front:
             )  # fmt: skip
             passage = await self.host.gates.enter(call)
             try:
+                job.meter = call.meter
+                if call.meter is not None:
+                    call.meter.sent()
                 job.begin()
             except BaseException:
                 await passage.leave(Usage(outcome="refused"))

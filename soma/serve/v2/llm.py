@@ -177,7 +177,7 @@ class Answers(Job):
     def begin(self) -> None:
         engine: Any = self.service.engine
         self.generation = Generation(
-            engine, self.service.metrics, self.prompts, self.params, self.n, **self.scheduling
+            engine, self.service.metrics, self.prompts, self.params, self.n, self.meter, **self.scheduling
         )  # fmt: skip
 
     async def answers(self) -> AsyncGenerator[Tensors, None]:

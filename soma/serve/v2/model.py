@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from soma.serve.calls import Usage
+from soma.serve.calls import Meter, Usage
 from soma.serve.errors import ApiError
 from soma.serve.v2.datatypes import DTYPES, Tensors, as_objects
 
@@ -46,10 +46,12 @@ class Options:
 
 
 class Job(ABC):
-    """One request, ready to run. `prompt_tokens` and `max_tokens`: what it may use at most, for the gates."""
+    """One request, ready to run. `prompt_tokens` and `max_tokens`: what it may use at most, for the gates. `meter`: who
+    counts its tokens while it runs."""
 
     prompt_tokens = 0
     max_tokens = 0
+    meter: Meter | None = None
 
     def begin(self) -> None:  # noqa: B027  (most have nothing to do)
         """The gates are passed. Raises QueueFullError and the like."""

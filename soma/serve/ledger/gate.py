@@ -1,0 +1,97 @@
+"""The ledger as a gate: nothing runs that is not written down, and whatever runs is settled.
+
+The order of things for one call: a slot in the journal, its row on the disk (with what it may use at most held against
+the budgets), then the engine. The engine's tokens raise the slot's count. At the end the slot and then the row get what
+was used. Killed at any point, the next start finds the row open and the count in the slot: `soma.serve.ledger.recover`.
+"""
+
+import secrets
+import socket
+import time
+from typing import Any
+
+from soma.base.errors import UserError
+from soma.serve.calls import Call, Usage
+from soma.serve.database import Database
+from soma.serve.errors import ApiError
+from soma.serve.keys.keyring import Keyring
+from soma.serve.ledger.book import Book, Settlement, new_row, owners_of
+from soma.serve.ledger.journal import Journal, Slot
+from soma.serve.ledger.prices import Prices
+from soma.serve.ledger.recover import journals_of, recover
+
+
+class LedgerHold:
+    """A call that is written down and runs."""
+
+    def __init__(self, ledger: "Ledger", call: Call, slot: Slot) -> None:
+        self.ledger, self.call, self.slot = ledger, call, slot
+        self.headers: dict[str, str] = {}
+        self.started = time.time()
+
+    async def leave(self, usage: Usage) -> None:
+        """Settle it. The slot keeps the numbers until the database has them."""
+        self.ledger.running.pop(self.call.id, None)
+        self.slot.end(usage)
+        self.ledger.settle(self.call, usage, self.slot)
+
+
+class Ledger:
+    """The gate. At its start it settles what services left open that are no more.
+
+    prices None: tokens are counted, money is not. Raises UserError.
+    """
+
+    def __init__(self, database: Database, keyring: Keyring | None, prices: Prices | None) -> None:
+        self.keyring, self.prices = keyring, prices
+        self.recovered = recover(database, journals_of(database), prices)
+        self.instance = f"{socket.gethostname()}-{secrets.token_hex(6)}"
+        try:
+            self.journal = Journal(journals_of(database), self.instance)
+        except OSError as error:
+            words = (error.strerror or "").lower()
+            raise UserError(f"{error.filename}: {words}; the ledger's journal belongs there") from None
+        self.book = Book(database)
+        self.running: dict[str, LedgerHold] = {}
+
+    def cost(self, model: str, usage: Usage) -> int | None:
+        """Billionths; None without prices."""
+        if self.prices is None:
+            return None
+        return self.prices.cost(model, usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens)
+
+    async def enter(self, call: Call) -> LedgerHold:
+        """Raises ApiError: 429 a budget is used up; 503 the model has no price, or the ledger cannot be written."""
+        most = None
+        if self.prices is not None:
+            if call.model not in self.prices.models:
+                raise ApiError(503, f"the model `{call.model}` has no price", "model", "no_price")
+            most = self.prices.most(call.model, call.prompt_tokens, call.max_tokens)
+        row = new_row(call, self.instance, most, self.prices.currency if self.prices else None)
+        slot = self.journal.open(call.id, call.prompt_tokens)
+        try:
+            await self.book.open(row, self._budgets(row))
+        except ApiError:
+            slot.free()
+            raise
+        except BaseException:  # the client left while the row was on its way to the disk
+            slot.end(refused := Usage(outcome="refused"))
+            self.settle(call, refused, slot)
+            raise
+        call.meter = slot
+        self.running[call.id] = hold = LedgerHold(self, call, slot)
+        return hold
+
+    def _budgets(self, row: dict[str, Any]) -> list[Any]:
+        if self.keyring is None:
+            return []
+        owners = owners_of(row["key_id"], row["team"])
+        return [budget for owner in owners for budget in self.keyring.budgets.get(owner, ())]
+
+    def settle(self, call: Call, usage: Usage, slot: Slot) -> None:
+        nano = 0 if usage.outcome == "refused" and self.prices else self.cost(call.model, usage)
+        self.book.settle(Settlement(call.id, usage, nano, slot.free))
+
+    def close(self) -> None:
+        """Write what waits. What cannot be written stays in the journal for the next start."""
+        self.journal.close(remove=self.book.close() and not self.running)
