@@ -1,6 +1,7 @@
 """Arrays in files: there whole or not at all, and mapped rather than read."""
 
 import os
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -25,3 +26,8 @@ def map_array(path: Path) -> Any:
     """A .npy file as a read-only memory map; one without elements is read, for it cannot be mapped."""
     array = np.load(path, mmap_mode=None if path.stat().st_size <= 4096 else "r", allow_pickle=False)
     return array
+
+
+def array_hash(array: np.ndarray) -> str:
+    """sha256 hex of an array's values."""
+    return sha256(np.ascontiguousarray(array).tobytes()).hexdigest()

@@ -24,7 +24,7 @@ from soma.base import progress
 from soma.base.artefact import file_hash, json_hash, read_json, write_json
 from soma.data.config import DedupConfig
 from soma.data.dedup.connect import Forest, components
-from soma.data.dedup.files import map_array, save_array
+from soma.data.dedup.files import array_hash, map_array, save_array
 from soma.data.dedup.minhash import MINHASH_SEED, banding, minhash_words
 from soma.data.dedup.small import BUCKET_WINDOW
 from soma.data.dedup.words import SPREAD, mix, parse, shingle_hashes
@@ -108,7 +108,7 @@ def near_partitions(
     keys = tuple(json_hash([file_hash(part), settings])[:32] for part in parts)
     documents = int(rank_N.max(initial=-1)) + 1
     assert documents < 1 << 32, "ranks are 32-bit"
-    named = [keys, settings, config.threshold, config.straddle_threshold, old, _array_hash(rank_N)]
+    named = [keys, settings, config.threshold, config.straddle_threshold, old, array_hash(rank_N)]
     folder = work / f"near-{json_hash(named)[:20]}"
     job = Job(tuple(parts), keys, work / "signatures", folder, config, documents, old)
     for name in ("candidates", "shingles", "verified"):
@@ -169,12 +169,6 @@ def _run(function: Any, job: Job, outputs: dict[int, Path], workers: int, runner
 def _save_once(path: Path, array: np.ndarray) -> None:
     if not path.exists():
         save_array(path, array)
-
-
-def _array_hash(array: np.ndarray) -> str:
-    from hashlib import sha256
-
-    return sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
 # --- Signatures ---
