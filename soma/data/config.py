@@ -71,6 +71,41 @@ class DedupConfig(Block):
         return self
 
 
+class DecontaminateConfig(Block):
+    """Evaluation sets that must not be in the corpus."""
+
+    sets: Sources = Field(
+        min_length=1,
+        description="The sets: JSONL, JSON or Parquet files (every string of a row counts) or text files (every "
+        "paragraph), addresses as in `sources`.",
+    )
+    ngram: int = Field(
+        13, ge=2, le=200, description="A field is found where this many words of it stand in a document, in a row."
+    )
+    min_words: int = Field(
+        8, ge=2, le=200, description="Fields with fewer words are not looked for; those below `ngram` only as a whole."
+    )
+    near: float | None = Field(
+        0.8,
+        gt=0,
+        le=1,
+        description="A field is also found where this share of its `near_ngram`-word windows stands in a document.",
+    )
+    near_ngram: int = Field(5, ge=2, le=50, description="Words in a window for near matches.")
+    action: Literal["drop", "report"] = Field(
+        "drop", description="Drop documents with matches, or only list them in `contamination.parquet`."
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "DecontaminateConfig":
+        if not self.near_ngram <= self.min_words <= self.ngram:
+            raise ValueError(
+                f"near_ngram ({self.near_ngram}) must not be above min_words ({self.min_words}), "
+                f"nor that above ngram ({self.ngram})"
+            )
+        return self
+
+
 class DataConfig(Block):
     """Where text comes from and how it becomes a corpus."""
 
@@ -90,6 +125,7 @@ class DataConfig(Block):
     attributes: list[Signal] = Field(
         default_factory=list, description="Signals to measure and write beside the corpus, whether a filter needs them."
     )
+    decontaminate: DecontaminateConfig | None = Field(None, description="Evaluation sets to keep out.")
     validation_fraction: float = Field(
         0.05, ge=0, lt=1, description="Share of the documents that is held out for validation."
     )
