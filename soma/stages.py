@@ -152,6 +152,7 @@ def documents_stage(config: DataConfig) -> Stage:
 def corpus_stage(config: DataConfig) -> Stage:
     """sources, or with filters documents → corpus"""
     from soma.data.corpus import build_corpus, source_fingerprint
+    from soma.data.duplicates import outside_fingerprint
 
     def build(job: Build) -> None:
         build_corpus(config, job.out, job.state, job.inputs.get("documents"))
@@ -161,7 +162,10 @@ def corpus_stage(config: DataConfig) -> Stage:
         return {f"{split}_bytes": facts["bytes"] for split, facts in splits.items()}
 
     inputs = {} if config.filters is None else {"documents": "documents"}
-    fingerprint = _nothing if inputs else lambda: source_fingerprint(config)
+
+    def fingerprint() -> str:
+        return " ".join(filter(None, ["" if inputs else source_fingerprint(config), outside_fingerprint(config)]))
+
     return Stage("corpus", config.content(), build, inputs, fingerprint, metrics, format_version=2)
 
 

@@ -39,6 +39,18 @@ class CleanConfig(Block):
     )
 
 
+class SubstringConfig(Block):
+    """Text that stands in several documents."""
+
+    length: int = Field(50, ge=2, description="Spans of at least this many units that stood before are repeated.")
+    unit: Literal["words", "bytes"] = Field(
+        "words", description="What is counted: words, or bytes for languages that are written without spaces."
+    )
+    action: Literal["remove", "count"] = Field(
+        "remove", description="Cut repeated spans out of all documents but the first, or only count them."
+    )
+
+
 class DedupConfig(Block):
     """Exact and near-duplicate removal (MinHash with banding, verified by the true Jaccard similarity)."""
 
@@ -61,6 +73,12 @@ class DedupConfig(Block):
     keep: Literal["longest", "smallest_id"] = Field(
         "longest", description="Which document of a near-duplicate cluster stays; ties go to the smallest id."
     )
+
+    against: Sources = Field(
+        default_factory=list,
+        description="Corpus folders, or indexes made by `soma data index`: what is like their documents is dropped.",
+    )
+    substring: SubstringConfig | None = Field(None, description="Also remove, or count, repeated substrings.")
 
     @model_validator(mode="after")
     def _ordered(self) -> "DedupConfig":

@@ -7,7 +7,8 @@ the sort goes through buckets on disk.
 `report.json`, made to be drawn:
 
 * `python`, `corpus_hash` (over the sorted ids of all rows): print both beside every figure taken on this corpus.
-* `steps`: [{step, documents, bytes}] after `read`, `clean`, `filters` (where there are some), `exact`, `near`.
+* `steps`: [{step, documents, bytes}] after `read`, `clean`, `filters` (where there are some), `exact`, `near`,
+  and where they are asked for `decontaminate`, `substring`.
 * `splits`: {train, validation: {documents, bytes, chars, lines}}.
 * `document_chars`, `line_bytes`: {edges, counts, median, p90, max}; counts[i] values lie in [edges[i], edges[i+1]).
 * `characters`: {class: count}. `kinds`: {kind: {documents, bytes}}. `sources`: the 20 largest, [{source, documents,
@@ -15,6 +16,10 @@ the sort goes through buckets on disk.
 * `dropped`: [{reason, count, examples: [{source, detail, excerpt}]}]; all of them are in `dropped.parquet`.
 * `near_duplicates`: {threshold, straddle_threshold, bands, rows, candidates, sizes: {cluster size: clusters},
   group_sizes: {group size: groups}, examples: [{kept, dropped, jaccard, excerpt}]}.
+* `contamination`, where evaluation sets are kept out: {action, documents, sets: [{set, fields, found}], examples}; all
+  matches are in `contamination.parquet` (see `soma.data.decontaminate.corpus`).
+* `repeated_text`, where substrings are looked for: {unit, length, action, documents, spans, units, bytes, examples:
+  [{source, left, characters}]}.
 """
 
 import platform
@@ -34,11 +39,14 @@ from soma.base.errors import UserError
 from soma.data import profile
 from soma.data.attributes import AttributeFiles, drop_filtered, read_attributes
 from soma.data.config import DataConfig
-from soma.data.duplicates import drop_exact, drop_near
+from soma.data.decontaminate.corpus import drop_contaminated
+from soma.data.dedup.against import open_old
+from soma.data.duplicates import drop_exact, drop_known, drop_near
 from soma.data.index import Index
 from soma.data.partitions import Partition, make_partitions
 from soma.data.partitions import text_id as text_id
 from soma.data.readers import Dropped
+from soma.data.repeats import Repeats
 from soma.data.shards import DropLog, ShardWriter
 from soma.data.shards import read_corpus as read_corpus
 from soma.data.shards import write_dropped as write_dropped
@@ -103,14 +111,24 @@ def build_corpus(config: DataConfig, out: Path, state: Path | None = None, docum
         if config.filters is not None:
             drop_filtered(config, index)
             _kept_step(steps, "filters", index)
+        old = open_old(config.dedup.against, config.dedup)
         if config.dedup.exact:
+            drop_known(index, old)
             drop_exact(index)
             _kept_step(steps, "exact", index)
-        clusters_N, near = drop_near(config, index, work / "near")
+        clusters_N, near = drop_near(config, index, work / "near", old)
         _kept_step(steps, "near", index)
+        sections = {"near_duplicates": near}
+        if config.decontaminate is not None:
+            sections["contamination"] = drop_contaminated(config, index, work / "near", out)
+            _kept_step(steps, "decontaminate", index)
+        repeats = Repeats(config, index, work / "near")
+        if repeats.section:
+            sections["repeated_text"] = repeats.section
+            _kept_step(steps, "substring", index)
         split_N = _split(config, index, clusters_N)
-        counted = _write(out, work, index, clusters_N, split_N, dropped)
-        write_json(out / "report.json", _report(index, steps, near, counted, dropped))
+        counted = _write(out, work, index, repeats, clusters_N, split_N, dropped)
+        write_json(out / "report.json", _report(index, steps, sections, counted, dropped))
 
 
 @contextmanager
@@ -167,7 +185,13 @@ def _split(config: DataConfig, index: Index, clusters_N: np.ndarray) -> np.ndarr
 
 
 def _write(
-    out: Path, work: Path, index: Index, clusters_N: np.ndarray, split_N: np.ndarray, dropped: DropLog
+    out: Path,
+    work: Path,
+    index: Index,
+    repeats: Repeats,
+    clusters_N: np.ndarray,
+    split_N: np.ndarray,
+    dropped: DropLog,
 ) -> profile.Profile:
     """The shards and `dropped.parquet`; what was counted on the way. Raises UserError where no row is left."""
     import pyarrow.parquet as pq
@@ -175,7 +199,7 @@ def _write(
     buckets = work / "buckets"
     shutil.rmtree(buckets, ignore_errors=True)
     buckets.mkdir()
-    files = _scatter(buckets, index, clusters_N, split_N, dropped)
+    files = _scatter(buckets, index, repeats, clusters_N, split_N, dropped)
     for partition in index.partitions:
         dropped.extend(pq.read_table(partition.dropped))
     if not index.kept_N.any():
@@ -194,7 +218,9 @@ def _write(
     return counted
 
 
-def _scatter(buckets: Path, index: Index, clusters_N: np.ndarray, split_N: np.ndarray, dropped: DropLog) -> list[Path]:
+def _scatter(
+    buckets: Path, index: Index, repeats: Repeats, clusters_N: np.ndarray, split_N: np.ndarray, dropped: DropLog
+) -> list[Path]:
     """Rows to buckets by the first digits of their id, in which they are sorted afterwards; the others are logged."""
     import pyarrow as pa
 
@@ -211,6 +237,7 @@ def _scatter(buckets: Path, index: Index, clusters_N: np.ndarray, split_N: np.nd
             row += len(batch)
             _log(index, rows[~index.kept_N[rows]], rows[0], batch, dropped)
             rows, batch = rows[index.kept_N[rows]], batch.filter(pa.array(index.kept_N[rows]))
+            batch = repeats.apply(rows, batch)
             clusters = index.table["id"].take(clusters_N[rows]).combine_chunks()
             batch = batch.append_column("cluster", clusters).append_column("split", pa.array(split_N[rows]))
             if measured is not None:
@@ -264,11 +291,11 @@ def _sorted_rows(
 
 
 def _report(
-    index: Index, steps: list[dict[str, Any]], near: dict[str, Any], counted: profile.Profile, dropped: DropLog
+    index: Index, steps: list[dict[str, Any]], sections: dict[str, Any], counted: profile.Profile, dropped: DropLog
 ) -> dict[str, Any]:
     ids = index.table["id"].take(index.order(("id", "ascending")))
     return {
         "format": "soma-corpus-report", "version": 1, "python": platform.python_version(),
         "corpus_hash": hash_lines(value.as_py() for value in ids), "steps": steps, **counted.figures(),
-        "dropped": profile.drop_reasons(dropped.items()), "near_duplicates": near,
+        "dropped": profile.drop_reasons(dropped.items()), **sections,
     }  # fmt: skip
