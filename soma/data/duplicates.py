@@ -36,9 +36,8 @@ def _drop_for(index: Index, rows: np.ndarray, reason: str, words: str, old: Old,
     """Drop rows for documents of before."""
     names = old.sources(twins)
     index.drop(rows, reason)
-    index.details |= {
-        row: f"{words} {names[twin]}, of an earlier corpus" for row, twin in zip(rows.tolist(), twins.tolist(), strict=True)
-    }
+    pairs = zip(rows.tolist(), twins.tolist(), strict=True)
+    index.details |= {row: f"{words} {names[twin]}, of an earlier corpus" for row, twin in pairs}
 
 
 def drop_exact(index: Index) -> None:

@@ -86,6 +86,19 @@ def test_an_index_says_the_same_as_its_corpora(tmp_path: Path) -> None:
     }
 
 
+def test_the_command_makes_an_index(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from soma.cli import app
+
+    corpus = build(tmp_path, "corpus", OLD)
+    asked = ["data", "index", str(corpus), "--out", str(tmp_path / "index"), "--ngram", "4"]
+    done = CliRunner().invoke(app, asked)
+    assert done.exit_code == 0, done.output
+    assert "3 documents of 1 corpora" in done.output
+    assert read_json(tmp_path / "index" / "index.json")["settings"]["ngram"] == 4
+
+
 def test_growing_by_parts_is_deduplicating_the_whole(tmp_path: Path) -> None:
     """New data against old leaves what all of it at once would: no text twice, none lost."""
     texts = {str(n): changed(prose(n // 3), *range(n % 3)) for n in range(60)}
