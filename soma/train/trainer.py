@@ -32,6 +32,7 @@ from soma.train.parallel.apply import Parallel, parallelize
 from soma.train.parallel.config import Layout
 from soma.train.parallel.export import save_merged, save_whole
 from soma.train.parallel.pipeline.training import stage_model
+from soma.train.parallel.watch import watched
 from soma.train.tracking import NullTracker, Tracker
 from soma.train.world import World
 
@@ -89,19 +90,22 @@ def train(
         identity=identity(config, network.config, model, index), world=world,
         journal=Journal(work / "metrics.jsonl", tracker, world.is_main),
     )  # fmt: skip
-    trainer.run()
-    result = trainer.result(out / "model")
-    final = with_ends(network.config, names.eos_ids) if index["masked"] else network.config
-    dtype = DTYPES.get(config.save_precision, kept_dtype)
-    if config.lora is None:
-        save_whole(parallel, final, dtype, result.model, tokenizer)
-    else:
-        start = model if isinstance(model, Path) and config.lora.base_weights != "full" else None
-        save_merged(parallel, plain_lora(config.lora), start, final, dtype, out / "adapter", result.model, tokenizer)
-    if world.is_main:
-        write_artefact(result, compute, out, work)
-        tracker.artefact(out / "model")
-    world.barrier()
+    with watched(world.mesh.layout.timeout):
+        trainer.run()
+        result = trainer.result(out / "model")
+        final = with_ends(network.config, names.eos_ids) if index["masked"] else network.config
+        dtype = DTYPES.get(config.save_precision, kept_dtype)
+        if config.lora is None:
+            save_whole(parallel, final, dtype, result.model, tokenizer)
+        else:
+            start = model if isinstance(model, Path) and config.lora.base_weights != "full" else None
+            save_merged(
+                parallel, plain_lora(config.lora), start, final, dtype, out / "adapter", result.model, tokenizer
+            )
+        if world.is_main:
+            write_artefact(result, compute, out, work)
+            tracker.artefact(out / "model")
+        world.barrier()
     return result
 
 

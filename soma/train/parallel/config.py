@@ -45,6 +45,11 @@ class Layout(BaseModel):
         None, ge=1, description="Microbatches of a pipeline step. None: what microbatch_size gives."
     )
     virtual_stages: int = Field(1, ge=1, description="Pipeline stages on each rank, for interleaved schedules.")
+    timeout: float = Field(
+        1800.0,
+        gt=0,
+        description="Seconds after which an operation between ranks has failed; the error names who is missing.",
+    )
 
     @model_validator(mode="after")
     def _sizes(self) -> Self:

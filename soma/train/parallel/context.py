@@ -24,6 +24,7 @@ from torch import Tensor
 
 from soma.model.transformer import Masks, Transformer
 from soma.train.parallel.local import gather_sequence, scatter_sequence
+from soma.train.parallel.watch import waiting
 
 QUERIES = 1024  # rows of scores that exist at a time
 
@@ -227,11 +228,13 @@ class Shift:
 
     arriving: Tensor
     requests: list[dist.Work]
+    before: int  # the global rank that it comes from
 
     def wait(self) -> Tensor:
         """What came."""
-        for request in self.requests:
-            request.wait()
+        with waiting(self.before, "the ring's keys and values"):
+            for request in self.requests:
+                request.wait()
         return self.arriving
 
 
@@ -244,7 +247,7 @@ def shift(x: Tensor, group: dist.ProcessGroup, tag: int) -> Shift:
         dist.P2POp(dist.isend, x.contiguous(), after, group, tag),
         dist.P2POp(dist.irecv, arriving, before, group, tag),
     ]
-    return Shift(arriving, dist.batch_isend_irecv(operations))
+    return Shift(arriving, dist.batch_isend_irecv(operations), before)
 
 
 def go_round(own: Tensor, sight: Sight) -> Any:

@@ -13,11 +13,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from soma.train.parallel.watch import LONG_WAITS
+
 LONG = datetime.timedelta(days=30)  # that rank 0 may spend on other stages before it trains
 
 
 def join() -> int:
     """Join the process group that `torchrun` describes; this process's rank. GPUs are dealt out by local rank."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # the record of operations that `watch` reads
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -30,7 +33,7 @@ class Calls:
     """Calls that rank 0 makes and the others take part in. Every rank makes one, at the same time."""
 
     def __init__(self) -> None:
-        self.group = dist.new_group(backend="gloo", timeout=LONG)
+        self.group = dist.new_group(backend="gloo", timeout=LONG, group_desc=LONG_WAITS)
 
     def together(self, job: dict[str, Any] | None) -> None:
         """On rank 0: let the others call with these arguments; None: there are no more calls."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from soma.train.parallel.pipeline.schedule import Action, Schedule
 from soma.train.parallel.pipeline.transfers import Channel, channels
+from soma.train.parallel.watch import waiting
 
 AHEAD = 2  # receives that a channel has posted before they are needed: one arrives while the other is worked on
 
@@ -36,7 +37,7 @@ class Transport:
         if dist.get_backend(group) == "nccl":
             self.ahead = 0
             self.open_channels()
-        self.sending: deque[tuple[dist.Work, Tensor]] = deque()
+        self.sending: deque[tuple[dist.Work, Tensor, int]] = deque()
         self.posted: dict[Action, tuple[dist.Work, Tensor]] = {}
         self.next: dict[Channel, int] = {}
 
@@ -81,7 +82,8 @@ class Transport:
         self.post(channel, self.number[channel, message] + 1)
         work, buffer = self.posted.pop(message)
         try:
-            work.wait()
+            with waiting(dist.get_global_rank(self.group, channel[0]), f"the receipt of {message}"):
+                work.wait()
         except RuntimeError as error:
             who = f"pipeline rank {self.rank} waits for {message} of rank {channel[0]}"
             raise RuntimeError(f"{who}: {error}") from error
@@ -97,11 +99,13 @@ class Transport:
         target = dist.get_global_rank(self.group, reader)
         work = dist.isend(value, target, group=self.groups[channel], tag=self.number[channel, message])
         assert work is not None
-        self.sending.append((work, value))
+        self.sending.append((work, value, target))
 
     def finish(self) -> None:
         """All has left and all has come."""
         assert not self.posted, f"never read: {[str(message) for message in self.posted]}"
         while self.sending:
-            self.sending.popleft()[0].wait()
+            work, _, target = self.sending.popleft()
+            with waiting(target, "the sending of a microbatch"):
+                work.wait()
         self.ahead = AHEAD

@@ -1,0 +1,281 @@
+"""Who is missing: a collective that hangs or breaks off is answered with the rank and the operation.
+
+Gloo's own time-outs say neither. A thread of every rank writes to the store, every few seconds, what the rank has begun
+in each process group (torch numbers the collectives of a group), what it waits for, and where its code stands. When an
+operation fails, a rank reads what all have written and follows who waits for whom, to those that wait for nobody.
+"""
+
+import json
+import pickle
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+
+import torch.distributed as dist
+from torch._C import _distributed_c10d as c10d
+from torch.distributed import distributed_c10d
+
+from soma.base import progress
+from soma.base.errors import UserError
+
+BEAT = 2.0  # seconds between two writes
+SILENCE = 6.0  # seconds without one after which a rank counts as silent
+FAILED = ("gloo", "nccl", "timed out", "connection")  # words of the errors of lost transfers
+LONG_WAITS = "long waits"  # description of a group in which ranks wait as long as it takes
+Edges = dict[int, str]
+
+
+class LostRankError(UserError):
+    """An operation between ranks did not end. The message names the operation and the ranks that are missing."""
+
+
+@dataclass
+class State:
+    """What a rank writes: `groups` the number of its last collective in each process group, `operations` which one that
+    was, the newest last (once the numbers have not moved for a beat); `wait` the rank and the words of a transfer that
+    it waits for; `at` where its code stands."""
+
+    beat: int = 0
+    groups: dict[str, int] = field(default_factory=dict)
+    operations: dict[str, str] = field(default_factory=dict)
+    wait: tuple[int, str] | None = None
+    at: str = ""
+    ended: bool = False
+
+
+waits: list[tuple[int, str]] = []  # transfers that this process's main thread waits for, innermost last
+
+
+@contextmanager
+def waiting(rank: int, what: str) -> Iterator[None]:
+    """While this rank waits for a transfer from or to a (global) rank: torch keeps no record of those over Gloo."""
+    waits.append((rank, what))
+    yield
+    waits.pop()  # not after an error: it is what the rank waited for
+
+
+@contextmanager
+def watched(seconds: float) -> Iterator[None]:
+    """Within it an operation of the process groups that takes longer than `seconds` fails, with a LostRankError."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        yield
+        return
+    limit_operations(seconds)
+    watch = Watch(min(BEAT, seconds / 8), seconds / 2)
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(word in str(error).lower() for word in FAILED):
+            raise
+        watch.freeze(error)
+        raise LostRankError(f"{watch.report()} ({str(error).splitlines()[0]})") from error
+    finally:
+        watch.stop()
+        waits.clear()
+
+
+def limit_operations(seconds: float) -> None:
+    """Let operations of the process groups that there are time out; those that are meant to last (`ranks`) do not."""
+    for group in distributed_c10d._world.pg_map:
+        if group.group_desc != LONG_WAITS:
+            distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+class Watch:
+    """Writes this rank's state every `beat` seconds; notes once what has not ended for `late` seconds."""
+
+    def __init__(self, beat: float, late: float) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.beat, self.late = beat, late
+        self.store = distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+        self.main = threading.get_ident()
+        self.members = {
+            str(group.group_name): dist.get_process_group_ranks(group) for group in distributed_c10d._world.pg_map
+        }
+        self.state = State()
+        self.stuck_since, self.noted, self.frozen = time.monotonic(), False, False
+        self.lock, self.ending = threading.Lock(), threading.Event()
+        waits.clear()
+        self.write()
+        self.thread = threading.Thread(target=self.run, name="watch", daemon=True)
+        self.thread.start()
+
+    def run(self) -> None:
+        """The thread's life."""
+        try:
+            while not self.ending.wait(self.beat):
+                before = (self.state.groups, self.state.wait, self.state.at)
+                self.write()
+                if before != (self.state.groups, self.state.wait, self.state.at):
+                    self.stuck_since, self.noted = time.monotonic(), False
+                elif time.monotonic() - self.stuck_since > self.late and not self.noted:
+                    self.noted = True
+                    progress.current().note(f"after {time.monotonic() - self.stuck_since:.0f} s: {self.report()}")
+        except dist.DistError:
+            return  # the store is gone: the job ends
+
+    def write(self) -> None:
+        """One beat."""
+        with self.lock:
+            if not self.frozen:
+                self.take()
+            self.send()
+
+    def take(self) -> None:
+        """This rank's state as it is now."""
+        groups = {
+            str(group.group_name): group._get_sequence_number_for_group()  # type: ignore[attr-defined]
+            for group in distributed_c10d._world.pg_map
+        }
+        # torch's record of operations is long: it is read only when this rank has begun nothing new.
+        operations = last_operations(groups) if groups == self.state.groups else {}
+        self.state = State(self.state.beat, groups, operations, waits[-1] if waits else None, self.stands())
+
+    def stands(self) -> str:
+        """Where the main thread's code is."""
+        frame = sys._current_frames().get(self.main)
+        return place(reversed([one for one, _ in traceback.walk_stack(frame)])) if frame is not None else ""
+
+    def send(self) -> None:
+        """Write the state to the store."""
+        self.state.beat += 1
+        self.store.set(f"watch/{self.rank}", json.dumps(asdict(self.state)))
+
+    def freeze(self, error: BaseException) -> None:
+        """An operation has failed: the state is that of this moment from now on."""
+        with self.lock:
+            self.take()
+            self.state.operations = last_operations(self.state.groups)
+            self.state.at = place(frame for frame, _ in traceback.walk_tb(error.__traceback__))
+            self.frozen = True
+            self.send()
+
+    def report(self) -> str:
+        """What this rank waits for and who is missing there, in one sentence."""
+        states, silent = self.look()
+        states[self.rank] = self.state
+        return explain(self.rank, states, silent, self.members)
+
+    def look(self) -> tuple[dict[int, State], set[int]]:
+        """All ranks' states, and the ranks that have written none for SILENCE seconds, though they have not ended."""
+        first, until = self.read(), time.monotonic() + max(SILENCE, 3 * self.beat)
+        while True:
+            time.sleep(self.beat / 2)
+            states = self.read()
+            silent = {
+                rank for rank, state in states.items()
+                if rank != self.rank and not state.ended and state.beat == first[rank].beat
+            }  # fmt: skip
+            if not silent or time.monotonic() > until:
+                return states, silent
+
+    def read(self) -> dict[int, State]:
+        """What the ranks have written last."""
+        states = {}
+        for rank in range(self.size):
+            key = f"watch/{rank}"
+            states[rank] = State(**json.loads(self.store.get(key))) if self.store.check([key]) else State()
+        return states
+
+    def stop(self) -> None:
+        """End the thread; the last state stays for ranks that look for one that is missing."""
+        self.ending.set()
+        self.thread.join()
+        try:
+            self.state.ended = True
+            self.send()
+        except dist.DistError:
+            pass  # the process that keeps the store has ended before this one
+
+
+def last_operations(groups: Mapping[str, int]) -> dict[str, str]:
+    """By group what the collective was that this rank has begun last, the newest at the end. (Whether it has ended the
+    record says too, but of Gloo's sometimes late and sometimes early.)"""
+    found: dict[str, str] = {}
+    record = c10d._dump_fr_trace(includeStackTraces=False)  # type: ignore[attr-defined]
+    for entry in pickle.loads(record)["entries"]:
+        group = entry["process_group"][0]
+        if group in groups and not entry["is_p2p"]:
+            found.pop(group, None)
+            found[group] = entry["profiling_name"].rpartition(":")[2]
+    return found
+
+
+def place(frames: Iterable[FrameType]) -> str:
+    """Where code stands: of frames, the outermost first, the innermost line that is not torch's or this file's."""
+    found = ""
+    for frame in frames:
+        path = Path(frame.f_code.co_filename)
+        if "torch" not in path.parts and path.name not in (Path(__file__).name, "contextlib.py"):
+            found = f"{path.name}:{frame.f_lineno} in {frame.f_code.co_name}"
+    return found
+
+
+def explain(
+    rank: int, states: Mapping[int, State], silent: set[int], members: Mapping[str, list[int]]
+) -> str:  # fmt: skip
+    """What `rank` waits for, and the ranks at the end of the chain of those that wait."""
+    waits_for = {one: edges(one, states, silent, members) for one in states}
+    waits_for |= {one: {} for one in silent}
+    reached, frontier = {rank}, [rank]
+    while frontier:
+        for other in waits_for[frontier.pop()]:
+            if other not in reached:
+                reached.add(other)
+                frontier.append(other)
+    missing = sorted(one for one in reached - {rank} if not waits_for[one])
+    own = waits_for[rank]
+    if not own:
+        return f"rank {rank}: an operation failed at {states[rank].at}, and no rank is missing in any"
+    what = next(iter(own.values()))
+    if not missing:
+        circle = ", ".join(
+            f"rank {one} in {next(iter(waits_for[one].values()))} at {states[one].at}" for one in sorted(reached)
+        )
+        return f"ranks wait for each other: {circle}"
+    told = "; ".join(describe(one, states[one], one in silent) for one in missing)
+    through = sorted(set(own) - set(missing))
+    via = f" by way of rank{'s' * (len(through) > 1)} {', '.join(map(str, through))}" if through else ""
+    return f"rank {rank} waits at {states[rank].at} in {what}{via} for {told}"
+
+
+def describe(rank: int, state: State, is_silent: bool) -> str:
+    """A missing rank."""
+    if is_silent:
+        last = f", last seen at {state.at}" if state.at else ""
+        return f"rank {rank}, which gives no sign of life (stopped, dead, or off the network{last})"
+    if state.ended:
+        return f"rank {rank}, which has ended"
+    return f"rank {rank}, which is alive and stands at {state.at}"
+
+
+def edges(
+    rank: int, states: Mapping[int, State], silent: set[int], members: Mapping[str, list[int]]
+) -> Edges:  # fmt: skip
+    """The ranks that a rank waits for, each with the operation; `members` are those of groups that the reader knows."""
+    state, found = states[rank], Edges()
+    if state.wait is not None:
+        found[state.wait[0]] = state.wait[1]
+    known = list(reversed(state.operations))
+    for group in known + [group for group in state.groups if group not in known]:
+        number = state.groups[group]
+        within = [one for one in states if group in states[one].groups or one in members.get(group, ())]
+        late = [one for one in within if states[one].groups.get(group, 0) < number]
+        for one in late or (silent.intersection(within) - {rank} if number else ()):
+            what = f"{state.operations.get(group, 'collective')} number {number} of ranks {spelled(within)}"
+            found.setdefault(one, what)
+    return found
+
+
+def spelled(ranks: list[int]) -> str:
+    """`0-3` or `0,2,4`."""
+    ranks = sorted(ranks)
+    run = ranks == list(range(ranks[0], ranks[-1] + 1)) and len(ranks) > 2
+    return f"{ranks[0]}-{ranks[-1]}" if run else ",".join(map(str, ranks))
