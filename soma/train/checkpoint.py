@@ -13,14 +13,16 @@ import random
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
@@ -29,9 +31,12 @@ from soma.base.artefact import directory_bytes, file_hash, publish, read_json, w
 from soma.base.errors import UserError
 from soma.model.quantized import QuantizedLinear
 from soma.train.optim import allocate_state
+from soma.train.snapshot import Background, Snapshot
 from soma.train.world import World
 
 NAME = re.compile(r"step-(\d+)")
+# DCP's warning that one process saves or loads alone: it does so on purpose.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,10 @@ class Checkpoints:
     directory: Path
     keep: int
     world: World
+    in_background: bool = False
+    snapshot: Snapshot = field(default_factory=Snapshot)
+    background: Background = field(default_factory=Background)
+    groups: list[dist.ProcessGroup] = field(default_factory=list)
 
     def steps(self) -> list[int]:
         """Steps of the folders there are, whole or torn, in rising order."""
@@ -79,27 +88,58 @@ class Checkpoints:
     ) -> None:
         """Write the checkpoint of `step`, then remove all but the newest `keep` and `best`.
 
-        Raises UserError when the disk is full; the checkpoints that were there stay.
+        In the background: this returns when the tensors are copied, and the checkpoint is whole when `wait` returns;
+        one at a time. Raises UserError when the disk is full, now or out of the next call or `wait`; the checkpoints
+        that were there stay.
         """
+        self.wait()
+        tensors = model_tensors(model) | optimizer_tensors(model, optimizers)
+        if self.in_background:
+            tensors = self.snapshot.take(tensors)
+        work = partial(self.write, step, tensors, run, random_state(), best, self.group())
+        if self.in_background:
+            self.background.start(work)
+        else:
+            work()
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Until the last checkpoint is written, or so many seconds. Raises what went wrong with it."""
+        self.background.wait(seconds)
+
+    def group(self) -> dist.ProcessGroup | None:
+        """The ranks, in a group of its own: what it is asked for in a thread must not mix with the training's."""
+        if self.world.size > 1 and not self.groups:
+            self.groups.append(dist.new_group(backend="gloo"))
+        return self.groups[0] if self.groups else None
+
+    def write(
+        self, step: int, tensors: dict[str, Tensor], run: dict[str, Any], random: dict[str, Any], best: int | None,
+        group: dist.ProcessGroup | None,
+    ) -> None:  # fmt: skip
+        """What `save` does with what it was given. All ranks together; if one fails, all do."""
         final = self.path(step)
         temporary = final.with_name(f".{final.name}.tmp")
-        tensors = model_tensors(model) | optimizer_tensors(model, optimizers)
         with disk_full(self, step, tensors):
+            with all_or_none(group):
+                if self.world.is_main:
+                    shutil.rmtree(temporary, ignore_errors=True)
+                    temporary.mkdir(parents=True)
+            with all_or_none(group):
+                dcp.save(tensors, checkpoint_id=temporary / "state", process_group=group, no_dist=group is None)
+                write_json(temporary / f"random-{self.world.rank:05d}.json", random)
+                hashes = file_facts(temporary, own_files(temporary, self.world.rank))
+            if group is not None:
+                everyone: list[dict[str, Any]] = [{}] * self.world.size
+                dist.all_gather_object(everyone, hashes, group=group)
+                hashes = {name: facts for part in everyone for name, facts in part.items()}
+            with all_or_none(group):
+                if self.world.is_main:
+                    write_json(temporary / "run.json", run)
+                    write_json(temporary / "manifest.json", manifest(temporary, hashes))
+                    publish(temporary, final)
+        with all_or_none(group):
             if self.world.is_main:
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
-            self.world.barrier()
-            with quiet():
-                dcp.save(tensors, checkpoint_id=temporary / "state")
-            write_json(temporary / f"random-{self.world.rank:05d}.json", random_state())
-            self.world.barrier()
-            if self.world.is_main:
-                write_json(temporary / "run.json", run)
-                write_json(temporary / "manifest.json", manifest(temporary))
-                publish(temporary, final)
-        if self.world.is_main:
-            self.prune(best)
-        self.world.barrier()
+                self.prune(best)
 
     def prune(self, best: int | None) -> None:
         """Remove all but the newest `keep` and `best`."""
@@ -121,7 +161,7 @@ class Checkpoints:
         self._read(step, model_tensors(model))
 
     def _read(self, step: int, tensors: dict[str, Tensor]) -> None:
-        with quiet(), torch.no_grad():
+        with torch.no_grad():
             try:
                 dcp.load(tensors, checkpoint_id=self.path(step) / "state")
             except dcp.CheckpointException as error:
@@ -150,15 +190,40 @@ def torn(path: Path) -> str | None:
     return None
 
 
-def manifest(directory: Path) -> dict[str, Any]:
-    """Size and sha256 of every file below a folder."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    return {
-        "files": {
-            path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": file_hash(path)}
-            for path in files
-        }
-    }
+def manifest(directory: Path, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Size and sha256 of every file below a folder; those in `known` are not read again."""
+    names = [path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()]
+    found = dict(known) | file_facts(directory, [name for name in names if name not in known])
+    return {"files": {name: found[name] for name in sorted(names)}}
+
+
+def own_files(directory: Path, rank: int) -> list[str]:
+    """The files of a checkpoint that a rank has written, so that each reads its own for their hashes."""
+    names = [path.name for path in (directory / "state").glob(f"__{rank}_*")]
+    return [*(f"state/{name}" for name in names), f"random-{rank:05d}.json"]
+
+
+def file_facts(directory: Path, names: list[str]) -> dict[str, Any]:
+    """Size and sha256 of files in a folder, by name."""
+    return {name: {"bytes": (directory / name).stat().st_size, "sha256": file_hash(directory / name)} for name in names}
+
+
+@contextmanager
+def all_or_none(group: dist.ProcessGroup | None) -> Iterator[None]:
+    """If a rank fails inside, all do, and none waits for one that will not come. The others raise OSError with the rank."""
+    error: BaseException | None = None
+    try:
+        yield
+    except (OSError, RuntimeError, dcp.CheckpointException) as failure:
+        error = failure
+    if group is not None:
+        faults: list[str | None] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(faults, None if error is None else str(error), group=group)
+        for rank, fault in enumerate(faults):
+            if error is None and fault is not None:
+                error = OSError(f"rank {rank} could not write the checkpoint: {fault}")
+    if error is not None:
+        raise error
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -218,14 +283,6 @@ def to_text(state: Tensor) -> str:
 def from_text(text: str) -> Tensor:
     """The byte tensor of `to_text`."""
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without DCP's warning that one process saves alone: it does so on purpose."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
 
 
 @contextmanager

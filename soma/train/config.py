@@ -143,6 +143,11 @@ class TrainConfig(BaseModel):
         description="Stop after so many evaluations without gain in the held-out loss; the best weights stay. 0: off.",
     )
     checkpoint_every: int = Field(100, ge=0, description="Steps between two checkpoints; 0: none.")
+    background_checkpoints: bool = Field(
+        True,
+        description="Training goes on while a checkpoint is written, from a copy in the CPU's memory as large as "
+        "weights and optimizer state. False: it waits, without the copy.",
+    )
     keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept, the newest (the best one is kept besides).")
     sample_prompts: list[str] = Field(default_factory=list, description="Continued at every evaluation, for the log.")
     sample_tokens: int = Field(64, ge=1, description="Tokens of a sample.")

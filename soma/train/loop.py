@@ -6,6 +6,7 @@ a killed run takes the same ones again.
 
 import json
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from soma.train.parallel.apply import Parallel
 from soma.train.peak import matmul_peak
 from soma.train.samples import continue_text
 from soma.train.schedule import learning_rate
+from soma.train.snapshot import PATIENCE
 from soma.train.world import World
 
 
@@ -100,7 +102,9 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16")
         self.divergence = DivergenceGuard(config.divergence_factor, config.divergence_steps)
         self.clock = TimeGuard(config.max_seconds or float("inf"))
-        self.checkpoints = Checkpoints(work / "checkpoints", config.keep_checkpoints, world)
+        self.checkpoints = Checkpoints(
+            work / "checkpoints", config.keep_checkpoints, world, config.background_checkpoints
+        )
         self.microbatch = config.microbatch_size or config.batch_size // world.data_size
         self.validation_start = validation.state_dict() if validation is not None else None
         self.flops = flops_per_token(model.config, config.sequence_length)
@@ -112,6 +116,22 @@ class Trainer:
     def run(self) -> None:
         """Train to the end: to `steps`, an early stop, or where max_seconds cuts."""
         self.resume()
+        try:
+            self.train_steps()
+        except BaseException:  # what was being saved is saved; what went wrong with it matters no more
+            with suppress(Exception):
+                self.checkpoints.wait(PATIENCE)
+            raise
+        self.checkpoints.wait()
+        if self.at.validated_at != self.at.done:
+            self.evaluate()
+        if self.config.early_stop and self.at.best_step not in (None, self.at.done):
+            assert self.at.best_step is not None
+            self.checkpoints.load_weights(self.at.best_step, self.model)
+            self.at.last_validation = self.at.best_validation
+
+    def train_steps(self) -> None:
+        """Step after step, with what comes after each."""
         self.model.train()
         with progress.current().task("train", total=self.steps, unit="steps") as task:
             task.skip(self.at.done)
@@ -125,12 +145,6 @@ class Trainer:
                 self.limit_time()
                 task.total = self.steps
                 task.advance(1, loss=round(self.at.last_loss, 4))
-        if self.at.validated_at != self.at.done:
-            self.evaluate()
-        if self.config.early_stop and self.at.best_step not in (None, self.at.done):
-            assert self.at.best_step is not None
-            self.checkpoints.load_weights(self.at.best_step, self.model)
-            self.at.last_validation = self.at.best_validation
 
     def train_step(self) -> None:
         """One optimizer step over a whole batch."""
@@ -261,6 +275,8 @@ class Trainer:
         """Raise DivergenceError if there is a reason to, with the batch written to the work folder."""
         if reason is None:
             return
+        with suppress(Exception):
+            self.checkpoints.wait(PATIENCE)  # so that the message names it
         step = self.at.done + 1
         rank = "" if self.world.is_main else f"-rank-{self.world.rank}"
         path = self.work / f"bad-batch-step-{step}{rank}.npz"

@@ -39,8 +39,8 @@ from soma.train.world import World
 __all__ = ["DivergenceError", "TrainResult", "train"]
 
 # What may change between a killed run and its resumption: it does not reach the weights.
-HARMLESS = ("max_seconds", "log_every", "checkpoint_every", "keep_checkpoints", "sample_prompts", "sample_tokens",
-            "sample_temperature", "layout")  # fmt: skip
+HARMLESS = ("max_seconds", "log_every", "checkpoint_every", "keep_checkpoints", "background_checkpoints",
+            "sample_prompts", "sample_tokens", "sample_temperature", "layout")  # fmt: skip
 
 
 def train(

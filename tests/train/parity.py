@@ -278,6 +278,7 @@ def save_on_rank(rank: int, world_size: int, layout: dict[str, Any], case: Case,
         trainer.train_step()
         trainer.at.done += 1
     trainer.save()
+    trainer.checkpoints.wait()
 
 
 def resume_on_rank(
