@@ -210,7 +210,7 @@ def file_facts(directory: Path, names: list[str]) -> dict[str, Any]:
 
 @contextmanager
 def all_or_none(group: dist.ProcessGroup | None) -> Iterator[None]:
-    """If a rank fails inside, all do, and none waits for one that will not come. The others raise OSError with the rank."""
+    """If a rank fails inside, all do; none waits for one that will not come. The others raise OSError with the rank."""
     error: BaseException | None = None
     try:
         yield
