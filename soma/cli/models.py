@@ -110,6 +110,13 @@ def generate(
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     max_running: Annotated[int, typer.Option(help="Rows answered at once.")] = 64,
+    weights: Annotated[
+        str | None, typer.Option(help="int8 or int4: round the weights at load, in groups of 32.")
+    ] = None,
+    speculate: Annotated[
+        str | None, typer.Option(help="Guess tokens, check several at once: ngram, or a small model.")
+    ] = None,
+    draft_tokens: Annotated[int | None, typer.Option(help="Tokens guessed at once, at most.", min=1)] = None,
     adapter: Annotated[str | None, typer.Option(metavar="FOLDER", help="A LoRA adapter to answer with.")] = None,
 ) -> None:
     """Answer every row of a file. Interrupted, the same command goes on where it was."""
@@ -124,12 +131,15 @@ def generate(
     )
     with progress.use(progress.choose()) as reporter:
         engine, tokenizer, name = load_engine(
-            model, precision=precision, device=device, max_running=max_running, max_waiting=max_running
-        )
+            model, precision=precision, device=device, max_running=max_running, max_waiting=max_running,
+            weights=weights, speculate=speculate,
+            **({} if draft_tokens is None else {"draft_tokens": draft_tokens}),
+        )  # fmt: skip
         try:
             if adapter is not None:
                 engine.load_adapter(adapter, adapter)
-            identity = f"{name} {precision}" + (f" {adapter}" if adapter else "")
+            # Speculation is not part of it: it changes how fast answers come, not what they are drawn from.
+            identity = " ".join(filter(None, (name, precision, weights, adapter)))
             summary = generate_file(engine, tokenizer, file, target, params, encode_prompt, identity, adapter)
         finally:
             engine.close()

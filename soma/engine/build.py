@@ -21,6 +21,7 @@ FLAGS = (
 # Tried in this order: the machine's own instructions and vectors where the code asks for them, then with less.
 EXTRAS = (("-march=native", "-fopenmp-simd"), ("-mcpu=native", "-fopenmp-simd"), ("-fopenmp-simd",), ())
 BUILD_SECONDS = 120
+LOADED: list[ctypes.CDLL] = []
 WITHOUT = "the model runs on torch alone, which is slower on a CPU, most of all with quantized weights"
 
 
@@ -44,10 +45,17 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
             progress.current().note(f"the engine's C sources do not build ({said}): {WITHOUT}")
             return None
     try:
-        return ctypes.CDLL(str(target))
+        built = ctypes.CDLL(str(target))
+        LOADED.append(built)
+        return built
     except OSError as error:
         progress.current().note(f"{target} does not load ({error}): {WITHOUT}")
         return None
+
+
+def loaded() -> ctypes.CDLL | None:
+    """A library that is there already, for what does not depend on a model's dtype."""
+    return LOADED[-1] if LOADED else None
 
 
 def _build(path: str, define: str, target: Path) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from soma.engine.adjust import Row, adjust
 from soma.engine.batch import to_device
+from soma.engine.largest import largest
 from soma.engine.params import MASK64, TokenLogprob
 
 WIDTHS = (64, 512)  # the likeliest tokens to look for, until they decide what top-k and top-p keep; then all are sorted
@@ -60,7 +61,7 @@ def sample_together(logits_RV: Tensor, rows: Sequence[Row]) -> list[TokenLogprob
     scored = [i for i, row in enumerate(rows) if row.state.params.logprobs is not None]
     random, filtered = kinds(rows)
     if len(random) + len(filtered) < len(rows):
-        best_R, tokens_R = adjusted_RV.max(-1)  # three times as fast as argmax on a CPU
+        best_R, tokens_R = largest(adjusted_RV)
     else:
         best_R = adjusted_RV.amax(-1)
         tokens_R = torch.zeros(len(rows), dtype=torch.long, device=raw_RV.device)

@@ -20,6 +20,7 @@ from soma.base import progress
 from soma.base.machine import Compiler
 from soma.engine import build
 from soma.engine.batch import Batch, make_batch
+from soma.engine.largest import largest
 from soma.engine.load import load_model_for
 from soma.engine.native import NativeModel
 from soma.model.config import ModelConfig
@@ -398,6 +399,21 @@ def test_the_first_set_of_flags_builds(tmp_path: Path, bf16: int) -> None:
     if check(nothing).returncode:
         pytest.skip(f"this compiler has no {build.EXTRAS[0][0]}")
     assert check(build.SOURCES / "forward.c").stderr == ""
+
+
+@pytest.mark.parametrize("columns", [1, 63, 64, 65, 203, 1000])
+def test_the_largest_of_a_row(columns: int) -> None:
+    """As numpy says it, the first of equals; rows of minus infinities, with a NaN, and of another layout too."""
+    assert build.loaded() is not None
+    x_RV = torch.randint(-5, 5, (50, columns), generator=torch.Generator().manual_seed(columns)).float()
+    x_RV[7], x_RV[8, -1], x_RV[9, 0] = -torch.inf, torch.inf, torch.nan
+    x_RV[10, -1] = torch.nan
+    for rows in (x_RV, torch.cat([x_RV, x_RV], 1)[:, :columns]):
+        best_R, place_R = largest(rows)
+        assert best_R[9:11].isnan().all()
+        for r in [*range(9), *range(11, 50)]:
+            right = int(np.argmax(x_RV[r].numpy()))
+            assert (best_R[r], place_R[r]) == (x_RV[r, right], right)
 
 
 def thread_names() -> list[str]:

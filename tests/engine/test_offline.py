@@ -15,14 +15,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from adapter_folders import greedy_alone, make_adapter
+from typer.testing import CliRunner
 
 from soma.base import progress
 from soma.base.errors import UserError
-from soma.engine import offline
+from soma.cli import app
+from soma.engine import load, offline
 from soma.engine.engine import Engine
 from soma.engine.offline import Summary, generate_file
 from soma.engine.params import SamplingParams
 from soma.model.lora_config import LoRAConfig
+from soma.model.quantized import QuantizedLinear
 from soma.model.tokenizer import Tokenizer
 
 PARAMS = SamplingParams(temperature=0.8, seed=5, max_tokens=12)
@@ -78,6 +81,36 @@ def test_with_an_adapter(tiny_folder: Path, tokenizer: Tokenizer, tmp_path: Path
         prompt = tokenizer.encode(f"hello {number}")
         ids = greedy_alone(tiny_folder, folder, prompt, 6)
         assert row["text"] == tokenizer.decode(ids) != tokenizer.decode(greedy_alone(tiny_folder, None, prompt, 6))
+
+
+@pytest.mark.parametrize("options", [["--speculate", "ngram", "--draft-tokens", "3"], ["--weights", "int8"]])
+def test_options_of_the_engine(
+    tiny_folder: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    """From the command line to the engine, and the answers are those of such an engine; guesses change none."""
+    made: list[Engine] = []
+    real = load.load_engine
+
+    def remember(*given: Any, **more: Any) -> Any:
+        made.append((loaded := real(*given, **more))[0])
+        return loaded
+
+    monkeypatch.setattr(load, "load_engine", remember)
+    source = write_rows(tmp_path / "in.jsonl", 3)
+    command = ["generate", str(tiny_folder), str(source), "--precision", "fp32", "--max-tokens", "40", *options]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    (engine,) = made
+    if "--speculate" in options:
+        assert engine.speculator is not None
+        assert engine.speculator.most == 3
+    weights = "int8" if "--weights" in options else None
+    assert any(isinstance(module, QuantizedLinear) for module in engine.runner.model.modules()) == bool(weights)
+    plain, _, _ = real(tiny_folder, precision="fp32", weights=weights)
+    for number, row in enumerate(rows_of(tmp_path / "in.answers.jsonl")):
+        prompt = tokenizer.encode(f"hello {number}")
+        assert row["text"] == plain.generate(prompt, SamplingParams(temperature=0, max_tokens=40)).text
+    plain.close()
 
 
 def test_bad_rows_are_reported_and_stop_nobody(batch: Callable[..., Summary], tmp_path: Path) -> None:

@@ -17,6 +17,8 @@
 
 #include "attention.h"
 
+#include "largest.h"
+
 /* q_norm and k_norm are NULL where the model has none; window is 0 for full attention. */
 typedef struct {
     Linear q, k, v, out, gate, up, down;
