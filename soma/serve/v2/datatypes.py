@@ -126,9 +126,19 @@ def from_json(data: Any, datatype: str, shape: tuple[int, ...], where: str) -> n
         given = np.array(data)
     except (ValueError, OverflowError, RecursionError):
         raise ApiError(400, f"{where}: data is no regular list of numbers") from None
+    if datatype == "UINT64" and given.dtype.kind in "fO":  # numpy's common type of 1 and 2^63 is a float
+        given = exact_uint64(data, given)
     if given.size != count:
         raise ApiError(400, f"{where}: {given.size} elements, its shape has {count}")
     return fitted(given, datatype, where).reshape(shape)
+
+
+def exact_uint64(data: list[Any], given: np.ndarray) -> np.ndarray:
+    """Nested lists of whole numbers as uint64 where they all fit, else what was given."""
+    elements = flat(data)
+    if all(type(each) is int and 0 <= each < 1 << 64 for each in elements):
+        return np.array(elements, np.uint64)
+    return given
 
 
 def fitted(given: np.ndarray, datatype: str, where: str) -> np.ndarray:

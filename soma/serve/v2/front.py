@@ -264,11 +264,21 @@ def check_inputs(model: V2Model, request: InferRequest) -> None:
         specs[name].check(array, f"input '{name}'")
     if missing := [name for name, spec in specs.items() if not spec.optional and name not in request.inputs]:
         raise ApiError(400, f"input {', '.join(repr(name) for name in missing)} is missing for model '{request.model}'")
-    have = {spec.name for spec in model.outputs}
-    for name in request.outputs:
+    check_outputs(model, request)
+
+
+def check_outputs(model: V2Model, request: InferRequest) -> None:
+    """Raises ApiError 400 for outputs that the model does not have, and classes of what are no numbers."""
+    have = {spec.name: spec for spec in model.outputs}
+    for name, parameters in request.outputs.items():
+        count = parameters.get("classification", 1)
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ApiError(400, f"output '{name}': classification takes a number of classes")
         if name not in have:
             raise ApiError(400, f"unexpected inference output '{name}' for model '{request.model}'; it has "
-                           f"{', '.join(spec.name for spec in model.outputs)}")  # fmt: skip
+                           f"{', '.join(have)}")  # fmt: skip
+        if "classification" in parameters and have[name].datatype == "BYTES":
+            raise ApiError(400, f"output '{name}': BYTES have no classes")
 
 
 def time_left(request: InferRequest, origin: Origin) -> float | None:
@@ -291,12 +301,8 @@ def chosen(model: V2Model, request: InferRequest, made: Tensors) -> list[Output]
         if name not in made:
             continue
         array, datatype = made[name], datatypes[name]
-        if (count := parameters.get("classification")) is not None:
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1 or datatype == "BYTES":
-                raise ApiError(
-                    400, f"output '{name}': classification takes a number of classes, of a tensor of numbers"
-                )
-            array, datatype = classes(np.atleast_1d(array), count, model.labels), "BYTES"
+        if "classification" in parameters:
+            array, datatype = classes(np.atleast_1d(array), parameters["classification"], model.labels), "BYTES"
         found.append(Output(name, datatype, array, parameters))
     return found
 

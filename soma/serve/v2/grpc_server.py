@@ -7,11 +7,13 @@ Source: open_inference_grpc.proto; Triton's grpc_service.proto and docs/protocol
 """
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Protocol
 from urllib.parse import unquote
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -19,7 +21,6 @@ from soma.base.errors import UserError
 from soma.serve.addresses import TrustedProxies
 from soma.serve.calls import Caller
 from soma.serve.errors import ApiError, as_api_error
-from soma.serve.v2 import inference_pb2_grpc as stubs
 from soma.serve.v2.front import Front, Origin
 from soma.serve.v2.messages import as_response, parameters_of, pb, read_request
 
@@ -92,17 +93,28 @@ class InferenceService:
     def __init__(self, front: Front, door: Door) -> None:
         self.front, self.door = front, door
 
-    def __getattr__(self, name: str) -> Callable[[Any, Any], Awaitable[Any]]:
-        """The protocol's CamelCase methods of one answer: each admits its caller, runs the method below of the same
-        name, and turns exceptions into codes."""
-        method = METHODS.get(name)
-        if method is None:
-            raise AttributeError(name)
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """What gRPC calls: the methods of the .proto file are those below, in snake case."""
+        made = {}
+        for method in pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods:
+            coders = {
+                "request_deserializer": lenient(getattr(pb, method.input_type.name)),
+                "response_serializer": getattr(pb, method.output_type.name).SerializeToString,
+            }
+            if method.client_streaming:
+                made[method.name] = grpc.stream_stream_rpc_method_handler(self.model_stream_infer, **coders)
+            else:
+                made[method.name] = grpc.unary_unary_rpc_method_handler(self.unary(method.name), **coders)
+        return grpc.method_handlers_generic_handler(SERVICE, made)
+
+    def unary(self, name: str) -> Callable[[Any, Any], Awaitable[Any]]:
+        """A method of one answer: it admits its caller and turns exceptions into codes."""
+        method = getattr(self, re.sub("(?<!^)(?=[A-Z])", "_", name).lower())
 
         async def call(request: Any, context: Any) -> Any:
             try:
                 origin = ANYBODY if name in ("ServerLive", "ServerReady") else self.door.origin(context, name)
-                return await method(self, request, origin)
+                return await method(readable(request), origin)
             except Exception as error:  # noqa: BLE001  (the client is told)
                 return await refuse(context, error)
 
@@ -144,7 +156,7 @@ class InferenceService:
         async with running:
             return as_response(running, await running.only(), raw=wants_raw(request))
 
-    async def ModelStreamInfer(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:  # noqa: N802
+    async def model_stream_infer(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
         """Requests and answers on one connection, as Triton's: an error answers its request and leaves the stream
         open, unless the metadata `triton_grpc_error: true` asks for the call to end with it. Answers of models that
         give one each come in the order of the requests; a model that gives many sends them as they come."""
@@ -172,11 +184,25 @@ class InferenceService:
             await stream.stop()
 
 
-METHODS = {
-    "".join(word.capitalize() for word in name.split("_")): method
-    for name, method in vars(InferenceService).items()
-    if name.startswith(("server_", "model_", "repository_"))
-}
+def lenient(kind: Any) -> Callable[[bytes], Any]:
+    """Reads messages of a kind; None for what is none. (gRPC itself would write a traceback into the log for each.)"""
+
+    def read(data: bytes) -> Any:
+        try:
+            return kind.FromString(data)
+        except DecodeError:
+            return None
+
+    return read
+
+
+def readable(message: Any) -> Any:
+    """The message. Raises ApiError if it could not be read."""
+    if message is None:
+        raise ApiError(400, "the message could not be read: it is none of this method")
+    return message
+
+
 ANYBODY = Origin("", "")
 
 
@@ -218,14 +244,14 @@ class Stream:
         except Exception as error:  # noqa: BLE001  (the client is told)
             if before is not None:
                 await before
-            await self.answers.put((error, request.id))
+            await self.answers.put((error, "" if request is None else request.id))
         finally:
             self.places.release()
             if not done.done():
                 done.set_result(None)
 
     async def run(self, request: Any, before: "asyncio.Future[None] | None") -> None:
-        asked = read_request(request)
+        asked = read_request(readable(request))
         with_end = asked.parameters.pop("triton_enable_empty_final_response", False) is True
         running = await self.front.start(asked, self.origin, stream=True)
         decoupled = running.model.decoupled
@@ -306,7 +332,7 @@ class GrpcServer:
             compression=COMPRESSIONS[compression],
         )  # fmt: skip
         service = InferenceService(front, Door(guard, proxies or TrustedProxies()))
-        stubs.add_GRPCInferenceServiceServicer_to_server(service, self.server)
+        self.server.add_generic_rpc_handlers((service.handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(HealthService(front, tells_models=guard is None), self.server)
         pool = pb.DESCRIPTOR.pool
         for described in (health_pb2.DESCRIPTOR, reflection._reflection_pb2.DESCRIPTOR):
