@@ -83,6 +83,12 @@ class Model(Version):
 
     versions: dict[str, Version] = Field({}, description="by number")
 
+    @model_validator(mode="after")
+    def _own_version(self) -> "Model":
+        if self.kinds and "1" in self.versions:
+            raise ValueError("version 1 is there twice: what stands beside `versions` is version 1")
+        return self
+
     @property
     def all_versions(self) -> dict[str, Version]:
         own: dict[str, Version] = {"1": self} if self.kinds else {}

@@ -107,9 +107,7 @@ class Repository:
     def add(self, name: str, make: V2Model | Callable[[], V2Model], version: str = "1") -> Entry:
         """A model, or what loads one when it is asked to. Raises UserError for a name that is taken or none."""
         if not NAME.fullmatch(name):
-            raise UserError(
-                f"model name {name!r}: letters, digits and . _ : @ + - are possible, a letter or digit first"
-            )
+            raise UserError(f"model name {name!r}: it must not be empty, nor hold a / or a control character")
         if not (version.isascii() and version.isdigit()):
             raise UserError(f"model {name}: version {version!r} is no whole number")
         versions = self.entries.setdefault(name, {})
