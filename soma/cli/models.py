@@ -66,6 +66,10 @@ def serve(
     prices: Annotated[
         str | None, typer.Option(metavar="FILE", help="YAML: what a million tokens of each model cost; with --keys.")
     ] = None,
+    admin_port: Annotated[
+        int | None, typer.Option(help="Admin API and page on this port as well; with --keys.", min=0)
+    ] = None,
+    admin_host: Annotated[str, typer.Option(help="Address of the admin port.")] = "127.0.0.1",
     in_process: Annotated[
         bool, typer.Option("--in-process", help="Run the engine in this process, to debug it.")
     ] = False,
@@ -81,7 +85,8 @@ def serve(
             cache_dtype=cache_dtype, replicas=replicas, speculate=speculate, draft_tokens=draft_tokens,
             tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel, in_process=in_process,
             adapters=parse_adapters(adapter or []), allow_adapter_loading=allow_adapter_loading,
-            keys=keys, prices=prices, grpc_port=grpc_port, grpc_compression=grpc_compression, models=models,
+            keys=keys, prices=prices, admin_port=admin_port, admin_host=admin_host,
+            grpc_port=grpc_port, grpc_compression=grpc_compression, models=models,
             allow_model_control=allow_model_control, limits=limits, trusted_proxies=trusted_proxy or (),
         )  # fmt: skip
 

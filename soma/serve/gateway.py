@@ -1,6 +1,7 @@
 """What `soma serve --keys` puts before the model: the door, the keys' scopes, the ledger."""
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from soma.serve.calls import Gate
 from soma.serve.database import Database
@@ -8,6 +9,10 @@ from soma.serve.keys.door import Guard, ModelScope
 from soma.serve.keys.keyring import Keyring
 from soma.serve.ledger.gate import Ledger
 from soma.serve.ledger.prices import load_prices
+from soma.serve.limits.gate import LimitsGate
+
+if TYPE_CHECKING:
+    from soma.serve.admin.api import AdminServer
 
 
 class Gateway:
@@ -21,12 +26,18 @@ class Gateway:
         self.database = Database(database, create=False)
         self.keyring = Keyring(self.database)
         self.guard = Guard(self.keyring)
+        self.admin: AdminServer | None = None
         try:
             self.ledger = Ledger(self.database, self.keyring, self.prices)
         except BaseException:
             self.keyring.close()
             self.database.close()
             raise
+
+    @property
+    def currency(self) -> str | None:
+        """Of the price file."""
+        return self.prices.currency if self.prices else None
 
     def gates(self, others: Iterable[Gate] = ()) -> list[Gate]:
         """In the order that calls pass them: what is cheap to refuse first, the ledger's row last."""
@@ -37,8 +48,17 @@ class Gateway:
         if self.prices is not None:
             self.prices.check(names)
 
+    def start_admin(self, host: str, port: int, limiter: LimitsGate | None = None) -> str:
+        """Start the admin API; its URL. Raises UserError."""
+        from soma.serve.admin.api import AdminServer
+
+        self.admin = AdminServer(self, host, port, limiter)
+        return self.admin.url
+
     def close(self) -> None:
         """After the last call has ended."""
+        if self.admin is not None:
+            self.admin.close()
         self.ledger.close()
         self.keyring.close()
         self.database.close()

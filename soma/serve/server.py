@@ -86,12 +86,14 @@ def serve(
     adapters: Mapping[str, str] | None = None, allow_adapter_loading: bool = False, keys: str | None = None,
     grpc_port: int | None = None, grpc_compression: str = "none", models: str | Path | None = None,
     allow_model_control: bool = False, limits: Path | None = None, trusted_proxies: Sequence[str] = (),
-    prices: str | None = None, ready: Callable[[str], None] | None = None,
+    prices: str | None = None, admin_port: int | None = None, admin_host: str = "127.0.0.1",
+    ready: Callable[[str], None] | None = None,
 ) -> None:  # fmt: skip
     """Serve a model until SIGTERM or SIGINT.
 
     port 0 takes a free one. `keys`: the database of keys (`soma keys`), which requests are then asked for,
-    and of the ledger; `prices`: what tokens cost (`soma.serve.ledger.prices`).
+    and of the ledger; `prices`: what tokens cost (`soma.serve.ledger.prices`). `admin_port`, `admin_host`: where the
+    admin API and page listen, which ask for keys of their own.
     `allow_public` lets `host` be reachable from other machines without keys: whoever reaches the port uses the model.
     `limits`: a file of rate limits (`soma.serve.limits`). `trusted_proxies`: addresses and networks whose
     `X-Forwarded-For` is believed.
@@ -123,8 +125,8 @@ def serve(
     try:
         if models is not None:
             add_models(repository, read_models(Path(models)), Path(models).parent)
-        if prices is not None and keys is None:
-            raise UserError("prices without keys: the ledger lies in the database of keys; say which (--keys DATABASE)")
+        if (prices is not None or admin_port is not None) and keys is None:
+            raise UserError("prices and the admin API go with the database of keys; say which (--keys DATABASE)")
         if keys is not None:
             from soma.serve.gateway import Gateway
 
@@ -161,6 +163,8 @@ def serve(
             make_grpc = None
             if grpc_port is not None:
                 make_grpc = grpc_maker(app, host, grpc_port, gateway.guard if gateway else None, grpc_compression)
+            if gateway is not None and admin_port is not None:
+                progress.current().note(f"the admin page is at {gateway.start_admin(admin_host, admin_port, limiter)}")
             Server(config, app, grace, lambda: announce(url), make_grpc).run(sockets=[listener])
         finally:
             repository.close()

@@ -92,6 +92,11 @@ class Guard:
             raise ApiError(403, "this key may not use this route", code="route_not_allowed")
         return entry.caller
 
+    def counts(self) -> dict[str, int]:
+        """How many were refused, by reason."""
+        samples = (sample for metric in self.refused.collect() for sample in metric.samples)
+        return {each.labels["reason"]: int(each.value) for each in samples if each.name.endswith("_total")}
+
     def _failed(self, address: str, reason: str, words: str) -> ApiError:
         self.refused.labels(reason).inc()
         if wait := self.failures.count(address):

@@ -94,6 +94,12 @@ class Balances:
             self.connection.execute(change, rows)
 
 
+def balances_of(database: Database) -> dict[tuple[str, str], Any]:
+    """All balances, by owner and period."""
+    with database.read() as connection:
+        return {(row.owner, row.period): row for row in connection.execute(sa.select(balances))}
+
+
 def names_of(row: dict[str, Any]) -> list[tuple[str, str]]:
     """The balances that a ledger row counts for: of its key and team, for the day and the month it began in."""
     return [
