@@ -134,6 +134,10 @@ class DataConfig(Block):
     text_field: str = Field(
         "text", min_length=1, description="Field of JSON rows, or column of Parquet files, that holds the text."
     )
+    html: Literal["all", "main"] = Field(
+        "all",
+        description="What is taken of HTML files: all text, or the main text with its structure (as of WARC files).",
+    )
     clean: CleanConfig = Field(default_factory=CleanConfig, description="Cleaning and length limits.")
     dedup: DedupConfig = Field(default_factory=DedupConfig, description="Duplicate removal.")
     filters: Filters | None = Field(
@@ -172,7 +176,7 @@ class DataConfig(Block):
     def of_documents(self) -> dict[str, Any]:
         """The settings that documents and their attributes depend on, as JSON; no threshold is among them."""
         near = [self.dedup.num_hashes, self.dedup.ngram] if self.dedup.near else None
-        keys = {"sources", "text_field", "clean", "min_documents"}
+        keys = {"sources", "text_field", "html", "clean", "min_documents"}
         return self.model_dump(mode="json", include=keys) | {"near": near, "signals": self.signals}
 
 

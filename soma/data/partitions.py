@@ -193,7 +193,7 @@ class _Maker:
         try:
             with pq.ParquetWriter(hidden["rows"], self.schema, compression="zstd", store_schema=False) as self.file:
                 for item in task.items:
-                    for found in read_item(item, self.config.text_field):
+                    for found in read_item(item, self.config.text_field, self.config.html == "main"):
                         self._take(found)
                 self._flush()
             self.drops.write(hidden["dropped"])

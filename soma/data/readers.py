@@ -1,26 +1,31 @@
 """From a file to documents. What cannot be read is set aside with file, line and reason; nothing here is fatal."""
 
 import codecs
-import gzip
 import io
 import json
+import lzma
 import tokenize
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any
 
+from soma.data.compression import BombError
+from soma.data.compression import decompress as decompress
 from soma.data.html import html_to_text
 from soma.data.sources import Item
 
 PIECE_BYTES = 32 << 20  # plain text longer than this is read in pieces, so that a huge file needs little memory
 LINE_BYTES = 64 << 20  # a longer line of JSON is set aside
 HTML_BYTES = 64 << 20
+ARRAY_BYTES = 256 << 20  # a larger file that is one JSON array is set aside
+OTHER_TEXT_FIELDS = ("content", "raw_content")  # OSCAR's, and RedPajama's second version
+META_FIELDS = ("meta", "metadata", "warc_headers")  # of The Pile and RedPajama; of Dolma and OSCAR; of OSCAR
 EXCERPT_CHARS = 200
 META_CHARS = 200
 BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 # What opening, decompressing and reading raise: truncated and corrupt files, network trouble.
-READ_ERRORS = (OSError, EOFError, zlib.error, ValueError)
+READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError)
 
 
 @dataclass(slots=True)
@@ -43,30 +48,23 @@ class Dropped:
     excerpt: str = ""
 
 
-def read_item(item: Item, text_field: str) -> Iterator[Document | Dropped]:
-    """The documents of one file, in order; problems as `Dropped`."""
+def read_item(item: Item, text_field: str, main_only: bool = False) -> Iterator[Document | Dropped]:
+    """The documents of one file, in order; problems as `Dropped`. `main_only`: of HTML files only the main text."""
     try:
         with item.open() as raw:
-            for found in _read(item, decompress(raw, item.compression), text_field):
+            file = raw if item.kind == "warc" else decompress(raw, item.compression)
+            for found in _read(item, file, text_field, main_only):
                 yield _checked(found) if isinstance(found, Document) else found
     except READ_ERRORS as error:
         reason = "truncated" if isinstance(error, EOFError) else "corrupt" if item.compression else "unreadable"
+        reason = "bomb" if isinstance(error, BombError) else reason
         yield Dropped(item.name, reason, f"{type(error).__name__}: {error}")
 
 
-def decompress(raw: IO[bytes], compression: str | None) -> IO[bytes]:
-    """The file as it was before `gzip` or `zstd`."""
-    if compression == "gzip":
-        return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
-    if compression == "zstd":
-        import pyarrow
-
-        return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), 1 << 20)
-    return raw
-
-
-def _read(item: Item, file: IO[bytes], text_field: str) -> Iterator[Document | Dropped]:
-    if item.kind == "jsonl":
+def _read(item: Item, file: IO[bytes], text_field: str, main_only: bool) -> Iterator[Document | Dropped]:
+    if reader := _special(item.kind):
+        yield from reader(item, file)
+    elif item.kind == "jsonl":
         yield from _read_json(item, file, text_field)
     elif item.kind == "parquet":
         yield from _read_parquet(item, file, text_field)
@@ -75,10 +73,36 @@ def _read(item: Item, file: IO[bytes], text_field: str) -> Iterator[Document | D
         if len(html) > HTML_BYTES:
             yield Dropped(item.name, "too_large", f"an HTML page of more than {HTML_BYTES >> 20} MiB")
             return
-        found = _decode(item, html, _decoder(item, html))
-        yield Document(html_to_text(found), item.name, "html") if isinstance(found, str) else found
+        yield _read_html(item, html, main_only)
     else:
         yield from _read_text(item, file)
+
+
+def _special(kind: str | None) -> Callable[[Item, IO[bytes]], Iterator[Document | Dropped]] | None:
+    """The reader of a kind that has a module of its own."""
+    if kind == "warc":
+        from soma.data.archives import read_archive
+
+        return read_archive
+    if kind == "pdf":
+        from soma.data.pdf import read_pdf
+
+        return read_pdf
+    if kind in ("wikipedia", "wikitext"):
+        from soma.data.wikipedia import read_dump, read_wikitext
+
+        return read_dump if kind == "wikipedia" else read_wikitext
+    return None
+
+
+def _read_html(item: Item, html: bytes, main_only: bool) -> Document | Dropped:
+    if main_only:
+        from soma.data.extract import main_text
+
+        text = main_text(html)
+        return Document(text, item.name, "html") if text else Dropped(item.name, "no_main_text", "", _excerpt(html))
+    found = _decode(item, html, _decoder(item, html))
+    return Document(html_to_text(found), item.name, "html") if isinstance(found, str) else found
 
 
 def _read_text(item: Item, file: IO[bytes]) -> Iterator[Document | Dropped]:
@@ -169,10 +193,12 @@ def _read_json(item: Item, file: IO[bytes], text_field: str) -> Iterator[Documen
                 f"a row must be an object, this is {_json_kind(row)}",
                 repr(row)[:EXCERPT_CHARS],
             )
-        elif not isinstance(row.get(text_field), str):
-            yield _no_text(source, row, text_field)
         else:
-            yield Document(row[text_field], source, "jsonl", _meta(row, text_field))
+            name = _field_of(row, text_field)
+            if isinstance(row.get(name), str):
+                yield Document(row[name], source, "jsonl", _meta(row, name))
+            else:
+                yield _no_text(source, row, name)
 
 
 def json_rows(item: Item, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
@@ -183,7 +209,16 @@ def json_rows(item: Item, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
         if number == 1:
             data = data.removeprefix(codecs.BOM_UTF8)
             if data.lstrip().startswith(b"[") and item.name.split(".")[-1] not in ("jsonl", "ndjson"):
-                yield from _array(item, data + file.read())
+                rest = file.read(ARRAY_BYTES + 1)
+                if len(rest) > ARRAY_BYTES:
+                    yield (
+                        0,
+                        Dropped(
+                            item.name, "too_large", f"a JSON array of more than {ARRAY_BYTES >> 20} MiB; use JSONL"
+                        ),
+                    )
+                else:
+                    yield from _array(item, data + rest)
                 return
         if len(data) == LINE_BYTES and not data.endswith(b"\n"):
             while (rest := file.readline(LINE_BYTES)) and not rest.endswith(b"\n"):
@@ -230,11 +265,22 @@ def _json_kind(value: Any) -> str:
     return names.get(type(value), "null" if value is None else type(value).__name__)
 
 
+def _field_of(row: dict[str, Any], text_field: str) -> str:
+    """`text_field`, or where that is the usual one and the row lacks it, the field of another known corpus."""
+    if text_field == "text" and "text" not in row:
+        return next((name for name in OTHER_TEXT_FIELDS if isinstance(row.get(name), str)), text_field)
+    return text_field
+
+
 def _meta(row: dict[str, Any], text_field: str) -> dict[str, Any]:
-    """The row's other short scalar fields."""
+    """The row's other short scalar fields, and those of its objects of metadata as `meta.pile_set_name`."""
+    fields = {key: value for key, value in row.items() if key != text_field}
+    for name in META_FIELDS:
+        if isinstance(inner := row.get(name), dict):
+            fields |= {f"{name}.{key}": value for key, value in inner.items()}
     return {
-        key: value for key, value in row.items()
-        if key != text_field and isinstance(value, str | int | float | bool) and len(str(value)) <= META_CHARS
+        key: value for key, value in fields.items()
+        if isinstance(value, str | int | float | bool) and len(str(value)) <= META_CHARS
     }  # fmt: skip
 
 

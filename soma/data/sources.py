@@ -20,15 +20,17 @@ from soma.base.fetch import fetch
 from soma.base.remote import StoreFile, Unreachable, open_store, store_errors
 from soma.base.secrets import redact_url
 
-# The kinds that are read as something else than plain text are jsonl, parquet, html; `python` honours coding cookies.
+# The kinds that are read as something else than plain text are jsonl, parquet, html, warc, wikipedia, wikitext and pdf;
+# `python` honours coding cookies.
 KINDS = {
     ".txt": "text", ".text": "text", ".md": "markdown", ".markdown": "markdown", ".rst": "rst", ".html": "html",
     ".htm": "html", ".xhtml": "html", ".py": "python", ".pyi": "python", ".jsonl": "jsonl", ".ndjson": "jsonl",
     ".json": "jsonl", ".parquet": "parquet", ".c": "c", ".h": "c", ".cc": "cpp", ".cpp": "cpp", ".hpp": "cpp",
     ".cu": "cuda", ".rs": "rust", ".go": "go", ".java": "java", ".js": "javascript", ".ts": "typescript",
     ".rb": "ruby", ".sh": "shell", ".sql": "sql", ".tex": "tex", ".org": "org", ".adoc": "asciidoc",
+    ".warc": "warc", ".wet": "warc", ".xml": "wikipedia", ".raw": "wikitext", ".tokens": "wikitext", ".pdf": "pdf",
 }  # fmt: skip
-COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz", ".lz4": "lz4"}
 SKIPPED_FOLDERS = {"__pycache__", "node_modules", "site-packages", "dist-packages"}
 TEST_FOLDERS = {"test", "tests", "idle_test"}
 STDLIB = "stdlib:"
