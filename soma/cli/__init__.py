@@ -6,7 +6,7 @@ import sys
 import typer
 
 from soma.base.errors import UserError
-from soma.cli import data, gateway, models, recipes, schedules, sweeps, training, upkeep
+from soma.cli import data, gateway, models, recipes, schedules, sweeps, training, upkeep, upstreams
 
 # Mistakes about paths, not ours: no right to write there, a read-only disk, a file where a folder should be …
 NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
@@ -45,6 +45,7 @@ app.command("adapt")(recipes.adapt)
 app.command("sweep")(sweeps.sweep)
 app.command("chat")(models.chat)
 app.command("serve")(models.serve)
+app.command("gateway")(upstreams.gateway)
 app.command("generate")(models.generate)
 app.command("schedule")(schedules.schedule)
 app.command("doctor")(upkeep.doctor)

@@ -57,6 +57,7 @@ class Call:
     id: str = field(default_factory=lambda: f"req-{secrets.token_hex(12)}")
     tags: dict[str, str] = field(default_factory=dict)  # prompt template version, graph node: go to ledger and trace
     meter: Meter | None = None  # set by the ledger's gate
+    timeout: float | None = None  # seconds that the client gives it
 
 
 @dataclass(slots=True)

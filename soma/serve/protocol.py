@@ -192,6 +192,11 @@ Body = TypeVar("Body", bound=Sampling)
 
 async def read_body(request: Request, kind: type[Body], limit: int) -> Body:
     """The request's JSON as `kind`. Raises ApiError: wrong content type, too large (413), malformed, wrong fields."""
+    return parse((await read_json(request, limit))[0], kind)
+
+
+async def read_json(request: Request, limit: int) -> tuple[dict[str, Any], bytes]:
+    """The JSON object of a request, and the bytes that it came in. Raises ApiError as `read_body`."""
     content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if content_type != "application/json":
         raise ApiError(400, f"the content type is {content_type or 'missing'}; it must be application/json",
@@ -218,7 +223,7 @@ async def read_body(request: Request, kind: type[Body], limit: int) -> Body:
         raise ApiError(400, f"the body is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise ApiError(400, "the body must be a JSON object")
-    return parse(value, kind)
+    return value, bytes(data)
 
 
 def _no_constant(name: str) -> float:
