@@ -1,6 +1,7 @@
 """The data piece beside datatrove and trafilatura, on real text, one core each, in turns.
 
-Cases: `filters` (Gopher's, C4's and FineWeb's, and whether the decisions agree), `memory` (peak of a whole
+Cases: `filters` (Gopher's, C4's and FineWeb's, and whether the decisions agree), `near` (MinHash
+deduplication end to end, signatures alone, the same survivors for any workers and order), `memory` (peak of a whole
 `build_corpus` with 20 times the input). Every document occurs once, so a memory of words helps neither side more than
 in real use. The peers live in an environment of their own, which is made where it is missing (network, some minutes).
 
@@ -29,7 +30,7 @@ from common import RESULTS, ROOT, Case, compare, finish, make_case, parser
 DATA = Path(os.environ.get("SOMA_TEST_DATA", ROOT.parent / "shared" / "data"))
 PEERS = Path(__file__).resolve().parent / "peers"
 PEER_PACKAGES = [
-    "datatrove==0.10.1", "spacy==3.8.*", "nltk", "tldextract", "regex", "trafilatura==2.3.1", "lxml_html_clean",
+    "datatrove==0.10.1", "spacy==3.8.*", "nltk", "tldextract", "regex", "orjson", "trafilatura==2.3.1", "lxml_html_clean",
 ]  # fmt: skip
 FILTERS = ("gopher_quality", "gopher_repetition", "c4", "fineweb")
 BATCH = 512  # documents that are measured together, as in a partition
@@ -216,7 +217,15 @@ def write_text(folder: Path, megabytes: int) -> None:
         number += 1
 
 
-CASES: dict[str, Callable[[Bench], None]] = {"filters": filters, "memory": memory}
+def near(bench: Bench) -> None:
+    """Near-duplicates (benchmarks/data_dedup.py)."""
+    import data_dedup
+
+    texts = [text for text in documents() if text.split()]
+    data_dedup.near(bench, texts, lambda *arguments: Peer(bench.peers(), *arguments))
+
+
+CASES: dict[str, Callable[[Bench], None]] = {"filters": filters, "near": near, "memory": memory}
 
 
 def main() -> None:

@@ -78,6 +78,15 @@ def test_parsing_is_what_python_normalises(texts: list[str]) -> None:
     assert found == [word for text in texts for word in text.casefold().split()]
 
 
+def test_blocks_are_joined_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [*family(4, 10), "", " ", "last"]
+    whole = parse(texts)
+    monkeypatch.setattr("soma.data.dedup.words.PARSED_AT_ONCE", 100)
+    for name, array in vars(parse(texts)).items():
+        assert np.array_equal(array, getattr(whole, name)), name
+    assert len(parse([])) == 0
+
+
 def test_every_blank_is_known() -> None:
     blanks = {chr(code) for code in range(sys.maxunicode + 1) if chr(code).isspace()}
     assert {blank for blank in blanks if not blank.isascii()} == set(WIDE_BLANKS)
@@ -173,8 +182,10 @@ def test_same_for_any_workers_partitions_and_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, count: int
 ) -> None:
     texts = family(5, 120)
-    want = run(tmp_path, texts, "one", count=1)
     monkeypatch.setattr(near_module, "FEW", 0)
+    monkeypatch.setattr(near_module, "GROUP_ROWS", len(texts) * 8)
+    monkeypatch.setattr(near_module, "SMALLEST_BLOCK", 64)
+    want = run(tmp_path, texts, "one", count=1)
     order = random.Random(1).sample(range(len(texts)), len(texts))
     near = run(tmp_path, texts, "many", count, order, workers=workers)
     assert np.array_equal(near.duplicates, want.duplicates)
@@ -188,8 +199,11 @@ def test_small_sorts_and_blocks_give_the_same(tmp_path: Path, monkeypatch: pytes
     want = run(tmp_path, texts, "whole")
     monkeypatch.setattr(near_module, "SORT_ROWS", 50)
     monkeypatch.setattr(near_module, "PAIR_ROWS", 7)
+    monkeypatch.setattr(near_module, "GROUP_ROWS", 1)
+    monkeypatch.setattr(near_module, "SMALLEST_BLOCK", 16)
     cut = run(tmp_path, texts, "cut")
-    assert np.array_equal(cut.similar, want.similar)
+    assert np.array_equal(cut.duplicates, want.duplicates)
+    assert np.array_equal(cut.groups, want.groups)
     assert cut.candidates == want.candidates
     assert len(list((tmp_path / "cut-work").glob("near-*/candidates/*.npy"))) > len(
         list((tmp_path / "whole-work").glob("near-*/candidates/*.npy"))
@@ -226,6 +240,7 @@ from pathlib import Path
 import numpy as np
 from soma.data.config import DedupConfig
 from soma.data.dedup import near
+near.GROUP_ROWS, near.SMALLEST_BLOCK = 1, 64
 parts, work, left = [Path(p) for p in sys.argv[3:]], Path(sys.argv[1]), int(sys.argv[2])
 save = near.save_array
 def counting(path, array):
@@ -240,8 +255,10 @@ near.near_partitions(parts, rank, work, DedupConfig())
 """
 
 
-def test_a_killed_run_goes_on(tmp_path: Path) -> None:
+def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed after its 2nd, 22nd and 37th file; what was whole is not made again; the clusters are the same."""
+    monkeypatch.setattr(near_module, "GROUP_ROWS", 1)
+    monkeypatch.setattr(near_module, "SMALLEST_BLOCK", 64)
     texts = family(8, 60)
     want = run(tmp_path, texts, "whole")
     parts, rank = write_parts(tmp_path / "killed", texts, 4)

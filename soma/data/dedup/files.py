@@ -9,14 +9,15 @@ import numpy as np
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
-    """`array` as a .npy file, written under another name first, so that a killed run leaves no half of it."""
+    """`array` as a .npy file, written under another name first, so that a killed run leaves no half of it.
+
+    It is not forced onto the disk: it is work on the way, and hundreds of them would wait for the disk one by one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             np.save(file, array, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """Near-duplicates over partitions: any number of documents, on disk, over processes, the same for any number of them.
 
     signatures   a partition → its band hashes, (bands, rows) uint64                        336 bytes a document on disk
-    candidates   a band → pairs of documents with the same hash, sorted                       8 bytes a pair on disk
+    candidates   a band, or some → pairs of documents with the same hash, sorted              8 bytes a pair on disk
     shingles     a partition → hashed word n-grams of its documents that are in a pair        8 bytes a shingle on disk
     verify       a block of pairs → those that are truly alike, with their Jaccard similarity
     components   all of these → clusters
@@ -30,12 +30,13 @@ from soma.data.dedup.small import BUCKET_WINDOW
 from soma.data.dedup.words import SPREAD, mix, parse, shingle_hashes
 from soma.data.workers import Runner, map_tasks
 
-FORMAT = 1  # raise it when the same partitions come to give other files
+FORMAT = 2  # raise it when the same partitions come to give other files
 BATCH_ROWS = 512
 FEW = 20_000  # up to this many documents it is done sooner than processes have started
 SORT_ROWS = 8 << 20  # hashes of a band that are sorted at once
 PAIR_ROWS = 1 << 18  # rows of sorted hashes from which pairs are made at once
-LARGEST_BLOCK = 1 << 16  # documents whose pairs are verified by one task
+SMALLEST_BLOCK, LARGEST_BLOCK = 1 << 12, 1 << 16  # documents whose pairs are verified by one task
+GROUP_ROWS = 1 << 18  # hashes that a task sorts at least, if need be of several bands
 PAIR = np.dtype([("left", "<u4"), ("right", "<u4"), ("jaccard", "<f8")])
 LOW = np.uint64((1 << 32) - 1)
 
@@ -67,15 +68,12 @@ class Job:
     config: DedupConfig
     documents: int
     old: int
+    group: int  # bands that one task sorts: one, unless there are few documents
+    block: int  # documents whose pairs one task verifies; neither depends on the workers
 
     @property
     def bands(self) -> tuple[int, int]:
         return banding(self.config.num_hashes, self.config.straddle_threshold)
-
-    @property
-    def block(self) -> int:
-        """Documents in a block: a function of their number alone, so that blocks do not depend on the workers."""
-        return min(LARGEST_BLOCK, max(64, -(-self.documents // 64)))
 
     def band_file(self, number: int) -> Path:
         return self.signatures / f"{self.keys[number]}.npy"
@@ -110,13 +108,15 @@ def near_partitions(
     assert documents < 1 << 32, "ranks are 32-bit"
     named = [keys, settings, config.threshold, config.straddle_threshold, old, array_hash(rank_N)]
     folder = work / f"near-{json_hash(named)[:20]}"
-    job = Job(tuple(parts), keys, work / "signatures", folder, config, documents, old)
+    group = max(1, min(bands, GROUP_ROWS // max(1, documents)))
+    block = min(LARGEST_BLOCK, max(SMALLEST_BLOCK, -(-documents // 64)))
+    job = Job(tuple(parts), keys, work / "signatures", folder, config, documents, old, group, block)
     for name in ("candidates", "shingles", "verified"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     _save_once(folder / "ranks.npy", rank_N)
     workers = workers if documents > FEW else 1
     _run(write_bands, job, {n: job.band_file(n) for n in range(len(parts))}, workers, runner, "signatures")
-    found = {band: folder / "candidates" / f"{band:03d}.json" for band in range(bands)}
+    found = {group: folder / "candidates" / f"{group:03d}.json" for group in range(-(-bands // job.group))}
     _run(find_candidates, job, found, workers, runner, "buckets")
     _mark_wanted(job)
     wanted = {n: job.shingle_files(n)[0] for n in range(len(parts))}
@@ -208,12 +208,18 @@ def band_hashes(signatures_NH: np.ndarray, bands: int, rows: int) -> np.ndarray:
 
 
 def find_candidates(task: Task) -> None:
-    """A band's pairs, as left << 32 | right, in sorted files `candidates/BAND-RUN.npy`; BAND.json counts them."""
-    job, band = task
-    done = job.folder / "candidates" / f"{band:03d}.json"
+    """The pairs of a group of bands, as left << 32 | right, in sorted files `candidates/GROUP-RUN.npy`.
+
+    GROUP.json says how many. Several bands are merged in memory, for there are few documents then.
+    """
+    job, group = task
+    done = job.folder / "candidates" / f"{group:03d}.json"
+    bands = range(group * job.group, min((group + 1) * job.group, job.bands[0]))
+    passes = chain.from_iterable(_passes(job, band) for band in bands)
+    found = chain.from_iterable(_pairs(keys, ranks, job.old) for keys, ranks in passes)
     runs = 0
-    for pairs in chain.from_iterable(_pairs(keys, ranks, job.old) for keys, ranks in _passes(job, band)):
-        save_array(done.with_name(f"{band:03d}-{runs:05d}.npy"), pairs)
+    for pairs in found if len(bands) == 1 else [np.unique(np.concatenate([np.zeros(0, np.uint64), *found]))]:
+        save_array(done.with_name(f"{group:03d}-{runs:05d}.npy"), pairs)
         runs += 1
     write_json(done, {"runs": runs})
 
@@ -269,9 +275,9 @@ def _pairs(keys: np.ndarray, ranks: np.ndarray, old: int) -> Iterator[np.ndarray
 def _runs(job: Job) -> list[Path]:
     folder = job.folder / "candidates"
     return [
-        folder / f"{band:03d}-{run:05d}.npy"
-        for band in range(job.bands[0])
-        for run in range(read_json(folder / f"{band:03d}.json")["runs"])
+        folder / f"{group:03d}-{run:05d}.npy"
+        for group in range(-(-job.bands[0] // job.group))
+        for run in range(read_json(folder / f"{group:03d}.json")["runs"])
     ]
 
 

@@ -30,6 +30,7 @@ WIDE_BLANKS = (
 # Words are hashed by a polynomial modulo 2^64, which is an even spread only of short strings (Thue and Morse's strings
 # of 1024 letters and more collide for every base): longer words are hashed by BLAKE2b.
 LONG_WORD = 1000
+PARSED_AT_ONCE = 1 << 18  # characters: what is looked at several times stays in the cache
 CHUNK = 1 << 18  # bytes whose powers fit in the second-level cache
 BASE = 0x9E3779B97F4A7C15
 SPREAD = 0xD1B54A32D192ED03  # words of an n-gram are weighed by its powers
@@ -73,6 +74,33 @@ def folded(text: str) -> bytes:
 
 def parse(texts: Sequence[str]) -> Words:
     """Normalise the texts and find their words."""
+    blocks = []
+    start, size = 0, 0
+    for end, text in enumerate(texts, 1):
+        size += len(text)
+        if size >= PARSED_AT_ONCE or end == len(texts):
+            blocks.append(_parse(texts[start:end]))
+            start, size = end, 0
+    return blocks[0] if len(blocks) == 1 else _joined(blocks)
+
+
+def _joined(blocks: Sequence[Words]) -> Words:
+    """Blocks one after the other."""
+    texts = np.cumsum([0, *(block.offsets[-1] for block in blocks)])
+    words = np.cumsum([0, *(len(block.starts) for block in blocks)])
+    data = np.concatenate([np.zeros(0, np.uint8), *(block.data for block in blocks)])
+    moved = [
+        (block.offsets[:-1] + text, block.starts + text, block.ends + text, block.first[:-1] + word)
+        for block, text, word in zip(blocks, texts.tolist(), words.tolist(), strict=False)
+    ]
+    none = np.zeros(0, np.int64)
+    offsets, starts, ends, first = (
+        (np.concatenate([none, *arrays]) for arrays in zip(*moved, strict=True)) if moved else [none] * 4
+    )
+    return Words(data, np.append(offsets, texts[-1]), starts, ends, np.append(first, words[-1]))
+
+
+def _parse(texts: Sequence[str]) -> Words:
     parts = [folded(text) for text in texts]
     raw = np.frombuffer(bytearray(b" ".join([b"", *parts, b""])), np.uint8)
     begins = np.cumsum([1, *(len(part) + 1 for part in parts)])  # of each text in `raw`, and one past the last
