@@ -30,7 +30,8 @@ from common import RESULTS, ROOT, Case, compare, finish, make_case, parser
 DATA = Path(os.environ.get("SOMA_TEST_DATA", ROOT.parent / "shared" / "data"))
 PEERS = Path(__file__).resolve().parent / "peers"
 PEER_PACKAGES = [
-    "datatrove==0.10.1", "spacy==3.8.*", "nltk", "tldextract", "regex", "orjson", "trafilatura==2.3.1", "lxml_html_clean",
+    "datatrove==0.10.1", "spacy==3.8.*", "nltk", "tldextract", "regex", "orjson", "trafilatura==2.3.1",
+    "lxml_html_clean",
 ]  # fmt: skip
 FILTERS = ("gopher_quality", "gopher_repetition", "c4", "fineweb")
 BATCH = 512  # documents that are measured together, as in a partition
