@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 from http_tools import call
 from hypothesis import given, settings
@@ -208,8 +209,8 @@ def test_json_and_raw_carry_the_same(datatype: str, shape: list[int], random: An
     array = np.nan_to_num(array) if dtype.kind == "f" else array
     size = tuple(shape)
     assert np.array_equal(datatypes.from_raw(datatypes.to_raw(array, datatype), datatype, size, "x"), array)
-    text = json.dumps(datatypes.to_json(array, datatype, "x"))
-    for data in (json.loads(text), json.loads(json.dumps(array.tolist() if shape else [array.item()]))):
+    text = orjson.dumps(datatypes.to_json(array, datatype, "x"), option=orjson.OPT_SERIALIZE_NUMPY)
+    for data in (orjson.loads(text), json.loads(json.dumps(array.tolist() if shape else [array.item()]))):
         back = datatypes.from_json(data, datatype, size, "x")
         assert back.dtype == dtype
         assert np.array_equal(back, array)

@@ -164,8 +164,8 @@ def flat(data: list[Any]) -> list[Any]:
     return [element for each in data for element in (flat(each) if isinstance(each, list) else [each])]
 
 
-def to_json(array: np.ndarray, datatype: str, where: str) -> list[Any]:
-    """A tensor as a flat JSON list. Raises ApiError for what JSON cannot carry."""
+def to_json(array: np.ndarray, datatype: str, where: str) -> list[Any] | np.ndarray:
+    """A tensor as what `orjson` writes as a flat JSON list. Raises ApiError for what JSON cannot carry."""
     if datatype == "BYTES":
         try:
             return [element.decode() for element in array.ravel()]
@@ -177,7 +177,7 @@ def to_json(array: np.ndarray, datatype: str, where: str) -> list[Any]:
         array = (to_bf16(array).astype("<u4") << 16).view("<f4")
     if array.dtype.kind == "f" and not bool(np.isfinite(array).all()):
         raise ApiError(400, f"{where} holds infinity or NaN, which JSON cannot carry: ask for binary_data")
-    return array.ravel().tolist()
+    return np.ascontiguousarray(array).ravel()
 
 
 def classes(array: np.ndarray, count: int, labels: Sequence[str] = ()) -> np.ndarray:

@@ -20,6 +20,20 @@ CARRIED = {"bool_contents": "?", "int_contents": "<i4", "int64_contents": "<i8",
            "uint64_contents": "<u8", "fp32_contents": "<f4", "fp64_contents": "<f8"}  # fmt: skip
 
 
+# Fields whose elements have a fixed size: their numbers in InferTensorContents and bytes of an element.
+FIXED = {"bool_contents": (1, 1), "fp32_contents": (6, 4), "fp64_contents": (7, 8)}
+
+
+def packed_head(field: str, count: int) -> bytes:
+    """What stands before the elements of a packed repeated field: its tag, and its length as a varint."""
+    number, size = FIXED[field]
+    left, made = count * size, bytearray([number << 3 | 2])
+    while left > 127:
+        made.append(left & 127 | 128)
+        left >>= 7
+    return bytes([*made, left])
+
+
 def parameters_of(message: Mapping[str, Any]) -> dict[str, Any]:
     """A map of InferParameter or ModelRepositoryParameter as plain values; those without a value are left out."""
     found = {}
@@ -73,6 +87,10 @@ def read_contents(contents: Any, kind: str, shape: tuple[int, ...], where: str) 
         raise ApiError(400, f"{where}: {len(given)} elements, its shape has {count}")
     if kind == "BYTES":
         return datatypes.as_objects(list(given), shape)
+    if field in FIXED and count:  # its bytes lie in the message as one block: no loop over elements
+        start = len(packed_head(field, count))
+        block = contents.SerializeToString()[start : start + count * FIXED[field][1]]
+        return datatypes.fitted(np.frombuffer(block, CARRIED[field]), kind, where).reshape(shape)
     return datatypes.fitted(np.fromiter(given, CARRIED[field], count), kind, where).reshape(shape)
 
 
@@ -88,6 +106,9 @@ def as_response(running: Running, outputs: Iterable[Output], *, raw: bool) -> An
         tensor = made.outputs.add(name=output.name, datatype=output.datatype, shape=output.array.shape)
         if raw:
             made.raw_output_contents.append(datatypes.to_raw(output.array, output.datatype))
+        elif (field := CONTENTS[output.datatype]) in FIXED and output.array.size:
+            block = np.ascontiguousarray(output.array, CARRIED[field]).tobytes()
+            tensor.contents.MergeFromString(packed_head(field, output.array.size) + block)
         else:
             getattr(tensor.contents, CONTENTS[output.datatype]).extend(output.array.ravel().tolist())
     return made

@@ -4,12 +4,12 @@ Errors are `{"error": "…"}`. Source: open-inference-protocol, specification/pr
 docs/protocol/extension_{binary_data,generate,model_repository,statistics,classification}.md.
 """
 
-import json
 import zlib
 from collections.abc import AsyncIterator
 from typing import Any
 
 import numpy as np
+import orjson
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.requests import ClientDisconnect
@@ -60,9 +60,11 @@ def install(app: FastAPI, front: Front) -> None:
     async def statistics(request: Request, name: str, version: str = "") -> dict[str, Any]:
         return {"model_stats": front.statistics(name, version, caller_of(request))}
 
-    @app.post("/v2/models/{name}/infer")
-    @app.post("/v2/models/{name}/versions/{version}/infer")
-    async def infer(request: Request, name: str, version: str = "") -> Response:
+    # The most frequent route: FastAPI's own reading of path parameters takes a sixth of such a request's time.
+    @app.post("/v2/models/{name}/infer", openapi_extra=path_parameters("name"))
+    @app.post("/v2/models/{name}/versions/{version}/infer", openapi_extra=path_parameters("name", "version"))
+    async def infer(request: Request) -> Response:
+        name, version = request.path_params["name"], request.path_params.get("version", "")
         body = await read_bytes(request, front.max_body_bytes)
         asked, is_raw = read_infer(front, name, version, body, request.headers.get(HEADER_LENGTH))
         running = await front.start(asked, origin_of(request))
@@ -82,7 +84,8 @@ def install(app: FastAPI, front: Front) -> None:
             outputs = await unless_disconnected(request, running.only())
         if outputs is None:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
-        return JSONResponse(generated(running, outputs), headers=running.passage.headers)
+        data = dump(generated(running, outputs))
+        return Response(data, media_type="application/json", headers=running.passage.headers)
 
     @app.post("/v2/models/{name}/generate_stream")
     @app.post("/v2/models/{name}/versions/{version}/generate_stream")
@@ -111,6 +114,13 @@ def install(app: FastAPI, front: Front) -> None:
         await read_json(request, front.max_body_bytes, optional=True)  # `unload_dependents`: there are none
         await front.unload(name)
         return Response()
+
+
+def path_parameters(*names: str) -> dict[str, Any]:
+    """What the OpenAPI document says of a route that reads its path itself."""
+    return {
+        "parameters": [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
+    }
 
 
 def origin_of(request: Request) -> Origin:
@@ -147,8 +157,8 @@ async def read_bytes(request: Request, limit: int) -> bytes:
 def parse_json(data: bytes | memoryview) -> dict[str, Any]:
     """A JSON object. Raises ApiError."""
     try:
-        value = json.loads(bytes(data))
-    except (ValueError, RecursionError):
+        value = orjson.loads(data)
+    except ValueError:
         raise ApiError(400, "failed to parse the request JSON") from None
     if not isinstance(value, dict):
         raise ApiError(400, "the request JSON must be an object")
@@ -272,7 +282,7 @@ def infer_response(running: Running, outputs: list[Output], *, everything_binary
         else:
             entry["data"] = datatypes.to_json(output.array, output.datatype, f"output '{output.name}'")
         described.append(entry)
-    head = json.dumps({**names(running), "outputs": described}, ensure_ascii=False, separators=(",", ":")).encode()
+    head = dump({**names(running), "outputs": described})
     headers = dict(running.passage.headers)
     if not tail:
         return Response(head, media_type="application/json", headers=headers)
@@ -354,7 +364,12 @@ async def events(running: Running) -> AsyncIterator[bytes]:
 
 
 def sse(value: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + dump(value) + b"\n\n"
+
+
+def dump(value: dict[str, Any]) -> bytes:
+    """JSON; arrays of numbers are lists, float32 in the fewest digits that read back as the same float32."""
+    return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 class V2Stream(StreamingResponse):

@@ -1,0 +1,48 @@
+"""Models of a repository served without an engine of our own: REST and gRPC, health, keys, and nothing else."""
+
+from collections.abc import Callable
+
+import uvicorn
+from fastapi import FastAPI
+
+from soma.base import progress
+from soma.serve import errors
+from soma.serve.calls import Gates
+from soma.serve.server import GRACE, Server, base_url, check_host, grpc_maker, listen
+from soma.serve.v2 import rest
+from soma.serve.v2.front import Alone, Front
+from soma.serve.v2.repository import Repository
+
+
+def create_app(repository: Repository, gates: Gates | None = None, *, allow_control: bool = False) -> FastAPI:
+    """The application. `app.state.service` is its host, `app.state.v2` its front."""
+    app = FastAPI(title="Soma", docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.service = host = Alone(gates)
+    app.state.v2 = front = Front(repository, host, allow_control=allow_control)
+    errors.install(app)
+    rest.install(app, front)
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        if not front.ready:
+            raise errors.ApiError(503, "not ready", retry_after=5)
+        return {"status": "ok"}
+
+    return app
+
+
+def run(
+    app: FastAPI, what: str, host: str, port: int, *, grpc_port: int | None = None, allow_public: bool = False,
+    grace: float = GRACE, ready: Callable[[str], None] | None = None,
+) -> None:  # fmt: skip
+    """Serve until SIGTERM or SIGINT; options as of `soma.serve.server.serve`. Raises UserError."""
+    check_host(host, allow_public=allow_public)
+    listener = listen(host, port)
+    try:
+        url = base_url(listener)
+        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2, lifespan="off")
+        announce = ready or (lambda url: progress.current().note(f"{what} is served at {url}"))
+        make_grpc = None if grpc_port is None else grpc_maker(app, host, grpc_port, None, "none")
+        Server(config, app, grace, lambda: announce(url), make_grpc).run(sockets=[listener])
+    finally:
+        listener.close()
