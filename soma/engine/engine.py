@@ -8,7 +8,6 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -20,6 +19,7 @@ from soma.engine.check import check_request
 from soma.engine.draft import DraftModel, load_draft
 from soma.engine.errors import EngineClosedError, QueueFullError
 from soma.engine.guided import Guides
+from soma.engine.handover import threadsafe
 from soma.engine.memory import GPU_SHARE, fitting_tokens
 from soma.engine.paged import PagedCache, cache_dtype_of
 from soma.engine.pages import gather
@@ -318,13 +318,3 @@ def weight_bits(weights: str | None) -> int | None:
     if weights is not None and weights not in BITS:
         raise UserError(f"weights {weights!r}: expected one of {', '.join(BITS)}")
     return None if weights is None else BITS[weights]
-
-
-def threadsafe(loop: asyncio.AbstractEventLoop, put: Callable[[TokenEvent], None]) -> Callable[[TokenEvent], None]:
-    """Deliver on `loop`'s thread; events for a loop that has closed are dropped."""
-
-    def deliver(event: TokenEvent) -> None:
-        with suppress(RuntimeError):  # the loop is closed: nobody listens
-            loop.call_soon_threadsafe(put, event)
-
-    return deliver

@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from soma.engine.channel import Channel, Message
 from soma.engine.check import check_embeddable, check_request
 from soma.engine.errors import EngineClosedError, EngineRestartingError, QueueFullError, RequestError
 from soma.engine.guided import Guides
+from soma.engine.handover import threadsafe
 from soma.engine.launch import Launched, launch
 from soma.engine.params import SamplingParams
 from soma.engine.remote_adapters import RemoteAdapters
@@ -282,14 +282,8 @@ class EngineProcess:
         self, prompt_ids: Sequence[int], params: SamplingParams | None = None
     ) -> AsyncIterator[TokenEvent]:
         """As `Engine.stream`."""
-        loop = asyncio.get_running_loop()
         events: asyncio.Queue[TokenEvent] = asyncio.Queue()
-
-        def deliver(event: TokenEvent) -> None:
-            with suppress(RuntimeError):  # the loop is closed: nobody listens
-                loop.call_soon_threadsafe(events.put_nowait, event)
-
-        request = self.submit(prompt_ids, params, deliver)
+        request = self.submit(prompt_ids, params, threadsafe(asyncio.get_running_loop(), events.put_nowait))
         try:
             while True:
                 event = await events.get()

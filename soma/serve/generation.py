@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from soma.engine.engine import Engine, threadsafe
+from soma.engine.engine import Engine
+from soma.engine.handover import threadsafe
 from soma.engine.params import MASK64, SamplingParams
 from soma.engine.process import EngineProcess
 from soma.engine.replicas import Replicas
