@@ -25,6 +25,16 @@ class CleanConfig(Block):
     """What is done to a document's text, and which documents are set aside."""
 
     unicode: Literal["NFC", "NFKC", "none"] = Field("NFC", description="Unicode normal form of the text.")
+    mojibake: bool = Field(
+        False, description="Repair text that was decoded as the wrong encoding (`schÃ¶n` → `schön`), by ftfy."
+    )
+    remove_lines: list[Literal["c4", "c4_any", "refinedweb"]] = Field(
+        default_factory=list,
+        description="Take out the lines that C4's rules refuse (`c4_any`: without that on line ends) or RefinedWeb's.",
+    )
+    mask_personal: bool = Field(
+        False, description="Replace e-mail and IP addresses, phone, card and account numbers, keys by `<email>`, …"
+    )
     min_chars: int = Field(16, ge=1, description="Documents with fewer characters after cleaning are dropped.")
     max_chars: int = Field(
         1_000_000,
@@ -173,11 +183,20 @@ class DataConfig(Block):
         needed = self.filters.signals if self.filters is not None else []
         return sorted({*needed, *self.attributes})
 
+    @property
+    def scorer(self) -> str | None:
+        """Address of the model that the quality filter asks, where it names one."""
+        return self.filters.quality.scorer if self.filters is not None and self.filters.quality is not None else None
+
     def of_documents(self) -> dict[str, Any]:
         """The settings that documents and their attributes depend on, as JSON; no threshold is among them."""
         near = [self.dedup.num_hashes, self.dedup.ngram] if self.dedup.near else None
         keys = {"sources", "text_field", "html", "clean", "min_documents"}
-        return self.model_dump(mode="json", include=keys) | {"near": near, "signals": self.signals}
+        return self.model_dump(mode="json", include=keys) | {
+            "near": near,
+            "signals": self.signals,
+            "scorer": self.scorer,
+        }
 
 
 class TokenizerConfig(Block):

@@ -52,6 +52,8 @@ from soma.data.shards import read_corpus as read_corpus
 from soma.data.shards import write_dropped as write_dropped
 from soma.data.shards import write_parquet as write_parquet
 from soma.data.shards import write_shards as write_shards
+from soma.data.signals.measure import Scorer
+from soma.data.signals.scorers import open_scorer
 from soma.data.sources import Item, Skipped, list_items
 from soma.data.sources import source_fingerprint as _fingerprint
 from soma.data.split import held_out
@@ -63,18 +65,22 @@ ROWS = ("id", "text", "source", "meta", "kind", "n_bytes", "n_chars", "cluster")
 
 
 def source_fingerprint(config: DataConfig) -> str:
-    """Hash over name and content of every input file (and the Python version where `stdlib:` is read)."""
-    return _fingerprint(config.sources)
+    """Hash over name and content of every input file (and the Python version where `stdlib:` is read), and over the
+    words of a scorer that is a list."""
+    found = _fingerprint(config.sources)
+    if config.scorer is not None and config.scorer.startswith("words:"):
+        found = hash_lines([found, open_scorer(config.scorer).name])
+    return found
 
 
-def build_documents(config: DataConfig, out: Path, state: Path | None = None) -> None:
+def build_documents(config: DataConfig, out: Path, state: Path | None = None, scorer: Scorer | None = None) -> None:
     """Fill the directory `out` with what does not depend on any threshold, for `build_corpus` to decide on.
 
     `partitions/` with texts, MinHash signatures and attributes, `skipped.parquet`: files that were not read.
     """
     with _workplace(state, out) as work:
         skipped = DropLog()
-        partitions = make_partitions(config, _items(config, skipped), work / "partitions")
+        partitions = make_partitions(config, _items(config, skipped), work / "partitions", scorer)
         (out / "partitions").mkdir()
         for partition in partitions:
             for path in work.glob(f"partitions/{partition.path.stem}.*"):
@@ -82,27 +88,35 @@ def build_documents(config: DataConfig, out: Path, state: Path | None = None) ->
         skipped.write(out / "skipped.parquet")
 
 
-def _documents(config: DataConfig, made: Path | None, work: Path, dropped: DropLog) -> list[Partition]:
+def _documents(
+    config: DataConfig, made: Path | None, work: Path, dropped: DropLog, scorer: Scorer | None
+) -> list[Partition]:
     """The partitions of a `build_documents` folder, or made here."""
     import pyarrow.parquet as pq
 
     if made is None:
-        return make_partitions(config, _items(config, dropped), work / "partitions")
+        return make_partitions(config, _items(config, dropped), work / "partitions", scorer)
     dropped.extend(pq.read_table(made / "skipped.parquet"))
     return [Partition(path.with_suffix(".parquet"), read_json(path)) for path in sorted(made.glob("partitions/*.json"))]
 
 
-def build_corpus(config: DataConfig, out: Path, state: Path | None = None, documents: Path | None = None) -> None:
+def build_corpus(
+    config: DataConfig,
+    out: Path,
+    state: Path | None = None,
+    documents: Path | None = None,
+    scorer: Scorer | None = None,
+) -> None:
     """Fill the directory `out` with `<split>-00000.parquet`…, `dropped.parquet` and `report.json`.
 
-    The bytes depend on the input files' names and contents and on `config` alone. `state`: a folder that survives a
-    kill; partitions that lie there are not made again. `documents`: a folder of `build_documents` with these settings;
-    then no source is read and no signal computed. Raises UserError for a source that does not exist and where
-    nothing is left, saying what was dropped and why.
+    The bytes depend on the input files' names and contents and on `config` alone. `state`: a folder that survives a kill;
+    partitions that lie there are not made again. `documents`: a folder of `build_documents` with these settings; then
+    no source is read and no signal computed. `scorer`: the model of the `quality` filter. Raises UserError for a
+    source that does not exist and where nothing is left, saying what was dropped and why.
     """
     with _workplace(state, out) as work:
         dropped = DropLog()
-        partitions = _documents(config, documents, work, dropped)
+        partitions = _documents(config, documents, work, dropped, scorer)
         steps: list[dict[str, Any]] = []
         for step in ("read", "clean"):
             counts = np.array([partition.facts["steps"][step] for partition in partitions]).reshape(-1, 2).sum(0)

@@ -26,7 +26,9 @@ from soma.data.dedup.words import parse
 from soma.data.profile import excerpt
 from soma.data.readers import Document, Dropped, read_item
 from soma.data.shards import DropLog
-from soma.data.signals.measure import Measurer
+from soma.data.signals.measure import Measurer, Scorer
+from soma.data.signals.personal import mask
+from soma.data.signals.scorers import open_scorer
 from soma.data.sources import Item
 from soma.data.workers import map_tasks
 
@@ -55,6 +57,7 @@ class Task:
     items: tuple[Item, ...]
     config: DataConfig
     cut: Cut
+    scorer: Scorer | None = None
 
 
 @dataclass(frozen=True)
@@ -100,24 +103,31 @@ def text_id(text: str) -> str:
     return sha256(text.encode()).hexdigest()[:ID_LENGTH]
 
 
-def make_partitions(config: DataConfig, items: Sequence[Item], folder: Path) -> list[Partition]:
+def make_partitions(
+    config: DataConfig, items: Sequence[Item], folder: Path, scorer: Scorer | None = None
+) -> list[Partition]:
     """All partitions of these files, in order; those that are there already are not made again.
 
-    With fewer documents than `config.min_documents` long ones are cut shorter, so that some text can be held out.
+    `scorer`: for the `quality` filter, instead of the one that it names; with several workers it must be picklable. With
+    fewer documents than `config.min_documents` long ones are cut shorter, so that some text can be held out.
     """
-    made = _make(config, items, folder, Cut(config.clean.max_chars))
+    if "quality" in config.signals and scorer is None:
+        if config.scorer is None:
+            raise UserError("data.filters.quality: no scorer was given; name one (`words:PATH` or an http address)")
+        scorer = open_scorer(config.scorer)
+    made = _make(config, items, folder, Cut(config.clean.max_chars), scorer)
     documents = sum(partition.facts["documents"] for partition in made)
     chars = sum(partition.facts["chars"] for partition in made)
     if documents < config.min_documents:
         limit = min(config.clean.max_chars, max(1000, chars // config.min_documents))
-        made = _make(config, items, folder, Cut(limit, few=True))
+        made = _make(config, items, folder, Cut(limit, few=True), scorer)
     return made
 
 
-def _make(config: DataConfig, items: Sequence[Item], folder: Path, cut: Cut) -> list[Partition]:
+def _make(config: DataConfig, items: Sequence[Item], folder: Path, cut: Cut, scorer: Scorer | None) -> list[Partition]:
     folder.mkdir(parents=True, exist_ok=True)
     tasks = [
-        Task(folder / f"{number:05d}-{_key(config, group, cut)}.parquet", tuple(group), config, cut)
+        Task(folder / f"{number:05d}-{_key(config, group, cut, scorer)}.parquet", tuple(group), config, cut, scorer)
         for number, group in enumerate(_groups(items))
     ]
     waiting = [task for task in tasks if not _facts_path(task.path).exists()]
@@ -145,10 +155,10 @@ def _groups(items: Sequence[Item]) -> Iterator[list[Item]]:
         yield group
 
 
-def _key(config: DataConfig, items: Sequence[Item], cut: Cut) -> str:
+def _key(config: DataConfig, items: Sequence[Item], cut: Cut, scorer: Scorer | None) -> str:
     settings = {**config.of_documents(), "sources": None, "cut": [cut.limit, cut.few]}
     files = [[item.name, item.kind, item.compression, item.content_hash()] for item in items]
-    return json_hash([FORMAT, settings, files])[:20]
+    return json_hash([FORMAT, settings, scorer.name if scorer is not None else None, files])[:20]
 
 
 def _facts_path(path: Path) -> Path:
@@ -180,7 +190,7 @@ class _Maker:
         self.waiting_chars = 0
         steps = {"read": [0, 0], "clean": [0, 0]}  # documents, bytes
         self.facts: dict[str, Any] = {"documents": 0, "chars": 0, "rows": 0, "steps": steps}
-        self.measurer = Measurer(self.config.signals) if self.config.signals else None
+        self.measurer = Measurer(self.config.signals, task.scorer) if self.config.signals else None
         self.attributes: Any = None
 
     def make(self) -> dict[str, Any]:
@@ -218,6 +228,10 @@ class _Maker:
             detail = f"{len(text)} characters" if reason == "too_short" else ""
             self.drops.add(Dropped(found.source, reason, detail, excerpt(text)))
             return
+        if self.config.clean.mask_personal:
+            text, masked = mask(text)
+            if masked:
+                found.meta["masked"] = dict(sorted(masked.items()))
         self.facts["documents"] += 1
         self.facts["chars"] += len(text)
         limit = self.task.cut.limit

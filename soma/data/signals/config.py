@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-Signal = Literal["gopher_quality", "gopher_repetition", "c4", "c4_any", "fineweb", "refinedweb", "language"]
+Signal = Literal["gopher_quality", "gopher_repetition", "c4", "c4_any", "fineweb", "refinedweb", "language", "personal"]
 Preset = Literal["gopher", "c4", "fineweb", "refinedweb"]
 
 
@@ -114,8 +114,10 @@ class Language(Family):
 
 
 class Quality(Family):
-    """The figure of the `Scorer` that the run was given."""
+    """The figure of a `Scorer`: the run's own, or the one named here."""
 
+    columns: ClassVar[dict[str, str]] = {"min_score": "score", "max_score": "score"}
+    scorer: str | None = Field(None, description="`words:PATH` (share of the words in that list) or an http address.")
     min_score: float | None = Field(None, description="Documents with a lower score are dropped.")
     max_score: float | None = Field(None, description="Documents with a higher score are dropped (perplexity).")
 

@@ -9,10 +9,13 @@ from soma.data.signals import gopher, web
 from soma.data.signals.config import FiltersConfig
 from soma.data.signals.language import identify
 from soma.data.signals.parse import Batch, Parser
+from soma.data.signals.personal import personal
 
 
 class Scorer(Protocol):
     """A model that judges texts: handed in by the run, in this process or behind a URL."""
+
+    name: str  # stands for the model in the key of what was scored: another name, another result
 
     def score(self, texts: Sequence[str]) -> Sequence[float]:
         """One figure for each text, such as the perplexity of a model or the probability of a class."""
@@ -25,7 +28,7 @@ def _c4_any(batch: Batch) -> dict[str, np.ndarray]:
 
 SIGNALS: dict[str, Callable[[Batch], dict[str, Any]]] = {
     "gopher_quality": gopher.quality, "gopher_repetition": gopher.repetition, "c4": web.c4, "c4_any": _c4_any,
-    "fineweb": web.fineweb, "refinedweb": web.refinedweb, "language": identify,
+    "fineweb": web.fineweb, "refinedweb": web.refinedweb, "language": identify, "personal": personal,
 }  # fmt: skip
 
 
