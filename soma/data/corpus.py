@@ -109,10 +109,10 @@ def build_corpus(
 ) -> None:
     """Fill the directory `out` with `<split>-00000.parquet`…, `dropped.parquet` and `report.json`.
 
-    The bytes depend on the input files' names and contents and on `config` alone. `state`: a folder that survives a kill;
-    partitions that lie there are not made again. `documents`: a folder of `build_documents` with these settings; then
-    no source is read and no signal computed. `scorer`: the model of the `quality` filter. Raises UserError for a
-    source that does not exist and where nothing is left, saying what was dropped and why.
+    The bytes depend on the input files' names and contents and on `config` alone. `state`: a folder that survives a
+    kill; partitions that lie there are not made again. `documents`: a folder of `build_documents` with these
+    settings; then no source is read and no signal computed. `scorer`: the model of the `quality` filter. Raises
+    UserError for a source that does not exist and where nothing is left, saying what was dropped and why.
     """
     with _workplace(state, out) as work:
         dropped = DropLog()

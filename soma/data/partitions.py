@@ -108,8 +108,8 @@ def make_partitions(
 ) -> list[Partition]:
     """All partitions of these files, in order; those that are there already are not made again.
 
-    `scorer`: for the `quality` filter, instead of the one that it names; with several workers it must be picklable. With
-    fewer documents than `config.min_documents` long ones are cut shorter, so that some text can be held out.
+    `scorer`: for the `quality` filter, instead of the one that it names; with several workers it must be picklable.
+    With fewer documents than `config.min_documents` long ones are cut shorter, so that some text can be held out.
     """
     if "quality" in config.signals and scorer is None:
         if config.scorer is None:

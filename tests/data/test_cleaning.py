@@ -39,10 +39,8 @@ def planted(generator: random.Random) -> tuple[str, str]:
 
     kind = generator.choice(KINDS)
     if kind == "email":
-        return (
-            kind,
-            f"{generator.choice(['jo.doe', 'x_y+z', 'info'])}{digits(2)}@{generator.choice(['mail.example', 'a-b.co'])}.uk",
-        )
+        name, host = generator.choice(["jo.doe", "x_y+z", "info"]), generator.choice(["mail.example", "a-b.co"])
+        return kind, f"{name}{digits(2)}@{host}.uk"
     if kind == "ip":
         four = ".".join(str(generator.randrange(1, 255)) for _ in range(4))
         return kind, generator.choice([four, f"2001:db8:85a3::8a2e:370:{generator.randrange(1000, 9999)}"])
