@@ -18,12 +18,13 @@ from soma.engine.prompts import encode_prompt
 from soma.engine.replicas import Replicas
 from soma.engine.request import TokenEvent
 from soma.model.tokenizer import Tokenizer
-from soma.serve import adapters, embeddings, errors, tokens
+from soma.serve import adapters, embeddings, errors, openapi, tokens
 from soma.serve.calls import Gates, Passage, Usage, called, check_allowed, may_use
 from soma.serve.disconnect import CLIENT_CLOSED_REQUEST, unless_disconnected
 from soma.serve.errors import ApiError
 from soma.serve.formats import ChatFormat, CompletionFormat
 from soma.serve.generation import Generation, check
+from soma.serve.keys.routes import PUBLIC
 from soma.serve.metrics import Metrics
 from soma.serve.prompts import TokenNames
 from soma.serve.protocol import ChatRequest, CompletionRequest, Sampling, read_body
@@ -136,6 +137,7 @@ def create_app(
     adapters.install(app, service, allowed=allow_adapter_loading)
     app.state.v2 = v2 = v2_front(service, repository or Repository(), allow_control=allow_model_control)
     rest.install(app, v2)
+    openapi.install(app, asks_for_keys=guard is not None, public=PUBLIC)
     page = files("soma.serve").joinpath("page.html").read_text(encoding="utf-8")
 
     @app.post("/v1/chat/completions")

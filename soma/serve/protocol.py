@@ -1,5 +1,6 @@
 """What clients may send: OpenAI's chat and completion requests, and what of them is refused by name."""
 
+import asyncio
 import json
 import re
 import reprlib
@@ -14,6 +15,7 @@ from soma.serve.errors import ApiError
 from soma.serve.structured import guided_of
 from soma.serve.tools import Tool, calls_for_template
 
+BODY_SECONDS = 60.0  # in which a body must have come
 MAX_CHOICES = 128
 MAX_PRIORITY = 100  # a waiting request gains one in ten seconds: what is bound so far does not wait for ever
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
@@ -207,10 +209,13 @@ async def read_json(request: Request, limit: int) -> tuple[dict[str, Any], bytes
         raise too_large
     data = bytearray()
     try:
-        async for part in request.stream():
-            data += part
-            if len(data) > limit:
-                raise too_large
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in request.stream():
+                data += part
+                if len(data) > limit:
+                    raise too_large
+    except TimeoutError:
+        raise too_slow() from None
     except ClientDisconnect:
         raise ApiError(400, "the body ended early") from None
     try:
@@ -224,6 +229,11 @@ async def read_json(request: Request, limit: int) -> tuple[dict[str, Any], bytes
     if not isinstance(value, dict):
         raise ApiError(400, "the body must be a JSON object")
     return value, bytes(data)
+
+
+def too_slow() -> ApiError:
+    """For a body that does not come to its end."""
+    return ApiError(408, f"the body was not here after {BODY_SECONDS:g} seconds", code="body_too_slow")
 
 
 def _no_constant(name: str) -> float:

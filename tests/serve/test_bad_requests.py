@@ -159,7 +159,7 @@ def test_too_large_bodies(service_url: str) -> None:
 
 def test_routes_that_are_not_there(service_url: str) -> None:
     for method, path, status in (
-        ("GET", "/v3", 404), ("GET", "/docs", 404), ("GET", "/v1/completions", 405), ("POST", "/health", 405),
+        ("GET", "/v3", 404), ("GET", "/redoc", 404), ("GET", "/v1/completions", 405), ("POST", "/health", 405),
     ):  # fmt: skip
         got, _, data = call(service_url, method, path)
         assert got == status

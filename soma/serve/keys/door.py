@@ -18,18 +18,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from soma.serve.calls import Call, Caller, not_allowed
 from soma.serve.errors import ApiError, respond
 from soma.serve.keys.keyring import Keyring
+from soma.serve.keys.routes import MANAGING, PUBLIC
 
-# Without a key: health checks, and pages that hold nothing (what they show they fetch, with a key).
-PUBLIC = frozenset((
-    "/", "/health", "/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready", "/docs", "/openapi.json",
-    "/docs/swagger-ui.css", "/docs/swagger-ui-bundle.js",
-))  # fmt: skip
-# Routes that change the service: for keys that name them (or `*`) among their routes.
-MANAGING = (
-    "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v2/repository/models/*/load",
-    "/v2/repository/models/*/unload", "/inference.GRPCInferenceService/RepositoryModelLoad",
-    "/inference.GRPCInferenceService/RepositoryModelUnload",
-)  # fmt: skip
 FAILURES = 10  # wrong keys that one address may send at once, and how many a minute after that
 ADDRESSES = 10_000  # whose failures are remembered
 

@@ -4,6 +4,7 @@ Errors are `{"error": "…"}`. Source: open-inference-protocol, specification/pr
 docs/protocol/extension_{binary_data,generate,model_repository,statistics,classification}.md.
 """
 
+import asyncio
 import zlib
 from collections.abc import AsyncIterator
 from typing import Any
@@ -15,6 +16,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from soma.serve import protocol
 from soma.serve.calls import caller_of
 from soma.serve.disconnect import CLIENT_CLOSED_REQUEST, unless_disconnected
 from soma.serve.errors import ApiError, as_api_error, error_response
@@ -141,10 +143,13 @@ async def read_bytes(request: Request, limit: int) -> bytes:
     unpack = zlib.decompressobj(WINDOWS[encoding]) if encoding in WINDOWS else None
     data = bytearray()
     try:
-        async for part in request.stream():
-            data += unpack.decompress(part, limit + 1 - len(data)) if unpack and part else part
-            if len(data) > limit:
-                raise too_large
+        async with asyncio.timeout(protocol.BODY_SECONDS):
+            async for part in request.stream():
+                data += unpack.decompress(part, limit + 1 - len(data)) if unpack and part else part
+                if len(data) > limit:
+                    raise too_large
+    except TimeoutError:
+        raise protocol.too_slow() from None
     except ClientDisconnect:
         raise ApiError(400, "the body ended early") from None
     except zlib.error:

@@ -1,0 +1,193 @@
+"""/openapi.json and /docs; what schemathesis finds when it takes the document at its word."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from browser import open_browser
+from fastapi.testclient import TestClient
+from http_tools import wait_for
+from tiny import make_model
+
+from soma.engine.engine import Engine
+from soma.engine.load import load_weights
+from soma.serve.app import create_app
+from soma.serve.calls import Gates
+from soma.serve.database import Database
+from soma.serve.gateway import Gateway
+from soma.serve.keys.routes import PUBLIC
+from soma.serve.keys.store import KeyStore
+from soma.serve.openapi import BODIES
+from soma.serve.server import running_service
+
+
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    where = str(tmp_path_factory.mktemp("openapi") / "keys.db")
+    Database(where).close()
+    made = Gateway(where)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def app(gateway: Gateway, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    model, tokenizer = load_weights(make_model(tmp_path_factory.mktemp("open")), precision="fp32", device="cpu")
+    engine = Engine(model, tokenizer, max_running=4)
+    yield create_app(engine, tokenizer, "tiny", gates=Gates(gateway.gates()), guard=gateway.guard)
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def key(gateway: Gateway) -> str:
+    secret = KeyStore(gateway.database).create("tester", routes=["*"])[1]
+    gateway.keyring.refresh()
+    return secret.text
+
+
+def test_the_document(app: Any) -> None:
+    found = TestClient(app).get("/openapi.json").json()
+    assert found["openapi"].startswith("3.1")
+    assert found["components"]["securitySchemes"]["bearer"]["scheme"] == "bearer"
+    assert found["components"]["securitySchemes"]["api_key"]["name"] == "X-API-Key"
+    assert found["security"] == [{"bearer": []}, {"api_key": []}]
+    for path, methods in found["paths"].items():
+        for operation in methods.values():
+            assert ("401" in operation["responses"]) == (path not in PUBLIC)
+            assert operation.get("security") == ([] if path in PUBLIC else None)
+    for path, kind in BODIES.items():
+        body = found["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        assert body == {"$ref": f"#/components/schemas/{kind.__name__}"}
+    for name in re.findall(r'"\$ref": ?"#/components/schemas/([^"]+)"', str(found).replace("'", '"')):
+        assert name in found["components"]["schemas"]
+    assert {"/v1/chat/completions", "/health", "/metrics", "/v1/models/{name}", "/v2/models/{name}/infer"} <= set(
+        found["paths"]
+    )
+
+
+def test_without_keys_it_asks_for_none(service_url: str) -> None:
+    from http_tools import call
+
+    status, _, data = call(service_url, "GET", "/openapi.json")
+    assert status == 200
+    assert b'"security":[]' in data
+    assert b'"401"' not in data
+
+
+def explore(app: Any, key: str, examples: int) -> set[str]:
+    """Requests that the document allows and some that it forbids: no 5xx, and nothing that it does not say. Returns
+    the paths that have answered with a success."""
+    import schemathesis
+
+    schema = schemathesis.openapi.from_asgi("/openapi.json", app)
+    operations = [result.ok() for result in schema.get_all_operations()]
+    operations = [each for each in operations if not each.path.startswith("/v2/")]  # held to tritonclient elsewhere
+    assert len(operations) >= 9
+    return {operation.path for operation in operations if 2 in statuses(operation, key, examples)}
+
+
+def statuses(operation: Any, key: str, examples: int) -> set[int]:
+    """Try one operation; the hundreds of the statuses that came."""
+    import hypothesis
+    from schemathesis.checks import not_a_server_error
+    from schemathesis.specs.openapi.checks import (
+        content_type_conformance,
+        response_schema_conformance,
+        status_code_conformance,
+    )
+
+    checks = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
+    seen = set()
+
+    @hypothesis.settings(
+        max_examples=examples, deadline=None, derandomize=True, database=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )  # fmt: skip
+    @hypothesis.given(case=operation.as_strategy())
+    def run(case: Any) -> None:
+        if isinstance(case.body, dict):  # a model that is there, and not for long
+            case.body |= {name: value for name, value in SHORT.items() if name in case.body or name == "model"}
+        response = case.call(headers={"X-API-Key": key})
+        seen.add(response.status_code // 100)
+        case.validate_response(response, checks=checks)
+
+    run()
+    return seen
+
+
+# A deadline of its own that has passed is a 504 by design.
+SHORT = {"model": "tiny", "max_tokens": 2, "max_completion_tokens": 2, "n": 1, "timeout": 60.0}
+
+
+def test_schemathesis(app: Any, key: str) -> None:
+    assert explore(app, key, 6) >= {"/tokenize", "/detokenize", "/v1/models", "/metrics"}
+
+
+@pytest.mark.slow
+def test_schemathesis_at_length(app: Any, key: str) -> None:
+    assert explore(app, key, 100) >= {"/v1/completions", "/tokenize", "/v1/models/{name}"}
+
+
+def texts(driver: Any, selector: str) -> list[str]:
+    return [item.get_property("textContent") for item in driver.find_elements("css selector", selector)]
+
+
+@pytest.fixture(scope="module")
+def kept(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """A real service that asks for keys: its URL, and one."""
+    where = str(tmp_path_factory.mktemp("kept") / "keys.db")
+    database = Database(where)
+    secret = KeyStore(database).create("reader")[1].text
+    database.close()
+    with running_service(tiny_folder, keys=where) as url:
+        yield url, secret
+
+
+@pytest.mark.page
+@pytest.mark.parametrize("width", [320, 1280])
+def test_docs_page(kept: tuple[str, str], width: int) -> None:
+    """Swagger UI from this machine alone, with both ways to give a key, which then work."""
+    url, key = kept
+    with open_browser(width, 900) as driver:
+        driver.get(url + "/docs")
+        assert wait_for(lambda: driver.find_elements("css selector", "button.authorize"), 60)
+        driver.find_element("css selector", "button.authorize").click()
+        assert wait_for(lambda: len(driver.find_elements("css selector", ".auth-container")) >= 2)
+        shown = " ".join(texts(driver, ".auth-container"))
+        assert "bearer" in shown
+        assert "X-API-Key" in shown
+        box = driver.find_elements("css selector", ".auth-container input")[-1]
+        box.send_keys(key)
+        driver.find_elements("css selector", ".auth-btn-wrapper button.authorize")[-1].click()
+        driver.find_element("css selector", ".btn-done, .close-modal").click()
+        block = next(
+            each for each in driver.find_elements("css selector", ".opblock")
+            if each.find_element("css selector", "[data-path]").get_attribute("data-path") == "/v1/models"
+        )  # fmt: skip
+        driver.execute_script("arguments[0].querySelector('.opblock-summary-control').click()", block)
+        assert wait_for(lambda: block.find_elements("css selector", ".try-out__btn"))
+        driver.execute_script("arguments[0].querySelector('.try-out__btn').click()", block)
+        assert wait_for(lambda: block.find_elements("css selector", ".execute"))
+        driver.execute_script("arguments[0].querySelector('.execute').click()", block)
+        assert wait_for(lambda: "tiny" in " ".join(texts(driver, ".live-responses-table .response")))
+        bad = [row["message"] for row in driver.get_log("browser") if row["level"] == "SEVERE"]
+        assert bad == []
+
+
+@pytest.mark.page
+def test_chat_page_asks_for_a_key(kept: tuple[str, str]) -> None:
+    url, key = kept
+    with open_browser() as driver:
+        driver.get(url)
+        assert wait_for(lambda: driver.find_element("id", "door").is_displayed())
+        driver.find_element("id", "key").send_keys("wrong\ue007")
+        assert wait_for(lambda: "not valid" in " ".join(texts(driver, "#hello")))
+        driver.find_element("id", "key").send_keys(key + "\ue007")
+        assert wait_for(lambda: driver.find_element("id", "input").is_enabled())
+        assert not driver.find_element("id", "door").is_displayed()
+        driver.execute_script("document.getElementById('max_tokens').value = 5")
+        driver.find_element("id", "input").send_keys("hello\ue007")
+        assert wait_for(lambda: texts(driver, ".stats") and "5 tokens" in texts(driver, ".stats")[0])
+        assert wait_for(lambda: texts(driver, "#running") == ["0"])
+        assert key not in driver.page_source
