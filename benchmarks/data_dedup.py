@@ -57,7 +57,7 @@ def deduplicate(path: Path, work: Path, workers: int = 1) -> list[str]:
     rank = np.empty(len(table), np.int64)
     rank[order] = np.arange(len(table))
     near = near_partitions(parts, rank, work / "near", DedupConfig(), workers)
-    kept = np.sort(order[survivors(near, chars[order]) == np.arange(len(table))])
+    kept = np.sort(order[survivors(near.duplicates, chars[order]) == np.arange(len(table))])
     with open(work / "kept.jsonl", "w") as file:
         file.writelines(json.dumps(row) + "\n" for row in table.take(kept).to_pylist())
     return [str(name) for name in table["id"].take(kept).to_pylist()]

@@ -154,8 +154,9 @@ def corpus_stage(config: DataConfig) -> Stage:
     from soma.data.corpus import build_corpus, source_fingerprint
     from soma.data.duplicates import outside_fingerprint
 
-    def build(job: Build) -> None:
+    def build(job: Build) -> str | None:
         build_corpus(config, job.out, job.state, job.inputs.get("documents"))
+        return None if config.dedup.semantic is None else "its embeddings are an endpoint's, who may answer otherwise"
 
     def metrics(artefact: Path) -> dict[str, float]:
         splits = read_json(artefact / "report.json")["splits"]

@@ -61,6 +61,22 @@ class SubstringConfig(Block):
     )
 
 
+class SemanticConfig(Block):
+    """Documents that say the same in other words, by their embeddings (SemDeDup)."""
+
+    url: str = Field(min_length=1, description="An endpoint of OpenAI's shape: its base address, or …/v1/embeddings.")
+    model: str = Field(min_length=1, description="The embedding model's name there.")
+    api_key_env: str | None = Field(None, description="Name of the environment variable with the endpoint's key.")
+    threshold: float = Field(0.95, gt=-1, le=1, description="Documents whose cosine is at least this are duplicates.")
+    clusters: int | None = Field(
+        None, ge=1, description="Clusters within which documents are compared; default: the root of their number."
+    )
+    max_chars: int = Field(8000, ge=1, description="Only so much of a document's start is embedded.")
+    batch: int = Field(32, ge=1, le=2048, description="Documents in a request.")
+    concurrency: int = Field(4, ge=1, le=256, description="Requests at once.")
+    seed: int = Field(0, ge=0, description="Of the clusters' first centres.")
+
+
 class DedupConfig(Block):
     """Exact and near-duplicate removal (MinHash with banding, verified by the true Jaccard similarity)."""
 
@@ -88,6 +104,7 @@ class DedupConfig(Block):
         default_factory=list,
         description="Corpus folders, or indexes made by `soma data index`: what is like their documents is dropped.",
     )
+    semantic: SemanticConfig | None = Field(None, description="Also drop documents that say the same in other words.")
     substring: SubstringConfig | None = Field(None, description="Also remove, or count, repeated substrings.")
 
     @model_validator(mode="after")

@@ -8,7 +8,7 @@ the sort goes through buckets on disk.
 
 * `python`, `corpus_hash` (over the sorted ids of all rows): print both beside every figure taken on this corpus.
 * `steps`: [{step, documents, bytes}] after `read`, `clean`, `filters` (where there are some), `exact`, `near`,
-  and where they are asked for `decontaminate`, `substring`.
+  and where they are asked for `semantic`, `decontaminate`, `substring`.
 * `splits`: {train, validation: {documents, bytes, chars, lines}}.
 * `document_chars`, `line_bytes`: {edges, counts, median, p90, max}; counts[i] values lie in [edges[i], edges[i+1]).
 * `characters`: {class: count}. `kinds`: {kind: {documents, bytes}}. `sources`: the 20 largest, [{source, documents,
@@ -41,7 +41,7 @@ from soma.data.attributes import AttributeFiles, drop_filtered, read_attributes
 from soma.data.config import DataConfig
 from soma.data.decontaminate.corpus import drop_contaminated
 from soma.data.dedup.against import open_old
-from soma.data.duplicates import drop_exact, drop_known, drop_near
+from soma.data.duplicates import drop_exact, drop_known, drop_near, drop_semantic
 from soma.data.index import Index
 from soma.data.partitions import Partition, make_partitions
 from soma.data.partitions import text_id as text_id
@@ -133,6 +133,9 @@ def build_corpus(
         clusters_N, near = drop_near(config, index, work / "near", old)
         _kept_step(steps, "near", index)
         sections = {"near_duplicates": near}
+        if config.dedup.semantic is not None:
+            drop_semantic(config, index, work / "near")
+            _kept_step(steps, "semantic", index)
         if config.decontaminate is not None:
             sections["contamination"] = drop_contaminated(config, index, work / "near", out)
             _kept_step(steps, "decontaminate", index)
@@ -272,7 +275,7 @@ def _scatter(
 
 
 def _log(index: Index, rows: np.ndarray, first: int, batch: Any, dropped: DropLog) -> None:
-    words = {"exact_duplicate": "same as", "near_duplicate": "like"}
+    words = {"exact_duplicate": "same as", "near_duplicate": "like", "semantic_duplicate": "says what is in"}
     for row in rows.tolist():
         reason = index.reasons[index.reason_N[row]]
         detail = index.details.get(row) or f"{words[reason]} {index.string('source', index.twin_N[row])}"

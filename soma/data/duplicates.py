@@ -12,6 +12,7 @@ from soma.data.config import DataConfig
 from soma.data.dedup.against import Old, old_fingerprint
 from soma.data.dedup.connect import components
 from soma.data.dedup.near import Near, members, near_partitions, survivors
+from soma.data.dedup.semantic import semantic_clusters
 from soma.data.index import Index, Texts
 from soma.data.sources import source_fingerprint
 
@@ -70,7 +71,7 @@ def drop_near(config: DataConfig, index: Index, work: Path, old: Old) -> tuple[n
         parts = [*old.parts, *(partition.path for partition in index.partitions)]
         near = near_partitions(parts, rank_N, work, config.dedup, config.workers, config.runner, before)
         chars = np.concatenate([np.zeros(before, np.int64), index.column("n_chars")[order]])
-        stays = survivors(near, chars, config.dedup.keep, before)[before:]
+        stays = survivors(near.duplicates, chars, config.dedup.keep, before)[before:]
         known = np.flatnonzero(stays < before)
         _drop_for(index, order[known], "near_duplicate", "like", old, stays[known])
         near, stays = _without_old(near, before), stays - before
@@ -80,6 +81,20 @@ def drop_near(config: DataConfig, index: Index, work: Path, old: Old) -> tuple[n
     clusters_N = np.arange(len(index))
     clusters_N[order] = order[_with_parts(index, order, groups)]
     return clusters_N, section
+
+
+def drop_semantic(config: DataConfig, index: Index, work: Path) -> None:
+    """Drop all but one of each cluster of documents that say the same."""
+    settings = config.dedup.semantic
+    if settings is None:
+        return
+    order = index.order(("id", "ascending"), ("source", "ascending"))
+    rank_N = np.full(len(index), -1, np.int64)
+    rank_N[order] = np.arange(len(order))
+    labels = semantic_clusters([partition.path for partition in index.partitions], rank_N, work, settings)
+    stays = survivors(labels, index.column("n_chars")[order], config.dedup.keep)
+    gone = np.flatnonzero(stays != np.arange(len(order)))
+    index.drop(order[gone], "semantic_duplicate", order[stays[gone]])
 
 
 def _without_old(near: Near, before: int) -> Near:

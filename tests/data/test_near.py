@@ -227,10 +227,17 @@ def test_nothing_and_one(tmp_path: Path) -> None:
 def test_survivors() -> None:
     near = Near(np.array([0, 0, 2, 0, 2, 5]), np.zeros(6, np.int64), np.zeros(0), 0, 42, 3)
     chars = np.array([5, 9, 3, 9, 3, 1])
-    assert survivors(near, chars).tolist() == [1, 1, 2, 1, 2, 5]
-    assert survivors(near, chars, "smallest_id").tolist() == [0, 0, 2, 0, 2, 5]
-    assert survivors(near, chars, old=1).tolist() == [0, 0, 2, 0, 2, 5]
-    assert survivors(near, chars, old=2).tolist() == [0, 1, 2, 0, 2, 5]  # what is in the index is never dropped
+    assert survivors(near.duplicates, chars).tolist() == [1, 1, 2, 1, 2, 5]
+    assert survivors(near.duplicates, chars, "smallest_id").tolist() == [0, 0, 2, 0, 2, 5]
+    assert survivors(near.duplicates, chars, old=1).tolist() == [0, 0, 2, 0, 2, 5]
+    assert survivors(near.duplicates, chars, old=2).tolist() == [
+        0,
+        1,
+        2,
+        0,
+        2,
+        5,
+    ]  # what was there stays
     assert [cluster.tolist() for cluster in members(near.duplicates)] == [[0, 1, 3], [2, 4]]
 
 

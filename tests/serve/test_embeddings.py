@@ -167,3 +167,13 @@ def test_bad_tokenize_requests(service_url: str, path: str, body: dict[str, Any]
 def test_messages_need_a_template(base_url: str) -> None:
     status, value = post(base_url, "/tokenize", {"messages": [{"role": "user", "content": "a"}]})
     assert (status, value["error"]["code"]) == (400, "no_chat_template")
+
+
+def test_the_data_room_asks_for_them(bert_url: str) -> None:
+    """What semantic deduplication gets from a service of ours is what any client gets."""
+    from soma.data.config import SemanticConfig
+    from soma.data.dedup.semantic import Client
+
+    found = Client(SemanticConfig(url=bert_url, model="minilm")).embed(TEXTS)
+    answer = client(bert_url).embeddings.create(model="minilm", input=TEXTS, encoding_format="float")
+    assert np.allclose(found, np.array([row.embedding for row in answer.data]), atol=1e-6)

@@ -132,13 +132,14 @@ def near_partitions(
     )  # fmt: skip
 
 
-def survivors(near: Near, chars_N: np.ndarray, keep: str = "longest", old: int = 0) -> np.ndarray:
+def survivors(labels: np.ndarray, chars_N: np.ndarray, keep: str = "longest", old: int = 0) -> np.ndarray:
     """For every rank the rank of the document that stays in its place, int64: its own if it stays.
+
+    `labels`: each rank's cluster.
 
     The longest of a cluster (`chars_N`, characters by rank), ties to the smallest rank; or the smallest rank. Where a
     cluster has a document of the index (a rank below `old`), the smallest of those stands for it.
     """
-    labels = near.duplicates
     ranks = np.arange(len(labels))
     lengths = chars_N if keep == "longest" else np.zeros(len(labels), np.int64)
     order = np.lexsort((ranks, np.where(ranks < old, 0, -lengths), ranks >= old, labels))
