@@ -23,3 +23,34 @@ def index(
     facts = add_to_index(out, corpora, config)
     documents = sum(part["documents"] for part in facts["parts"])
     typer.echo(f"{out}: {documents:,} documents of {len(facts['corpora'])} corpora")
+
+
+@data_app.command("catalogue")
+def catalogue(
+    name: str = typer.Argument(None, help="A corpus: show what it costs and the block for a recipe."),
+    cores: int = typer.Option(1, "--cores", min=1, help="Cores that read, for the hours."),
+    block: bool = typer.Option(False, "--block", help="Print the recipe's block alone, to be put into a file."),
+) -> None:
+    """Known corpora: size, licence, languages, how to get them, what it costs; and the source block of a recipe."""
+    from soma.data import catalogue as known
+
+    if name is None:
+        for one in known.CATALOGUE.values():
+            size = "" if one.text_gb is None else f"{one.text_gb:,.4g} GB"
+            typer.echo(f"{one.name:<18} {size:>10}  {one.languages:<26} {one.title}")
+        typer.echo("\nsoma data catalogue NAME says more.")
+        return
+    one = known.find(name)
+    if not block:
+        typer.echo(f"{one.title}\nlicence    {one.licence}\nlanguages  {one.languages}\nhow        {one.how}")
+        typer.echo(f"reference  {one.reference}")
+        cost = one.cost(cores)
+        if cost is None:
+            typer.echo("cost       no size in bytes is stated")
+        else:
+            typer.echo(
+                f"cost       {cost['disk_gb']:,.4g} GB of disk, {cost['download_hours']:,.3g} h of download at 100 "
+                f"Mbit/s, {cost['read_hours']:,.3g} h of reading on {cores} core{'s' * (cores > 1)} (reckoned)"
+            )
+        typer.echo("")
+    typer.echo(known.block(one), nl=False)
