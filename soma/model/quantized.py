@@ -6,6 +6,8 @@ A weight is value · scale, with a scale for each group of columns of a row. Wha
 kernels (`soma/engine/csrc/quantized.h`); everywhere else the layer multiplies with what `dequantize` gives.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -146,19 +148,22 @@ class QuantizedLinear(nn.Module):
 
 @torch.no_grad()
 def quantize(
-    model: Transformer, bits: int, group: int = GROUP, head_bits: int | None = None, *, head: bool = True
-) -> Transformer:
+    model: Transformer, bits: int, group: int = GROUP, head_bits: int | None = None, *, head: bool = True,
+    fetch: Callable[[str], Tensor] | None = None,
+) -> Transformer:  # fmt: skip
     """Round every linear layer of a model to the nearest, in place, for inference; before `Transformer.fuse`.
 
     The embedding stays as it is; where lm_head is tied to it, lm_head becomes a rounded copy (in `head_bits`, by
-    default `bits`; `head` False: a stage of a pipeline that has none). Raises UserError for bits or groups that are not
-    there.
+    default `bits`; `head` False: a stage of a pipeline that has none). `fetch` brings weights by name, where the model
+    has no memory (meta device): one at a time is whole. Raises UserError for bits or groups that are not there.
     """
     model.eval().requires_grad_(False)
-    for module in [model, *model.layers.modules()]:
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear) and child is not model.lm_head:
-                setattr(module, name, QuantizedLinear.from_weight(child.weight, bits, child.bias, group))
+    for path, child in list(model.layers.named_modules(prefix="layers")):
+        if isinstance(child, nn.Linear):
+            weight_NK = child.weight if fetch is None else fetch(f"{path}.weight").to(child.weight.dtype)
+            parent, _, name = path.rpartition(".")
+            rounded = QuantizedLinear.from_weight(weight_NK, bits, child.bias, group)
+            setattr(model.get_submodule(parent), name, rounded)
     if head:
         rows = model.embed_tokens if model.lm_head is None else model.lm_head
         rounded = QuantizedLinear.from_weight(rows.weight, head_bits or bits, None, group)

@@ -99,20 +99,9 @@ class Transformer(nn.Module):
         Each tensor's numbers are drawn on the CPU from a generator seeded by (seed, name): they depend neither on the
         device nor on the dtype's rounding order, nor on which other tensors a process holds.
         """
-        residual_std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
         for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
-            if name.startswith("rope."):
-                continue
-            if name.endswith("bias"):
-                tensor.zero_()
-            elif "norm" in name.split(".")[-2]:
-                tensor.fill_(1.0)
-            else:
-                is_residual = name.removesuffix(".weight").endswith(("o_proj", "down_proj"))
-                digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-                generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-                std = residual_std if is_residual else self.config.initializer_range
-                tensor.copy_(torch.randn(tensor.shape, generator=generator, device="cpu") * std)
+            if not name.startswith("rope."):
+                tensor.copy_(first_weight(self.config, name, tensor.shape, seed))
 
     def fuse(self) -> "Transformer":
         """Join linear layers that read the same input, for inference: see `layers.Fused`. No gradients after it."""
@@ -205,3 +194,16 @@ class Transformer(nn.Module):
     ) -> Tensor:  # fmt: skip
         """Logits (B, T, V); arguments as for `features`."""
         return self.logits(self.features(tokens_BT, positions_BT, document_ids_BT, cache)[0])
+
+
+def first_weight(config: ModelConfig, name: str, shape: torch.Size, seed: int) -> Tensor:
+    """A parameter or buffer as `Transformer.init_weights` sets it, float32 on the CPU."""
+    if name.endswith("bias"):
+        return torch.zeros(shape, device="cpu")
+    if "norm" in name.split(".")[-2]:
+        return torch.ones(shape, device="cpu")
+    is_residual = name.removesuffix(".weight").endswith(("o_proj", "down_proj"))
+    std = config.initializer_range / (math.sqrt(2 * config.num_hidden_layers) if is_residual else 1.0)
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.randn(shape, generator=generator, device="cpu") * std

@@ -63,6 +63,11 @@ def recompute_layers(
     return len(chosen)
 
 
+def needs_measure(mode: bool | str) -> bool:
+    """Whether layers must run to see which of them recompute."""
+    return checkpointing_form(mode)[0] == "budget"
+
+
 def recomputing(forward: Forward, context: Callable[[], Any] | None = None, random: bool = False) -> Forward:
     """A layer's forward pass that is run again in the backward pass; without gradients it is as before.
 

@@ -3,6 +3,7 @@
 import copy
 import shutil
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,9 @@ from soma.model import float8
 from soma.model.config import ModelConfig
 from soma.model.families import config_to_hf
 from soma.model.formulas import flops_per_token
-from soma.model.hub import load_model
 from soma.model.lora import add_lora
 from soma.model.lora_config import LoRAConfig
-from soma.model.quantized import quantize
+from soma.model.quantized import QuantizedLinear, quantize
 from soma.model.tokenizer import Tokenizer
 from soma.model.transformer import Transformer
 from soma.train.compute import DTYPES, Compute, resolve, resolve_device, seed_everything
@@ -33,6 +33,7 @@ from soma.train.parallel.config import Layout
 from soma.train.parallel.export import save_merged, save_whole
 from soma.train.parallel.pipeline.training import stage_model
 from soma.train.parallel.watch import watched
+from soma.train.start import Start, fill
 from soma.train.tracking import NullTracker, Tracker
 from soma.train.world import World
 
@@ -67,7 +68,7 @@ def train(
     if index["masked"]:
         names.eos_ids = names.answer_end_ids  # samples end where answers do
     check_tokens(config, tokens, index, names)
-    network, kept_dtype = make_model(config, model, names)
+    network, start = make_model(config, model, names)
     check_model(config, network.config, index, tokens)
     check_layout(config, world.mesh.layout, network.config)
     if config.lora is not None and config.lora.base_weights != "full" and not isinstance(model, Path):
@@ -80,8 +81,9 @@ def train(
     compute = resolve(
         config, steps * config.tokens_per_step() * flops_per_token(network.config, config.sequence_length)
     )
-    prepare(config, network, compute)
-    parallel, objective = lay_out(config, network, world, compute)
+    prepare(config, network, start, compute)
+    parallel, objective = lay_out(config, network, start, world, compute)
+    start.close()
     work.mkdir(parents=True, exist_ok=True)
     tracker.params(dump(config))
     trainer = Trainer(
@@ -94,14 +96,12 @@ def train(
         trainer.run()
         result = trainer.result(out / "model")
         final = with_ends(network.config, names.eos_ids) if index["masked"] else network.config
-        dtype = DTYPES.get(config.save_precision, kept_dtype)
+        dtype = DTYPES.get(config.save_precision, start.dtype)
         if config.lora is None:
             save_whole(parallel, final, dtype, result.model, tokenizer)
         else:
-            start = model if isinstance(model, Path) and config.lora.base_weights != "full" else None
-            save_merged(
-                parallel, plain_lora(config.lora), start, final, dtype, out / "adapter", result.model, tokenizer
-            )
+            base = model if isinstance(model, Path) and config.lora.base_weights != "full" else None
+            save_merged(parallel, plain_lora(config.lora), base, final, dtype, out / "adapter", result.model, tokenizer)
         if world.is_main:
             write_artefact(result, compute, out, work)
             tracker.artefact(out / "model")
@@ -109,39 +109,41 @@ def train(
     return result
 
 
-def make_model(config: TrainConfig, model: ModelConfig | Path, tokenizer: Tokenizer) -> tuple[Transformer, torch.dtype]:
-    """The network in float32, with fresh weights or those of a folder, and the dtype that these had on disk."""
+def make_model(config: TrainConfig, model: ModelConfig | Path, tokenizer: Tokenizer) -> tuple[Transformer, Start]:
+    """The network in float32, without memory yet, and the weights that it starts from."""
+    lora = None if config.lora is None else plain_lora(config.lora)
     if isinstance(model, Path):
-        network = load_model(model, quantized=False)
-        dtype = network.dtype
-        return network.float(), dtype
-    ends: dict[str, Any] = {}
-    if model.eos_token_id is None and tokenizer.eos_ids:
-        ends["eos_token_id"] = tokenizer.eos_ids if len(tokenizer.eos_ids) > 1 else tokenizer.eos_ids[0]
-    for name, value in (("bos_token_id", tokenizer.bos_id), ("pad_token_id", tokenizer.pad_id)):
-        if getattr(model, name) is None and value is not None:
-            ends[name] = value
-    network = Transformer(model.model_copy(update=ends), device="cpu", dtype=torch.float32)
-    network.init_weights(config.seed)
-    return network, torch.float32
+        start = Start(model, config.seed, lora)
+    else:
+        ends: dict[str, Any] = {}
+        if model.eos_token_id is None and tokenizer.eos_ids:
+            ends["eos_token_id"] = tokenizer.eos_ids if len(tokenizer.eos_ids) > 1 else tokenizer.eos_ids[0]
+        for name, value in (("bos_token_id", tokenizer.bos_id), ("pad_token_id", tokenizer.pad_id)):
+            if getattr(model, name) is None and value is not None:
+                ends[name] = value
+        start = Start(model.model_copy(update=ends), config.seed, lora)
+    return Transformer(start.config, device="meta", dtype=torch.float32), start
 
 
-def prepare(config: TrainConfig, network: Transformer, compute: Compute) -> None:
-    """Device, dtype of the weights, 8-bit layers. Raises UserError where the device has no 8-bit products."""
-    network.to(compute.device, torch.bfloat16 if config.parameters == "bf16" else torch.float32)
+def prepare(config: TrainConfig, network: Transformer, start: Start, compute: Compute) -> None:
+    """Dtype of the weights, updates, 8-bit layers. Raises UserError where the device has no 8-bit products."""
+    network.to(torch.bfloat16 if config.parameters == "bf16" else torch.float32)
     if config.lora is not None:
-        add_updates(config.lora, network, config.seed)
+        add_updates(config.lora, network, start, compute.device)
     if config.float8:
         if reason := float8.why_not(compute.device):
             raise UserError(f"float8: {reason}: set float8: false")
         float8.use_float8(network)
 
 
-def add_updates(lora: LoRATraining, network: Transformer, seed: int) -> None:
+def add_updates(lora: LoRATraining, network: Transformer, start: Start, device: torch.device) -> None:
     """Freeze the network, round it if that is asked for, and put trainable updates beside its layers."""
     if lora.base_weights != "full":
-        quantize(network, {"int8": 8, "int4": 4}[lora.base_weights], head=False)
-    add_lora(network, lora, seed)
+        quantize(network, {"int8": 8, "int4": 4}[lora.base_weights], head=False, fetch=start.plain)
+        for module in network.modules():
+            if isinstance(module, QuantizedLinear):
+                module.packed, module.scales = module.packed.to(device), module.scales.to(device)
+    add_lora(network, lora, start.seed)
 
 
 def plain_lora(lora: LoRATraining) -> LoRAConfig:
@@ -156,11 +158,12 @@ def with_ends(shape: ModelConfig, ends: tuple[int, ...]) -> ModelConfig:
 
 
 def lay_out(
-    config: TrainConfig, network: Transformer, world: World, compute: Compute
+    config: TrainConfig, network: Transformer, start: Start, world: World, compute: Compute
 ) -> tuple[Parallel, Objective]:  # fmt: skip
-    """Apply the layout to the network, in place, and make the objective that trains it."""
+    """Apply the layout to the network, in place, fill it, and make the objective that trains it."""
+    filled = partial(fill, network, start, compute.device)
     if world.mesh.layout.pp > 1:
-        return stage_model(network, config, world.mesh, compute)
+        return stage_model(network, config, world.mesh, compute, filled)
     reference = copy.deepcopy(network) if isinstance(config, PreferenceConfig) else None
     rows = config.microbatch_size or config.batch_size // world.data_size
     tokens_BT = torch.zeros(rows, config.sequence_length, dtype=torch.long, device=compute.device)
@@ -171,10 +174,10 @@ def lay_out(
 
     parallel = parallelize(
         network, world.mesh, activation_checkpointing=config.activation_checkpointing, compile_layers=compute.compile,
-        whole_batch=config.microbatch_size is None, measure=measure,
+        whole_batch=config.microbatch_size is None, measure=measure, fill=filled,
     )  # fmt: skip
     if reference is not None:
-        parallelize(reference.requires_grad_(False), world.mesh)
+        parallelize(reference.requires_grad_(False), world.mesh, fill=partial(fill, reference, start, compute.device))
     layered = replace(compute, compile=False) if world.size > 1 else compute  # layers are compiled one by one then
     return parallel, make_objective(config, parallel, reference, layered)
 

@@ -6,7 +6,7 @@ numbers of targets.
 
 import tempfile
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from soma.train.parallel.apply import Parallel, parallelize
 from soma.train.parallel.config import Layout
 from soma.train.parallel.export import Gather, save_merged, save_whole
 from soma.train.parallel.pipeline.training import stage_model
+from soma.train.start import fill
 from soma.train.tracking import NullTracker
 from soma.train.world import World
 
@@ -166,18 +167,21 @@ def make_trainer(case: Case, world: World, folder: Path) -> Recording:
         router_bias_rate=0.05,
         activation_checkpointing=case.checkpointing, isolate_documents=case.isolate, layout=world.mesh.layout,
     )  # fmt: skip
-    model = make_model(case, "cpu")
+    whole = make_model(case, "cpu")
+    is_rounded = case.lora not in ("", "full")
+    model = whole if is_rounded else make_model(case, "meta")
+    filled = partial(fill, model, whole.state_dict().__getitem__, torch.device("cpu"))
     world.mesh.layout.check_model(model.config)
     world.mesh.layout.check_batch(ROWS, case.microbatch, LENGTH)
     compute = Exact(torch.device("cpu"), case.precision, False)
     parallel: Parallel
     objective: Objective
     if world.mesh.layout.pp > 1:
-        parallel, objective = stage_model(model, config, world.mesh, compute)
+        parallel, objective = stage_model(model, config, world.mesh, compute, filled)
     else:
         parallel = parallelize(
             model, world.mesh, activation_checkpointing=case.checkpointing, compile_layers=case.compile,
-            whole_batch=case.microbatch is None,
+            whole_batch=case.microbatch is None, fill=filled,
         )  # fmt: skip
         objective = LanguageModeling(model, config, compute, parallel.cross_entropy_sum)
     tokenizer: Any = None

@@ -25,7 +25,7 @@ from soma.train.parallel.norm import clip_gradients
 from soma.train.parallel.reduce import Reducer, settle_partial
 from soma.train.parallel.shard import apply_shards, begin_microbatch
 from soma.train.parallel.tensor import apply_tensor
-from soma.train.recompute import recompute_layers
+from soma.train.recompute import needs_measure, recompute_layers
 
 
 class Parallel:
@@ -98,23 +98,30 @@ class Parallel:
 
 def parallelize(
     model: Transformer, mesh: Mesh, *, activation_checkpointing: bool | str = False, compile_layers: bool = False,
-    whole_batch: bool = False, measure: Callable[[], Any] | None = None,
+    whole_batch: bool = False, measure: Callable[[], Any] | None = None, fill: Callable[[], None] = lambda: None,
 ) -> Parallel:  # fmt: skip
     """Apply a mesh's layout to a model whose weights are the same on all ranks; the model is changed in place.
+
+    A model without memory (meta device) is given it by `fill` as late as can be: when it is cut, or, for a budget that
+    has to be measured, when all but FSDP has cut it.
 
     `whole_batch`: there is no microbatch_size, so experts are balanced over the tokens of all ranks. `measure` runs the
     forward pass of a microbatch, for an activation checkpointing that has a budget.
     """
     if mesh.size == 1:  # compiled as a whole, by the objective
+        fill()
         recompute_layers(model, activation_checkpointing, measure)
         return Parallel(model, mesh)
     divide(model, mesh, whole_batch)
+    if mesh.layout.fsdp == 1 or needs_measure(activation_checkpointing):
+        fill()
     recompute_layers(model, activation_checkpointing, measure)
     if compile_layers:
         for layer in model.layers:
             layer.forward = torch.compile(layer.forward, dynamic=False)
     if mesh.layout.fsdp > 1:
         apply_shards(model, mesh)
+        fill()
         return Parallel(model, mesh)
     return Parallel(model, mesh, replicate(model, mesh))
 

@@ -1,6 +1,6 @@
 """A training run whose model lies on the ranks of a pipeline: what the loop calls in place of one model's passes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -22,13 +22,15 @@ from soma.train.parallel.pipeline.schedule import Schedule
 from soma.train.parallel.pipeline.schedules import SCHEDULES, interleaved
 from soma.train.parallel.pipeline.simulate import simulate
 from soma.train.parallel.pipeline.stage import Microbatch
-from soma.train.recompute import recompute_layers
+from soma.train.recompute import needs_measure, recompute_layers
 
 
 def stage_model(
-    model: Transformer, config: TrainConfig, mesh: Mesh, compute: Compute
+    model: Transformer, config: TrainConfig, mesh: Mesh, compute: Compute, fill: Callable[[], None] = lambda: None
 ) -> tuple["StagedParallel", "StagedLanguageModeling"]:  # fmt: skip
     """Cut the model, in place, into the stages of a resolved layout with pp > 1; the loop's model and its objective.
+
+    `fill` as in `parallelize`.
 
     Raises UserError where the schedule does not fit ranks, microbatches or layers, and for what a pipeline cannot do.
     """
@@ -58,6 +60,8 @@ def stage_model(
         )  # fmt: skip
     except ValueError as error:
         raise UserError(f"layout: pp {layout.pp}, schedule {plan.name}: {error}") from None
+    if layout.fsdp == 1 or needs_measure(again):
+        fill()
     if by_layer:
         rows = config.batch_size // layout.data_ranks // plan.microbatches
         tokens_BT = torch.zeros(rows, config.sequence_length // layout.cp, dtype=torch.long, device=compute.device)
@@ -68,6 +72,7 @@ def stage_model(
                 layer.forward = torch.compile(layer.forward, dynamic=False)
     if layout.fsdp > 1:
         pipeline.shard(mesh)
+        fill()
     return StagedParallel(mesh, pipeline), StagedLanguageModeling(pipeline, config)
 
 
