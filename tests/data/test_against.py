@@ -195,3 +195,13 @@ def test_ids_are_those_of_what_is_left(tmp_path: Path) -> None:
     assert all(row["n_bytes"] == len(row["text"].encode()) and row["n_chars"] == len(row["text"]) for row in rows)
     again = build(tmp_path, "d", {str(n): f"{prose(n)} {notice}" for n in range(6)[::-1]}, dedup={"substring": {}})
     assert read_json(again / "report.json")["corpus_hash"] == read_json(corpus / "report.json")["corpus_hash"]
+
+
+def test_the_settings_in_the_guide_are_settings() -> None:
+    import yaml
+
+    guide = (Path(__file__).parents[2] / "docs" / "dedup.md").read_text()
+    block = yaml.safe_load(guide.split("```yaml")[1].split("```")[0])
+    config = DataConfig.model_validate(block["data"])
+    assert config.dedup.substring is not None
+    assert config.decontaminate is not None

@@ -14,6 +14,7 @@ about 40 bytes a document. Documents are numbered by `rank`, their place in an o
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from soma.data.dedup.connect import Forest, components
 from soma.data.dedup.files import array_hash, map_array, save_array
 from soma.data.dedup.minhash import MINHASH_SEED, banding, minhash_words
 from soma.data.dedup.small import BUCKET_WINDOW
-from soma.data.dedup.words import SPREAD, mix, parse, shingle_hashes
+from soma.data.dedup.words import SPREAD, distinct, mix, parse, shingle_hashes
 from soma.data.workers import Runner, map_tasks
 
 FORMAT = 2  # raise it when the same partitions come to give other files
@@ -37,6 +38,7 @@ SORT_ROWS = 8 << 20  # hashes of a band that are sorted at once
 PAIR_ROWS = 1 << 18  # rows of sorted hashes from which pairs are made at once
 SMALLEST_BLOCK, LARGEST_BLOCK = 1 << 12, 1 << 16  # documents whose pairs are verified by one task
 GROUP_ROWS = 1 << 18  # hashes that a task sorts at least, if need be of several bands
+OPEN_FILES = 200  # partitions whose shingles a process has mapped
 PAIR = np.dtype([("left", "<u4"), ("right", "<u4"), ("jaccard", "<f8")])
 LOW = np.uint64((1 << 32) - 1)
 
@@ -219,7 +221,7 @@ def find_candidates(task: Task) -> None:
     passes = chain.from_iterable(_passes(job, band) for band in bands)
     found = chain.from_iterable(_pairs(keys, ranks, job.old) for keys, ranks in passes)
     runs = 0
-    for pairs in found if len(bands) == 1 else [np.unique(np.concatenate([np.zeros(0, np.uint64), *found]))]:
+    for pairs in found if len(bands) == 1 else [distinct(np.concatenate([np.zeros(0, np.uint64), *found]))]:
         save_array(done.with_name(f"{group:03d}-{runs:05d}.npy"), pairs)
         runs += 1
     write_json(done, {"runs": runs})
@@ -246,7 +248,7 @@ def _passes(job: Job, band: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 def _repeated(keys: np.ndarray, ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     ordered = np.sort(keys)
-    again = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    again = distinct(ordered[1:][ordered[1:] == ordered[:-1]])
     if not len(again):
         return keys[:0], ranks[:0]
     place = np.searchsorted(again, keys)
@@ -342,11 +344,15 @@ def verify_block(task: Task) -> None:
     pairs = _block_pairs(job, block)
     left, right = (pairs >> np.uint64(32)).astype(np.int64), (pairs & LOW).astype(np.int64)
     places = map_array(job.folder / "places.npy")
-    files = [tuple(map(map_array, job.shingle_files(part))) for part in range(len(job.parts))]
+
+    @lru_cache(OPEN_FILES)
+    def files(part: int) -> tuple[np.ndarray, np.ndarray]:
+        offsets_path, hashes_path = job.shingle_files(part)
+        return map_array(offsets_path), map_array(hashes_path)
 
     def shingles(rank: int) -> np.ndarray:
-        part, row = places[rank]
-        offsets, hashes = files[part]
+        part, row = places[rank].tolist()
+        offsets, hashes = files(part)
         return np.asarray(hashes[offsets[row] : offsets[row + 1]])
 
     joined, similar, last, mine = Forest(), [], -1, np.zeros(0, np.uint64)
@@ -375,8 +381,8 @@ def _block_pairs(job: Job, block: int) -> np.ndarray:
         waiting.append(np.asarray(run[low:high]))
         size += high - low
         if size > 4 << 20:
-            merged, waiting, size = np.unique(np.concatenate([merged, *waiting])), [], 0
-    return np.unique(np.concatenate([merged, *waiting]))
+            merged, waiting, size = distinct(np.concatenate([merged, *waiting])), [], 0
+    return distinct(np.concatenate([merged, *waiting]))
 
 
 def jaccard_sorted(left: np.ndarray, right: np.ndarray, at_least: float = 0.0) -> float:

@@ -153,13 +153,21 @@ def shingle_hashes(words: Words, ngram: int) -> tuple[np.ndarray, np.ndarray]:
     found = []
     for low, high in zip(words.first[:-1].tolist(), words.first[1:].tolist(), strict=True):
         if high - low > ngram:
-            found.append(np.unique(sums[low : high - ngram + 1]))
+            found.append(distinct(sums[low : high - ngram + 1]))
         else:
             weights = (pow(SPREAD, place + 1, 1 << 64) for place in range(ngram))
             whole = sum(word * weight for word, weight in zip(each[low:high].tolist(), weights, strict=False))
             found.append(mix(np.array([whole & ONES], np.uint64)))
     offsets = np.cumsum([0, *(len(one) for one in found)])
     return np.concatenate([np.zeros(0, np.uint64), *found]), offsets
+
+
+def distinct(values: np.ndarray) -> np.ndarray:
+    """Each value once, ascending. By sorting: `numpy.unique` makes a hash table, which took 7 to 100 times as long."""
+    ordered = np.sort(values)
+    new = np.ones(len(ordered), bool)
+    np.not_equal(ordered[1:], ordered[:-1], out=new[1:])
+    return ordered[new]
 
 
 def mix(values: np.ndarray) -> np.ndarray:
