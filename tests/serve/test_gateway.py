@@ -1,336 +1,388 @@
-"""The whole service behind keys: kill -9 of front and engine, and what comes in that should not."""
+"""`soma gateway` before scripted upstreams: what clients and upstreams see of it, in good times and bad."""
 
 import asyncio
 import json
 import signal
-import socket
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-import psutil
+import httpx
+import openai
 import pytest
-import sqlalchemy as sa
-from http_tools import LONG, call, wait_for
-from starlette.requests import Request
+import yaml
+from aiohttp import web
+from gateway_tools import RunningGateway, Scripted, running_gateway, until
+from http_tools import metric
 
 from soma.base.errors import UserError
-from soma.serve import protocol
-from soma.serve.database import Database, ledger
-from soma.serve.errors import ApiError
-from soma.serve.gateway import Gateway
-from soma.serve.keys.store import KeyStore
-from soma.serve.ledger.recover import journals_of
-from soma.serve.protocol import CompletionRequest, read_body
-from soma.serve.server import running_service, serve
+from soma.serve.upstreams.config import read_config
 
-PRICES = "currency: USD\nmodels: {tiny: {prompt: 1, completion: 2}}\n"
-CANARY = "canary-7391-of-a-prompt"
-
-
-@dataclass
-class Kept:
-    """A service that asks for keys."""
-
-    url: str
-    where: str
-    prices: str
-    log: Path
-    key: str
-    database: Database
-
-    def post(self, path: str, body: Any, key: str | None = None) -> tuple[int, dict[str, str], bytes]:
-        text = body if isinstance(body, str | bytes) else json.dumps(body)
-        return call(self.url, "POST", path, text, self.headers(key))
-
-    def headers(self, key: str | None = None) -> dict[str, str]:
-        return {"Content-Type": "application/json", "Authorization": f"Bearer {key or self.key}"}
-
-    def rows(self) -> dict[str, Any]:
-        with self.database.read() as connection:
-            return {row.id: row for row in connection.execute(sa.select(ledger))}
-
-
-def start(folder: Path, model: Path) -> Iterator[Kept]:
-    where, prices, log = str(folder / "keys.db"), folder / "prices.yaml", folder / "log"
-    prices.write_text(PRICES)
-    database = Database(where)
-    key = KeyStore(database).create("someone", team="red")[1].text
-    with running_service(model, keys=where, prices=str(prices), max_running=8, admin_port=0, log=log) as url:
-        yield Kept(url, where, str(prices), log, key, database)
-    database.close()
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
 
 
 @pytest.fixture(scope="module")
-def kept(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
-    yield from start(tmp_path_factory.mktemp("kept"), tiny_folder)
+def first() -> Iterator[Scripted]:
+    with Scripted(name="a") as made:
+        yield made
 
 
-@dataclass
-class Client:
-    """One stream, and what it has got of it."""
-
-    call_id: str = ""
-    events: int = 0
-    data: bytes = b""
-    task: "asyncio.Task[None] | None" = None
-    started: asyncio.Event = field(default_factory=asyncio.Event)
-
-    async def read(self, kept: Kept, leave_after: int | None = None) -> None:
-        parts = urlsplit(kept.url)
-        reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
-        body = json.dumps({**LONG, "stream": True, "logprobs": 0, "temperature": 0}).encode()
-        head = (f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-API-Key: {kept.key}\r\n"
-                f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n")  # fmt: skip
-        writer.write(head.encode() + body)
-        answer = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
-        self.call_id = answer.partition("x-request-id: ")[2].partition("\r\n")[0]
-        try:
-            while line := await reader.readline():
-                if line.startswith(b'data: {"id'):
-                    value = json.loads(line[6:])["choices"][0]
-                    self.events += len((value.get("logprobs") or {}).get("tokens", ()))
-                    if self.events >= 3:
-                        self.started.set()
-                    if leave_after is not None and self.events >= leave_after:
-                        return
-        except ConnectionError:
-            pass
-        finally:
-            writer.close()
+@pytest.fixture(scope="module")
+def second() -> Iterator[Scripted]:
+    with Scripted(name="b") as made:
+        yield made
 
 
-async def streams(kept: Kept, number: int, kill: Any) -> list[Client]:
-    """So many streams, and `kill()` when all of them have tokens."""
-    clients = [Client() for _ in range(number)]
-    tasks = [asyncio.create_task(client.read(kept)) for client in clients]
-    for client in clients:
-        await asyncio.wait_for(client.started.wait(), 120)
-    kill()
-    await asyncio.wait_for(asyncio.gather(*tasks), 120)
-    return clients
+@pytest.fixture(scope="module")
+def config(first: Scripted, second: Scripted) -> dict[str, Any]:
+    quick = {"breaker": {"failures": 2, "pause": "200ms"}, "health": None}
+    return {
+        "models": {
+            "m": {"upstreams": [{"url": first.url, "model": "there", "key_env": "UPSTREAM_KEY"}], **quick},
+            "two": {"upstreams": [{"url": first.url, "weight": 3}, {"url": second.url}], **quick},
+            "cheap": {"upstreams": [{"url": first.url, "cost": 2}, {"url": second.url, "cost": 1}], "routing": "cost",
+                      **quick},
+            "prefix": {"upstreams": [{"url": first.url}, {"url": second.url}], "routing": "prefix", **quick},
+            "falls": {"upstreams": [{"url": "http://127.0.0.1:9/v1"}], "fallback": ["only-b"], **quick},
+            "only-b": {"upstreams": [{"url": second.url}], **quick},
+            "slow": {"upstreams": [{"url": first.url}], **quick, "retry": {"attempts": 1},
+                     "timeouts": {"first_token": "300ms", "between_tokens": "300ms"}},
+        },
+        "limits": {"rules": [{"name": "tpm", "limit": 1_000_000, "window": "1d", "unit": "tokens",
+                              "algorithm": "sliding_window_log"}]},
+    }  # fmt: skip
 
 
-def front_of(url: str) -> psutil.Process:
-    """The service's process: the child of this one that listens there."""
-    port = urlsplit(url).port
-    for process in psutil.Process().children():
-        if any(link.status == "LISTEN" and link.laddr.port == port for link in process.net_connections()):
-            return process
-    raise AssertionError("nobody listens there")
+@pytest.fixture(scope="module")
+def gateway(config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UPSTREAM_KEY", "sk-upstream")
+        with running_gateway(tmp_path_factory.mktemp("gateway"), config) as made:
+            yield made
 
 
-def all_settled(kept: Kept) -> bool:
-    return all(row.settled_at is not None for row in kept.rows().values())
+@pytest.fixture(autouse=True)
+def _fresh(first: Scripted, second: Scripted) -> None:
+    for upstream in (first, second):
+        upstream.seen, upstream.headers, upstream.cancelled, upstream.answer = [], [], 0, upstream.say
+        upstream.tokens, upstream.pause = 3, 0.0
 
 
-def test_what_is_answered_is_what_is_booked(kept: Kept) -> None:
-    """Whole answers, streams, several choices, embeddings, and a client that leaves."""
-    status, headers, data = kept.post("/v1/completions", {**LONG, "max_tokens": 5, "n": 2})
-    assert status == 200
-    usage = json.loads(data)["usage"]
-    _, embedding, _ = kept.post("/v1/embeddings", {"model": "tiny", "input": "hello"})
-    left = Client()
-    asyncio.run(left.read(kept, leave_after=4))
-    assert wait_for(lambda: len(kept.rows()) >= 3 and all_settled(kept))
-    rows = kept.rows()
-    row = rows[headers["x-request-id"]]
-    assert (row.prompt_tokens, row.completion_tokens) == (usage["prompt_tokens"], 10)
-    assert row.nano == usage["prompt_tokens"] * 1000 + 10 * 2000
-    assert (row.team, row.route, row.model, row.outcome) == ("red", "/v1/completions", "tiny", "ok")
-    assert rows[embedding["x-request-id"]].completion_tokens == 0
-    assert rows[embedding["x-request-id"]].prompt_tokens > 0
-    assert rows[left.call_id].outcome == "abort"
-    assert left.events <= rows[left.call_id].completion_tokens < 4000
+def ask(gateway: RunningGateway, path: str = "/v1/chat/completions", **changes: Any) -> httpx.Response:
+    headers = {"Authorization": "Bearer sk-client"}
+    return httpx.post(gateway.url + path, json={**CHAT, **changes}, headers=headers, timeout=60, trust_env=False)
 
 
-def test_a_killed_engine(kept: Kept) -> None:
-    """The front lives and books what it got; nothing waits for a restart of it."""
-    (engine,) = front_of(kept.url).children()
-    clients = asyncio.run(streams(kept, 4, lambda: engine.send_signal(signal.SIGKILL)))
-    assert wait_for(lambda: all_settled(kept))
-    rows = kept.rows()
-    for client in clients:
-        row = rows[client.call_id]
-        assert (row.outcome, row.estimated) == ("error", 0)
-        assert row.completion_tokens == client.events  # every token went out before the error did
-    assert wait_for(lambda: call(kept.url, "GET", "/health")[0] == 200, 120)
+def events(answer: httpx.Response) -> list[Any]:
+    found = [line[6:] for line in answer.text.splitlines() if line.startswith("data: ")]
+    assert found[-1] == "[DONE]"
+    return [json.loads(each) for each in found[:-1]]
 
 
-def test_a_killed_service(tiny_folder: Path, tmp_path: Path) -> None:
-    """kill -9 of the front in the middle of 6 streams: the next start books every one of them, exactly once, with at
-    least what its client has seen, and those that had ended as they were."""
-    service = start(tmp_path, tiny_folder)
-    kept = next(service)
-    _, headers, data = kept.post("/v1/completions", {**LONG, "max_tokens": 5})
-    front = front_of(kept.url)
-    clients = asyncio.run(streams(kept, 6, front.kill))
-    front.wait(60)
-    (journal,) = journals_of(kept.database).iterdir()
-    assert journal.suffix == ".slots"
-    gateway = Gateway(kept.where, kept.prices)
-    assert gateway.ledger.recovered >= 6
-    rows = kept.rows()
-    assert len(rows) == 7
-    assert all_settled(kept)
-    assert rows[headers["x-request-id"]].completion_tokens == json.loads(data)["usage"]["completion_tokens"]
-    for client in clients:
-        row = rows[client.call_id]
-        assert (row.outcome, row.estimated) == ("killed", 0)
-        assert client.events <= row.completion_tokens < 4000
-        assert row.prompt_tokens > 0
-        assert row.nano == row.prompt_tokens * 1000 + row.completion_tokens * 2000
-    gateway.close()
-    assert list(journals_of(kept.database).iterdir()) == []
-    service.close()  # type: ignore[attr-defined]
+def left(gateway: RunningGateway) -> int:
+    """Tokens that the limit has left, without this request's own."""
+    answer = ask(gateway, max_tokens=1)
+    size = len(answer.request.content) // 4 + 1
+    return int(answer.headers["x-ratelimit-remaining-tokens"]) + size
 
 
-LAST = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+def test_the_openai_client(gateway: RunningGateway, first: Scripted) -> None:
+    client = openai.OpenAI(base_url=gateway.url + "/v1", api_key="none", max_retries=0)
+    assert client.chat.completions.create(**CHAT).choices[0].message.content == "a"  # type: ignore[call-overload]
+    chunks = list(client.chat.completions.create(**CHAT, stream=True))  # type: ignore[call-overload]
+    assert "".join(each.choices[0].delta.content or "" for each in chunks) == "a0 a1 a2 "
+    chunks = list(client.chat.completions.create(**CHAT, stream=True, stream_options={"include_usage": True}))  # type: ignore[call-overload]
+    assert chunks[-1].usage.completion_tokens == 3
+    assert chunks[-1].choices == []
+    assert [each.id for each in client.models.list()][:2] == ["m", "two"]
+    assert [value["model"] for value in first.seen] == ["there"] * 3
 
 
-def raw(kept: Kept, data: bytes) -> bytes:
-    """All that comes back for these bytes and a last request after them, with which the connection ends; if it was
-    not ended before."""
-    parts = urlsplit(kept.url)
-    got = b""
-    with socket.create_connection((parts.hostname, parts.port), timeout=60) as link, suppress(ConnectionError):
-        link.sendall(data + LAST)
-        while part := link.recv(65536):
-            got += part
-    return got
+def test_what_the_upstream_sees(gateway: RunningGateway, first: Scripted) -> None:
+    """Its own key and not the client's, the name that the model has there, our id, and the wish for usage."""
+    answer = ask(gateway, stream=True)
+    (headers,) = first.headers
+    assert headers["Authorization"] == "Bearer sk-upstream"
+    assert headers["X-Request-Id"] == answer.headers["x-request-id"]
+    assert first.seen[0]["stream_options"] == {"include_usage": True}
+    assert not any("usage" in each or not each["choices"] for each in events(answer))
+    wanted = ask(gateway, stream=True, stream_options={"include_usage": True})
+    assert wanted.text.count('"usage": null') == 4  # as the upstream wrote it
+    assert events(wanted)[-1]["usage"]["prompt_tokens"] == 7
 
 
-INNER = b"GET /v1/models HTTP/1.1\r\nHost: x\r\nX-API-Key: KEY\r\n\r\n"
-POST, GET = b"POST /health HTTP/1.1\r\nHost: x\r\n", b"GET /v1/models HTTP/1.1\r\nHost: x\r\n"
-SMUGGLED = {
-    "both lengths": POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-    "two lengths": POST + b"Content-Length: 0\r\nContent-Length: 60\r\n\r\n",
-    "chunked twice": POST + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: x\r\n\r\n0\r\n\r\n",
-    "hidden name": POST + b"Content-Length : 60\r\n\r\n",
-    "folded": GET + b"X-API-Key: wrong\r\n KEY\r\n\r\n",
-    "nul": GET + b"X-API-Key: KEY\0\r\n\r\n",
-    "bare feed": b"GET /v1/models HTTP/1.1\nHost: x\nX-API-Key: wrong\n\n",
-    "key in the line": b"GET /v1/models?X-API-Key=KEY HTTP/1.1\r\nHost: x\r\n\r\n",
-    "underscore": GET + b"X_API_KEY: KEY\r\n\r\n",
-}
-AMBIGUOUS = ("both lengths", "two lengths", "chunked twice", "hidden name")
+def test_reserved_and_settled(gateway: RunningGateway) -> None:
+    """What the upstream says was used, streamed or not: 7 for the prompt and 3 made."""
+    before = left(gateway)
+    ask(gateway)
+    ask(gateway, stream=True)
+    assert before - left(gateway) == 10 + 20
 
 
-@pytest.mark.parametrize("name", SMUGGLED)
-def test_nothing_is_smuggled(kept: Kept, name: str) -> None:
-    """No key that stands where none belongs lets anybody in; a front server and this one cannot disagree on where a
-    request ends, since what is ambiguous is refused and the connection closed."""
-    got = raw(kept, SMUGGLED[name].replace(b"KEY", kept.key.encode()))
-    assert b'"object":"list"' not in got
-    if name in AMBIGUOUS:
-        got = raw(kept, SMUGGLED[name] + INNER.replace(b"KEY", kept.key.encode()))
-        assert b'"object":"list"' not in got
-        assert got.count(b"HTTP/1.1 ") <= 1
-    assert call(kept.url, "GET", "/health")[0] == 200
+def test_without_usage_it_is_an_estimate(gateway: RunningGateway, first: Scripted) -> None:
+    async def silent(request: web.Request, value: dict[str, Any]) -> web.StreamResponse:
+        return await first.say(request, {**value, "stream_options": None})
+
+    before = left(gateway)
+    first.answer = silent
+    answer = ask(gateway, stream=True)
+    assert len(events(answer)) == 4
+    first.answer = first.say
+    used = before - left(gateway) - 10
+    assert used == len(answer.request.content) // 4 + 4  # a token for four bytes of prompt and one for each event
 
 
-def test_the_control_of_smuggling(kept: Kept) -> None:
-    """Two requests that follow each other are two answers: the test above can tell."""
-    two = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" + INNER.replace(b"KEY", kept.key.encode())
-    got = raw(kept, two)
-    assert got.count(b"HTTP/1.1 200") == 3
-    assert b'"object":"list"' in got
+@pytest.mark.parametrize("status", [400, 401, 422])
+def test_the_clients_own_mistakes_are_not_tried_twice(gateway: RunningGateway, first: Scripted, status: int) -> None:
+    async def refuse(request: web.Request, value: dict[str, Any]) -> web.Response:
+        return web.json_response({"error": {"message": "no"}}, status=status)
+
+    before = left(gateway)
+    first.seen, first.answer = [], refuse
+    answer = ask(gateway)
+    assert (answer.status_code, answer.json()) == (status, {"error": {"message": "no"}})
+    assert len(first.seen) == 1
+    first.answer = first.say
+    assert before - left(gateway) == 10
 
 
-def test_who_has_no_key_sends_no_body(kept: Kept) -> None:
-    """The refusal does not wait for a gigabyte, nor for one that never comes."""
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    parts = urlsplit(kept.url)
-    with socket.create_connection((parts.hostname, parts.port), timeout=30) as link:
-        link.sendall(head + b"Content-Length: 1000000000\r\n\r\n")
-        assert link.recv(65536).startswith(b"HTTP/1.1 401")
+@pytest.mark.parametrize("kind", ["status", "cut before a word", "no answer"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_another_replica_answers(
+    gateway: RunningGateway, first: Scripted, second: Scripted, kind: str, stream: bool
+) -> None:
+    async def fail(request: web.Request, value: dict[str, Any]) -> web.StreamResponse:
+        if kind == "status":
+            return web.Response(status=500)
+        if kind == "cut before a word" and stream:
+            made = await first.begin(request)
+        assert request.transport
+        request.transport.abort()
+        return made if kind == "cut before a word" and stream else web.Response()
+
+    until(lambda: ask(gateway, model="two").json()["choices"][0]["message"]["content"] == "a")
+    first.seen, first.answer = [], fail
+    for _ in range(3):
+        answer = ask(gateway, model="two", stream=stream)
+        assert answer.status_code == 200
+        assert "b0" in answer.text if stream else answer.json()["choices"][0]["message"]["content"] == "b"
+    assert 1 <= len(first.seen) <= 3
+
+
+def test_the_breaker_leaves_it_alone_and_tries_again(
+    gateway: RunningGateway, first: Scripted, second: Scripted
+) -> None:
+    async def fail(request: web.Request, value: dict[str, Any]) -> web.Response:
+        return web.Response(status=502)
+
+    first.answer = fail
+    for _ in range(8):
+        assert ask(gateway, model="two").status_code == 200
+    assert len(first.seen) <= 4
+    first.answer, first.seen = first.say, []
+
+    def is_back() -> bool:
+        ask(gateway, model="two")
+        return bool(first.seen)
+
+    until(is_back)
+
+
+def test_retry_after_is_obeyed_and_passed_on(gateway: RunningGateway, first: Scripted, second: Scripted) -> None:
+    async def busy(request: web.Request, value: dict[str, Any]) -> web.Response:
+        return web.json_response({"error": {"message": "busy"}}, status=429, headers={"Retry-After": "1"})
+
+    second.answer = busy
+    answer = ask(gateway, model="only-b")
+    assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+    again = ask(gateway, model="only-b")
+    assert again.status_code == 503
+    assert 1 <= int(again.headers["retry-after"]) <= 2
+    assert len(second.seen) == 1
+    second.answer = second.say
+    until(lambda: ask(gateway, model="only-b").status_code == 200)
+
+
+def test_fallback(gateway: RunningGateway, second: Scripted) -> None:
+    until(lambda: ask(gateway, model="only-b").status_code == 200)
+    assert ask(gateway, model="falls").json()["choices"][0]["message"]["content"] == "b"
+
+
+def test_weights_cost_and_prefix(gateway: RunningGateway, first: Scripted, second: Scripted) -> None:
+    until(lambda: ask(gateway, model="two").json()["choices"][0]["message"]["content"] == "a")
+    first.seen, second.seen = [], []
+    for _ in range(16):
+        ask(gateway, model="two")
+    assert abs(len(first.seen) - 12) <= 2
+    for _ in range(3):
+        assert ask(gateway, model="cheap").json()["choices"][0]["message"]["content"] == "b"
+    long = [[{"role": "user", "content": letter * 2000}] for letter in "xyzw"]
+    homes = [ask(gateway, model="prefix", messages=each).json()["choices"][0]["message"]["content"] for each in long]
+    assert set(homes) == {"a", "b"}
+    for _ in range(2):
+        for each, home in zip(long, homes, strict=True):
+            answer = ask(gateway, model="prefix", messages=[*each, {"role": "user", "content": "more"}])
+            assert answer.json()["choices"][0]["message"]["content"] == home
+
+
+def test_a_stream_that_breaks_off(gateway: RunningGateway, first: Scripted) -> None:
+    """The client has seen something: an error event, [DONE], and what was seen is counted."""
+
+    async def cut(request: web.Request, value: dict[str, Any]) -> web.StreamResponse:
+        made = await first.begin(request)
+        await first.event(made, first.chunk("one "))
+        await asyncio.sleep(0.1)
+        assert request.transport
+        request.transport.abort()
+        return made
+
+    first.answer = cut
+    found = events(ask(gateway, stream=True))
+    assert found[0]["choices"][0]["delta"]["content"] == "one "
+    assert found[1]["error"]["code"] == "upstream_failed"
+    assert len(first.seen) == 1
+
+
+@pytest.mark.parametrize("when", ["first", "between"])
+def test_timeouts(gateway: RunningGateway, first: Scripted, when: str) -> None:
+    async def hang(request: web.Request, value: dict[str, Any]) -> web.StreamResponse:
+        made = await first.begin(request)
+        if when == "between":
+            await first.event(made, first.chunk("one "))
+        await asyncio.sleep(60)
+        return made
+
+    first.answer = hang
+    answer = ask(gateway, model="slow", stream=True)
+    if when == "first":
+        assert answer.status_code == 503
+    else:
+        assert events(answer)[-1]["error"]["code"] == "upstream_failed"
+    until(lambda: first.cancelled == 1)
+
+
+def test_the_client_leaves(gateway: RunningGateway, first: Scripted) -> None:
+    """The upstream's request is cancelled, and the reservation comes back."""
+    before = left(gateway)
+    first.tokens, first.pause = 10_000, 0.01
+    with httpx.stream("POST", gateway.url + "/v1/chat/completions", json={**CHAT, "stream": True, "max_tokens": 9000},
+                      timeout=60, trust_env=False) as answer:  # fmt: skip
+        next(answer.iter_lines())
+    until(lambda: first.cancelled == 1)
+    first.tokens, first.pause = 3, 0.0
+    until(lambda: left(gateway) > before - 2000)
+    assert metric(gateway.url, "soma:gateway_calls_total", outcome="abort") >= 1
 
 
 @pytest.mark.parametrize(
-    ("body", "status"),
+    ("changes", "status", "param"),
+    [({"model": "none"}, 404, "model"), ({"model": 3}, 400, "model"), ({"max_tokens": -1}, 400, "max_tokens"),
+     ({"n": "2"}, 400, "n")],
+)  # fmt: skip
+def test_bad_requests(
+    gateway: RunningGateway, first: Scripted, changes: dict[str, Any], status: int, param: str
+) -> None:
+    answer = ask(gateway, **changes)
+    assert answer.status_code == status
+    assert answer.json()["error"]["param"] == param
+    assert first.seen == []
+
+
+def test_reload_without_dropping_a_stream(
+    config: dict[str, Any], tmp_path: Path, first: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UPSTREAM_KEY", "sk-upstream")
+    with running_gateway(tmp_path, config) as gateway:
+        first.tokens, first.pause = 40, 0.02
+        with httpx.stream("POST", gateway.url + "/v1/chat/completions", json={**CHAT, "stream": True}, timeout=60,
+                          trust_env=False) as answer:  # fmt: skip
+            lines = answer.iter_lines()
+            next(lines)
+            models = {"new": config["models"]["only-b"]}
+            gateway.file.write_text(yaml.safe_dump({"models": {"broken": {}}}))
+            gateway.process.send_signal(signal.SIGHUP)
+            gateway.file.write_text(yaml.safe_dump({**config, "models": models}))
+            until(
+                lambda: bool(gateway.process.send_signal(signal.SIGHUP)) or ask(gateway, model="new").status_code == 200
+            )
+            assert ask(gateway).status_code == 404
+            assert list(lines)[-2] == "data: [DONE]"
+
+
+def test_drain(config: dict[str, Any], tmp_path: Path, first: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM: not ready, new requests get 503, the stream that runs ends whole, and then the process."""
+    monkeypatch.setenv("UPSTREAM_KEY", "sk-upstream")
+    with running_gateway(tmp_path, config) as gateway:
+        assert httpx.get(gateway.url + "/health/ready", trust_env=False).status_code == 200
+        first.tokens, first.pause = 60, 0.03
+        with httpx.stream("POST", gateway.url + "/v1/chat/completions", json={**CHAT, "stream": True}, timeout=60,
+                          trust_env=False) as answer:  # fmt: skip
+            lines = answer.iter_lines()
+            next(lines)
+            gateway.process.send_signal(signal.SIGTERM)
+            until(lambda: httpx.get(gateway.url + "/health/ready", trust_env=False).status_code == 503)
+            assert httpx.get(gateway.url + "/health/live", trust_env=False).status_code == 200
+            refused = ask(gateway)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+            assert refused.headers["retry-after"] == "1"
+            assert list(lines)[-2] == "data: [DONE]"
+        assert gateway.process.wait(30) == 0
+
+
+def test_a_model_that_sleeps(config: dict[str, Any], tmp_path: Path) -> None:
+    """Requests wait with heartbeats until an upstream is there; one more than may wait is refused."""
+    with Scripted(name="s") as sleeper:
+        sleeper.stop()
+        model = {"upstreams": [{"url": sleeper.url}], "health": {"every": "100ms"},
+                 "wake": {"waiting": 2, "heartbeat": "50ms"}}  # fmt: skip
+        with running_gateway(tmp_path, {"models": {"m": model}}) as gateway:
+
+            async def run() -> tuple[str, Any, int]:
+                async with httpx.AsyncClient(base_url=gateway.url, timeout=60, trust_env=False) as client:
+
+                    async def whole() -> Any:
+                        return (await client.post("/v1/chat/completions", json=CHAT)).json()
+
+                    async def stream(woken: asyncio.Event) -> str:
+                        text = ""
+                        async with client.stream(
+                            "POST", "/v1/chat/completions", json={**CHAT, "stream": True}
+                        ) as answer:
+                            async for part in answer.aiter_text():
+                                text += part
+                                if text.count(": waking") == 3:
+                                    woken.set()
+                        return text
+
+                    heard = asyncio.Event()
+                    tasks = asyncio.create_task(stream(heard)), asyncio.create_task(whole())
+                    await heard.wait()
+                    third = await client.post("/v1/chat/completions", json=CHAT)
+                    await asyncio.to_thread(sleeper.start)
+                    return await tasks[0], await tasks[1], third.status_code
+
+            text, value, third = asyncio.run(run())
+            assert text.startswith(": waking\n\n")
+            assert "s0 " in text
+            assert text.endswith("data: [DONE]\n\n")
+            assert value["choices"][0]["message"]["content"] == "s"
+            assert third == 503
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
     [
-        (b'{"model": "tiny", "prompt": "' + b"x" * (5 << 20) + b'"}', 413),
-        (b'{"model": "tiny", "prompt": ' + b"[" * 200_000, 400),
-        (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, 400),
-        (b'{"model": "tiny", "prompt": "x", "seed": ' + b"9" * 100_000 + b"}", 400),
-        (b'{"model": "tiny", "prompt": "\xff\xfe"}', 400),
-        (b"", 400),
+        ("models: {}", "models: Dictionary should have at least 1"),
+        ("models: {m: {upstreams: [{url: 'ftp://x'}]}}", "models.m.upstreams.0.url: expected as http://"),
+        ("models: {m: {upstreams: [{url: 'http://u:p@x/v1'}]}}", "without user, password"),
+        ("models: {m: {upstreams: [{url: 'http://x/v1'}], fallback: [n]}}", "models.m.fallback: 'n' is no other model"),
+        ("models: {m: {upstreams: [{url: 'http://x/v1', key_env: NO_SUCH_KEY}]}}", "NO_SUCH_KEY is not set"),
+        ("models: {m: {upstreams: [{url: 'http://x/v1'}]}}\nlimit: {}", "limit: Extra inputs"),
     ],
 )
-def test_bodies_that_are_too_much(kept: Kept, body: bytes, status: int) -> None:
-    assert kept.post("/v1/completions", body)[0] == status
-    assert call(kept.url, "GET", "/health")[0] == 200
-
-
-def test_headers_that_are_too_much(kept: Kept) -> None:
-    for data in (b"GET /health HTTP/1.1\r\nX: " + b"y" * 300_000 + b"\r\n\r\n",
-                 b"GET /" + b"z" * 300_000 + b" HTTP/1.1\r\n\r\n"):  # fmt: skip
-        got = raw(kept, data)
-        assert not got.startswith(b"HTTP/1.1 5")
-    assert call(kept.url, "GET", "/health")[0] == 200
-
-
-def test_a_body_that_dawdles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "BODY_SECONDS", 0.05)
-    parts = iter([b'{"model"', b": "])
-
-    async def receive() -> dict[str, Any]:
-        if (part := next(parts, None)) is None:
-            await asyncio.sleep(60)
-        return {"type": "http.request", "body": part, "more_body": True}
-
-    scope = {"type": "http", "method": "POST", "path": "/", "headers": [(b"content-type", b"application/json")]}
-    with pytest.raises(ApiError) as caught:
-        asyncio.run(read_body(Request(scope, receive), CompletionRequest, 1000))
-    assert (caught.value.status, caught.value.code) == (408, "body_too_slow")
-
-
-def test_no_canary_sings(kept: Kept) -> None:
-    """Keys, wrong ones too, and prompts are in no log, no metric, no error and not in the database."""
-    secret = kept.key.split("_", 2)[2]
-    wrong = "soma_0123456789_" + "Wr0ng-canary-secret-of-43-characters-abcdefg"[:43]
-    told = []
-    chat = {"model": "tiny", "messages": [{"role": "user", "content": CANARY}], "max_tokens": 3}
-    for path, body, key in (
-        ("/v1/completions", {**LONG, "prompt": CANARY, "max_tokens": 3}, None), ("/v1/chat/completions", chat, None),
-        ("/v1/chat/completions", chat, wrong), ("/v1/embeddings", {"model": "tiny", "input": CANARY}, None),
-        ("/v1/completions", {**LONG, "prompt": CANARY * 400}, None), ("/v1/nowhere/" + CANARY, {}, wrong),
-        ("/v1/completions", {"model": "no-such", "prompt": CANARY}, None), ("/tokenize", {"prompt": CANARY}, wrong),
-    ):  # fmt: skip
-        status, headers, data = kept.post(path, body, key)
-        if status >= 400:
-            told.append(json.dumps(headers) + data.decode())
-    assert len(told) >= 5
-    assert wait_for(lambda: all_settled(kept))
-    metrics = call(kept.url, "GET", "/metrics", headers=kept.headers())[2].decode()
-    files = [path for path in Path(kept.where).parent.rglob("*") if path.is_file()]
-    assert len(files) >= 4
-    for words in (*told, metrics, *(path.read_bytes().decode("latin-1") for path in files)):
-        for canary in (CANARY, secret, wrong):
-            assert canary not in words
-    assert "vllm:generation_tokens_total" in metrics
-
-
-def test_prices_must_name_what_is_served(tiny_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "prices.yaml").write_text("currency: USD\nmodels: {other: {prompt: 1, completion: 2}}\n")
-    where = str(tmp_path / "keys.db")
-    Database(where).close()
-    with pytest.raises(UserError, match="no price for 'tiny'"):
-        serve(tiny_folder, port=0, keys=where, prices=str(tmp_path / "prices.yaml"), in_process=True)
-    with pytest.raises(UserError, match="go with the database"):
-        serve(tiny_folder, port=0, prices=str(tmp_path / "prices.yaml"))
-    with pytest.raises(UserError, match="soma keys create"):
-        serve(tiny_folder, port=0, keys=str(tmp_path / "none.db"))
-
-
-def test_beyond_loopback_with_keys_alone(tiny_folder: Path, tmp_path: Path) -> None:
-    """With keys the host is not refused: what is wrong then is the port."""
-    where = str(tmp_path / "keys.db")
-    Database(where).close()
-    with pytest.raises(UserError, match="keys \\(--keys"):
-        serve(tiny_folder, "0.0.0.0", 70_000)
-    with pytest.raises(UserError, match="port 70000"):
-        serve(tiny_folder, "0.0.0.0", 70_000, keys=where)
+def test_a_file_that_makes_no_sense(tmp_path: Path, text: str, words: str) -> None:
+    file = tmp_path / "gateway.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_config(file)
+    assert words in str(caught.value)
