@@ -205,3 +205,47 @@ def test_the_settings_in_the_guide_are_settings() -> None:
     config = DataConfig.model_validate(block["data"])
     assert config.dedup.substring is not None
     assert config.decontaminate is not None
+
+
+@pytest.mark.parametrize("many", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_all_of_it_is_the_same_for_any_workers_and_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, many: int
+) -> None:
+    """Rows in another order, more partitions, more workers: the same rows and texts stay, for the same reasons."""
+    monkeypatch.setattr("soma.data.dedup.near.FEW", 0)
+    monkeypatch.setattr("soma.data.dedup.substring.FEW_WINDOWS", 0)
+    monkeypatch.setattr("soma.data.dedup.substring.RANGE_WINDOWS", 2000)
+    (tmp_path / "set.txt").write_text(QUESTION)
+    old = build(tmp_path, "old", {str(n): prose(n) for n in range(5)})
+    notice = prose(50, 60)
+    texts = [
+        changed(prose(n // 2), 3 * (n % 2)) + (f" {notice} {prose(900 + n, 70)}" if n % 3 == 0 else "")
+        for n in range(60)
+    ]
+    texts[25] += f" {QUESTION}"
+    settings = {
+        "validation_fraction": 0.1, "min_documents": 1, "decontaminate": {"sets": [str(tmp_path / "set.txt")]},
+        "dedup": {"against": [str(old)], "substring": {}},
+    }  # fmt: skip
+    found = []
+    for name, workers, size in (("one", 1, 1 << 20), ("two", many, 9000)):
+        monkeypatch.setattr("soma.data.partitions.PARTITION_BYTES", size)
+        folder = tmp_path / f"{name}-in"
+        folder.mkdir()
+        rows = random.Random(size).sample(range(60), 60)
+        for number in range(6):
+            lines = [json.dumps({"text": texts[row]}) for row in rows[number * 10 : number * 10 + 10]]
+            (folder / f"{number}.jsonl").write_text("\n".join(lines))
+        out = tmp_path / name
+        out.mkdir()
+        build_corpus(DataConfig(sources=str(folder), workers=workers, **settings), out)  # type: ignore[arg-type]
+        dropped_rows = pq.read_table(out / "dropped.parquet").to_pylist()
+        reasons = sorted((row["reason"], row["excerpt"]) for row in dropped_rows)
+        kept_rows = [
+            (split, row["id"], row["text"]) for split in ("train", "validation") for row in read_corpus(out, split)
+        ]
+        facts = read_json(out / "report.json")
+        found.append((reasons, kept_rows, facts["corpus_hash"], facts["repeated_text"]["units"], facts["steps"]))
+    assert found[0] == found[1]
+    assert {reason for reason, _ in found[0][0]} == {"near_duplicate", "contaminated"}
+    assert found[0][3] > 500
