@@ -31,6 +31,7 @@ from soma.train.optim import build_optimizers, set_learning_rate
 from soma.train.parallel.apply import Parallel
 from soma.train.peak import matmul_peak
 from soma.train.samples import continue_text
+from soma.train.scaler import LossScaler
 from soma.train.schedule import learning_rate
 from soma.train.snapshot import PATIENCE
 from soma.train.world import World
@@ -99,7 +100,7 @@ class Trainer:
         self.optimizers = build_optimizers(model, config, compute.muon_dtype, compute.compile)
         self.balance = RouterBalance(model, config.router_bias_rate, world)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16")
+        self.scaler = LossScaler(compute.device, compute.precision == "fp16", world.size)
         self.divergence = DivergenceGuard(config.divergence_factor, config.divergence_steps)
         self.clock = TimeGuard(config.max_seconds or float("inf"))
         self.checkpoints = Checkpoints(
@@ -160,13 +161,11 @@ class Trainer:
         self.parallel.finish()
         loss, norm = torch.stack([self.world.sum(total) / count, self.clip()]).tolist()  # a GPU is waited for once
         self.stop_if_diverged(self.divergence.check(loss), batch)
-        if not self.scaler.is_enabled() and not np.isfinite(norm):
+        if not self.scaler.enabled and not np.isfinite(norm):
             self.stop_if_diverged(f"the gradient norm is {norm}", batch)
         rate = learning_rate(self.config, self.at.done, self.steps)
         set_learning_rate(self.optimizers, rate)
-        for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
-        self.scaler.update()
+        self.scaler.step(self.optimizers)
         self.balance.step()
         self.model.zero_grad(set_to_none=True)
         self.count_step(loss, norm, rate, time.perf_counter() - started)
@@ -177,8 +176,7 @@ class Trainer:
 
     def clip(self) -> Tensor:
         """Clip the global gradient norm; returns it as it was before."""
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
+        self.scaler.unscale(self.optimizers)
         limit = self.config.grad_clip or float("inf")
         return self.parallel.clip(self.parameters, limit)
 
@@ -347,8 +345,7 @@ class Trainer:
             )
         self.at = Progress(**run["progress"])
         self.loader.load_state_dict(run["loader"])
-        if self.scaler.is_enabled():
-            self.scaler.load_state_dict(run["scaler"])
+        self.scaler.load_state_dict(run["scaler"])
         self.divergence.restore(run["divergence"])
         self.journal.start(run["log_bytes"])
         self.clock.spent = self.at.spent

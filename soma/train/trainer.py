@@ -263,8 +263,6 @@ def check_layout(config: TrainConfig, layout: Layout, model: ModelConfig) -> Non
         raise UserError(
             f"sample_prompts: no samples are drawn under layout {cut[0]}: leave them out, or use dp or fsdp"
         )
-    if config.precision == "fp16" and layout.fsdp * layout.tp * layout.ep > 1:
-        raise UserError("precision fp16: its loss scaler works with layout dp and cp alone: take bf16")
 
 
 def write_artefact(result: TrainResult, compute: Compute, out: Path, work: Path) -> None:

@@ -75,7 +75,8 @@ def cases(layout: dict[str, Any]) -> list[Case]:
     sizes = (None, accumulated(layout))
     deep = "4" if layout.get("schedule") in ("zb-v", "dualpipe") else ""  # two stages on each rank want four layers
     models = ("moe",) if "ep" in layout else (f"dense{deep}", f"moe{deep}")
-    return [Case(*values) for values in product(models, ("fp32", "bf16"), sizes, ("adamw", "muon"))]
+    scaled = [Case(models[0], "fp16", sizes[1])] if "ep" not in layout else []
+    return [Case(*values) for values in product(models, ("fp32", "bf16"), sizes, ("adamw", "muon"))] + scaled
 
 
 # Every layout once or twice; together every model, precision, accumulation and optimizer.
@@ -87,7 +88,7 @@ SLICE: dict[str, list[dict[str, Any]]] = {
     "hybrid": [{"precision": "bf16", "microbatch": 2}],
     "tp4": [{"optimizer": "muon"}],
     "dp2-tp2": [{"model": "moe"}, {"model": "gpt2"}],
-    "fsdp2-tp2-sp": [{"model": "latent", "optimizer": "muon"}, {"checkpointing": True}],
+    "fsdp2-tp2-sp": [{"model": "latent", "optimizer": "muon"}, {"checkpointing": True}, {"precision": "fp16"}],
     "ep4": [{"model": "moe", "microbatch": 1}],
     "fsdp4-ep2": [{"model": "latent", "optimizer": "muon"}],
     "fsdp2-tp2-ep2": [{"model": "moe", "optimizer": "muon"}],
@@ -99,7 +100,10 @@ SLICE: dict[str, list[dict[str, Any]]] = {
     "pp2-tp2-sp": [{"model": "latent", "microbatch": 4, "optimizer": "muon"}],
     "pp2-cp2": [{"microbatch": 4, "checkpointing": True}],
     "pp2-dp2-ep2": [{"model": "moe", "microbatch": 2}],
-    "pp2-fsdp2": [{"model": "latent", "microbatch": 2, "checkpointing": "selective"}],
+    "pp2-fsdp2": [
+        {"model": "latent", "microbatch": 2, "checkpointing": "selective"},
+        {"precision": "fp16", "microbatch": 2},
+    ],
     "pp2-zero2": [{"model": "dense4", "microbatch": 2, "optimizer": "muon"}],
     "pp2-zero1-v": [{"model": "moe4", "microbatch": 2}],
     "pp2-fsdp2-v": [{"model": "dense4", "microbatch": 2, "checkpointing": True}],

@@ -80,8 +80,6 @@ def check(config: TrainConfig, layout: Layout) -> None:
     """Raise UserError for what does not go with a pipeline."""
     if isinstance(config, PreferenceConfig):
         raise UserError(f"layout: pp {layout.pp}: preference tuning has no pipeline; take dp, fsdp or tp")
-    if config.precision == "fp16":
-        raise UserError(f"layout: pp {layout.pp} with precision fp16: ranks would scale their losses apart; take bf16")
     if config.sample_prompts:
         raise UserError(f"layout: pp {layout.pp} with sample_prompts: no rank has the whole model; leave them out")
 
