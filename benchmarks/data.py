@@ -1,7 +1,8 @@
 """The data piece beside datatrove and trafilatura, on real text, one core each, in turns.
 
 Cases: `filters` (Gopher's, C4's and FineWeb's, and whether the decisions agree), `near` (MinHash
-deduplication end to end, signatures alone, the same survivors for any workers and order), `memory` (peak of a whole
+deduplication end to end, signatures alone, the same survivors for any workers and order), `pages` (WARC to main
+text, speed and F1), `memory` (peak of a whole
 `build_corpus` with 20 times the input). Every document occurs once, so a memory of words helps neither side more than
 in real use. The peers live in an environment of their own, which is made where it is missing (network, some minutes).
 
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +39,7 @@ FILTERS = ("gopher_quality", "gopher_repetition", "c4", "fineweb")
 BATCH = 512  # documents that are measured together, as in a partition
 FILTERS_BAR, AGREEMENT_BAR = 10.0, 0.995
 MEMORY_BAR_GIB, FLAT_BAR = 2.0, 0.8
+PAGES_BAR, F1_BAR = 2.0, 1.0
 
 
 @dataclass
@@ -177,6 +180,102 @@ def filters(bench: Bench) -> None:
     bench.notes["filters"] = {"documents": len(texts), "dropped": dropped, "disagreements": different}
 
 
+def pages(bench: Bench) -> None:
+    """WARC to main text on made and real pages, and how well the made pages' main text is found."""
+    from soma.data.readers import Document, read_item
+    from soma.data.sources import Item, list_items
+
+    made, real = made_pages(600), real_pages()
+    htmls = [html for html, _ in made] + real
+    path, archive = bench.folder / "pages.jsonl", bench.folder / "pages.warc.gz"
+    path.write_text("".join(json.dumps({"html": html}) + "\n" for html in htmls))
+    archive.write_bytes(b"".join(gzip.compress(warc_record(i, html.encode())) for i, html in enumerate(htmls)))
+    (item,) = list_items([str(archive)])
+    assert isinstance(item, Item)
+    texts: dict[str, list[str]] = {}
+
+    def ours() -> float:
+        started = time.perf_counter()
+        found = [""] * len(htmls)
+        for one in read_item(item, "text"):
+            if isinstance(one, Document):
+                found[int(one.meta["url"].rpartition("/")[2])] = one.text
+        texts["ours"] = found
+        return len(htmls) / (time.perf_counter() - started)
+
+    peer = Peer(bench.peers(), "trafilatura_peer", path)
+
+    def theirs() -> float:
+        reply = peer.ask({"extract": True})
+        texts["trafilatura"] = reply["texts"]  # type: ignore[assignment]
+        return len(htmls) / float(str(reply["seconds"]))
+
+    bench.cases += compare(
+        "WARC to main text", "pages/s", ours, {"trafilatura": theirs}, bars={"trafilatura": PAGES_BAR}, **bench.rounds
+    )
+    peer.close()
+    scores = {
+        side: [word_f1(text, truth) for text, (_, truth) in zip(found, made, strict=False)]
+        for side, found in texts.items()
+    }
+    means = {side: sum(values) / len(values) for side, values in scores.items()}
+    bench.cases.append(
+        make_case(
+            "main text of made pages", "F1 of words", [means["ours"]], "trafilatura", [means["trafilatura"]], F1_BAR
+        )
+    )
+    both = list(zip(texts["ours"], texts["trafilatura"], strict=True))[len(made) :]
+    agreeing = [word_f1(one, other) for one, other in both]
+    bench.notes["pages"] = {
+        "made": len(made), "real": len(real), "agreement on real pages (F1)": sum(agreeing) / len(agreeing),
+        "lowest of ours": sorted(scores["ours"])[:5], "lowest of theirs": sorted(scores["trafilatura"])[:5],
+    }  # fmt: skip
+
+
+def made_pages(count: int) -> list[tuple[str, str]]:
+    """(html, main text) from paragraphs and headings of Wikipedia."""
+    from pages import make_page
+
+    lines = [line.strip() for line in (DATA / "wikitext2" / "test.txt").read_text().splitlines()]
+    paragraphs = [line for line in lines if len(line) > 150 and "<unk>" not in line]
+    titles = [line.strip("= ") for line in lines if line.startswith("= ") and "<unk>" not in line]
+    generator = random.Random(11)
+    return [make_page(generator, paragraphs, titles) for _ in range(count)]
+
+
+def real_pages() -> list[str]:
+    """The different HTML pages of the shared archives."""
+    from fastwarc.warc import ArchiveIterator, WarcRecordType
+    from resiliparse.parse.encoding import bytes_to_str, detect_encoding
+
+    found: dict[str, None] = {}
+    for path in [*sorted((DATA / "warc").glob("*sample-*.warc.gz")), DATA / "warc" / "fastwarc_warcfile.warc.gz"]:
+        with open(path, "rb") as file:
+            for record in ArchiveIterator(file, record_types=WarcRecordType.response, auto_decode="all"):
+                if "html" in (record.http_content_type or ""):
+                    data = record.reader.read()
+                    found[bytes_to_str(data, detect_encoding(data) or "utf-8")] = None
+    return list(found)
+
+
+def warc_record(number: int, html: bytes) -> bytes:
+    """A page as a WARC record, answered with 200 by http://pages.example/NUMBER."""
+    block = b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n\r\n" + html
+    head = (
+        f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: http://pages.example/{number}\r\n"
+        f"WARC-Date: 2024-01-01T00:00:00Z\r\nWARC-Record-ID: <urn:uuid:00000000-0000-0000-0000-{number:012d}>\r\n"
+        f"Content-Type: application/http; msgtype=response\r\nContent-Length: {len(block)}\r\n\r\n"
+    )
+    return head.encode() + block + b"\r\n\r\n"
+
+
+def word_f1(text: str, truth: str) -> float:
+    """F1 of the words, marks of Markdown apart."""
+    one, other = (Counter(word for word in side.split() if word.strip("#-*|`")) for side in (text, truth))
+    both = (one & other).total()
+    return 2 * both / max(1, one.total() + other.total())
+
+
 def memory(bench: Bench) -> None:
     """Peak memory of a whole corpus run in a process of its own, from 100 MB and from 2 GB of new text."""
     sizes = {"100 MB": 100, "2 GB": 2000}
@@ -226,7 +325,7 @@ def near(bench: Bench) -> None:
     data_dedup.near(bench, texts, lambda *arguments: Peer(bench.peers(), *arguments))
 
 
-CASES: dict[str, Callable[[Bench], None]] = {"filters": filters, "near": near, "memory": memory}
+CASES: dict[str, Callable[[Bench], None]] = {"filters": filters, "near": near, "pages": pages, "memory": memory}
 
 
 def main() -> None:

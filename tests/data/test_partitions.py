@@ -185,3 +185,27 @@ def test_texts_of_an_index_are_read_when_asked(
     texts = Texts(index, order)
     assert [partitions.text_id(text) for text in texts] == index.table["id"].take(order).to_pylist()
     assert len(texts.cache) == 2
+
+
+ON_RAY = """
+import sys
+from pathlib import Path
+from soma.data import partitions
+from soma.data.config import DataConfig
+from soma.data.corpus import build_corpus
+partitions.PARTITION_FILES = 2
+Path(sys.argv[2]).mkdir()
+build_corpus(DataConfig(sources=sys.argv[1], runner="ray", workers=2, attributes=["gopher_quality"]), Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_changes_no_byte(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    root = folder_of(tmp_path)
+    environment = {**os.environ, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    command = [sys.executable, "-c", ON_RAY, str(root), str(tmp_path / "ray")]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+    assert run.returncode == 0, run.stderr[-2000:]
+    config = DataConfig(sources=str(root), attributes=["gopher_quality"])  # type: ignore[arg-type]
+    assert content_hash(tmp_path / "ray") == build(config, tmp_path / "here")

@@ -56,16 +56,14 @@ def minhash_words(words: Words, config: DedupConfig) -> np.ndarray:
 
 def _minhash(plain: Any, config: DedupConfig) -> np.ndarray:
     import daft
-    import pyarrow
 
     if not len(plain):
         return np.zeros((0, config.num_hashes), np.uint32)
-    frame = daft.from_arrow(pyarrow.table({"text": plain}))
-    signature = daft.col("text").minhash(
+    # By the column itself, not by a query: on Ray this runs within a task, where a query would wait for itself.
+    signatures = daft.Series.from_arrow(plain).minhash(
         num_hashes=config.num_hashes, ngram_size=config.ngram, seed=MINHASH_SEED, hash_function="xxhash3_64"
     )
-    column = frame.select(signature.alias("signature")).to_arrow()["signature"].combine_chunks()
-    return np.asarray(column.flatten()).astype(np.uint32).reshape(len(plain), config.num_hashes)
+    return np.asarray(signatures.to_arrow().flatten()).astype(np.uint32).reshape(len(plain), config.num_hashes)
 
 
 def shingle_set(plain: str, ngram: int) -> frozenset[str]:
