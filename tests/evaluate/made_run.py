@@ -114,6 +114,34 @@ def corpus_report() -> dict[str, Any]:
                 }
             ],
         },
+        "contamination": {
+            "action": "drop",
+            "documents": 3,
+            "sets": [{"set": "mmlu/test.jsonl.gz", "fields": 12_800, "found": 2}],
+            "examples": [
+                {
+                    "source": long,
+                    "set": "mmlu/test.jsonl.gz",
+                    "item": 17,
+                    "field": "question",
+                    "match": "near",
+                    "n_windows": 9,
+                    "overlap": 0.82,
+                    "item_text": EVIL,
+                    "document_text": EVIL,
+                }
+            ],
+        },
+        "repeated_text": {
+            "unit": "words",
+            "length": 50,
+            "action": "remove",
+            "documents": 12,
+            "spans": 14,
+            "units": 900,
+            "bytes": 5600,
+            "examples": [{"source": long, "left": EVIL, "characters": 431}],
+        },
     }
 
 
