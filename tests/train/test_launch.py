@@ -1,7 +1,10 @@
-"""`soma train --print-launch`: one recipe, three ways to start it."""
+"""`soma train --print-launch`: one recipe, five ways to start it."""
 
+import copy
 import subprocess
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import kubernetes_validate as validate
 import pytest
@@ -48,7 +51,8 @@ def test_layout_is_checked(tmp_path: Path, options: tuple[str, ...], message: st
     assert code != 0
     assert message in text
     assert (
-        "there are torchrun, slurm, kubernetes" in call(tmp_path, "--print-launch", "pbs", "--ranks-per-node", "8")[1]
+        "there are torchrun, slurm, kubernetes, jobset, pytorchjob"
+        in call(tmp_path, "--print-launch", "pbs", "--ranks-per-node", "8")[1]
     )
 
 
@@ -77,3 +81,113 @@ def test_kubernetes() -> None:
     job["spec"]["parallelism"] = "two"
     with pytest.raises(validate.ValidationError):
         validate.validate(job, "1.33", strict=True)
+
+
+# --- The operators' own kinds. kubernetes-validate has no schemas of them, so the parts that we write are spelled out
+# here from their API types: kubernetes-sigs/jobset api/jobset/v1alpha2, kubeflow/training-operator kubeflow.org/v1.
+
+POLICY = {"maxRestarts": int}
+JOBSET = {
+    "replicatedJobs": [{"name": str, "replicas": int, "template": {"spec": "job"}}],
+    "network": {"enableDNSHostnames": bool, "subdomain": str, "publishNotReadyAddresses": bool},
+    "failurePolicy": POLICY,
+}  # fmt: skip
+PYTORCHJOB = {
+    "nprocPerNode": str,
+    "runPolicy": {"cleanPodPolicy": ("None", "Running", "All")},
+    "elasticPolicy": {
+        "minReplicas": int, "maxReplicas": int, "rdzvBackend": ("c10d", "etcd", "etcd-v2"), "rdzvPort": int,
+        "maxRestarts": int,
+    },
+    "pytorchReplicaSpecs": {
+        "Worker": {"replicas": int, "restartPolicy": ("Always", "OnFailure", "Never", "ExitCode"), "template": "pod"}
+    },
+}  # fmt: skip
+KINDS = {"JobSet": ("jobset.x-k8s.io/v1alpha2", JOBSET), "PyTorchJob": ("kubeflow.org/v1", PYTORCHJOB)}
+
+
+def check(value: Any, schema: Any, place: str) -> None:
+    """Raise AssertionError where a value has another type or a key that the API does not know."""
+    if schema == "job":
+        job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, "spec": value}
+        validate.validate(job, "1.33", strict=True)
+    elif schema == "pod":
+        validate.validate(
+            {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "x"}, "template": value}, "1.33",
+            strict=True,
+        )  # fmt: skip
+    elif isinstance(schema, dict):
+        assert isinstance(value, dict), place
+        assert value.keys() <= schema.keys(), f"{place}: {value.keys() - schema.keys()}"
+        for key, inner in value.items():
+            check(inner, schema[key], f"{place}.{key}")
+    elif isinstance(schema, list):
+        assert isinstance(value, list), place
+        for number, inner in enumerate(value):
+            check(inner, schema[0], f"{place}[{number}]")
+    elif isinstance(schema, tuple):
+        assert value in schema, f"{place}: {value}"
+    else:
+        assert type(value) is schema, f"{place}: {value!r}"
+
+
+def manifest(job: Launch, kind: str) -> dict[str, Any]:
+    """The launch's object, checked."""
+    made = yaml.safe_load(job.text(kind))
+    version, schema = KINDS[made["kind"]]
+    assert made["apiVersion"] == version
+    check(made["spec"], schema, made["kind"])
+    for spoil in ("replicatedJobs", "pytorchReplicaSpecs"):  # the check is one
+        if spoil in made["spec"]:
+            spoilt = copy.deepcopy(made["spec"])
+            spoilt[spoil + "s"] = spoilt.pop(spoil)
+            with pytest.raises(AssertionError, match=spoil):
+                check(spoilt, schema, made["kind"])
+    return made
+
+
+def test_jobset() -> None:
+    spec = manifest(JOB, "jobset")["spec"]
+    job = spec["replicatedJobs"][0]["template"]["spec"]
+    assert spec["failurePolicy"] == {"maxRestarts": 3}
+    assert (job["completions"], job["backoffLimit"]) == (2, 0)
+    words = job["template"]["spec"]["containers"][0]["command"]
+    assert "--rdzv-endpoint=wide-ranks-0-0.wide:29500" in words
+    assert "--nnodes=2" in words
+    elastic = manifest(replace(JOB, nodes=4, min_nodes=2), "jobset")["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert elastic["backoffLimit"] == 12
+    assert "--nnodes=2:4" in elastic["template"]["spec"]["containers"][0]["command"]
+    job["template"]["spec"]["containers"][0]["port"] = 1
+    with pytest.raises(validate.ValidationError):
+        check(spec, JOBSET, "JobSet")
+
+
+def test_pytorchjob() -> None:
+    spec = manifest(replace(JOB, nodes=4, min_nodes=2), "pytorchjob")["spec"]
+    assert (spec["elasticPolicy"]["minReplicas"], spec["elasticPolicy"]["maxReplicas"]) == (2, 4)
+    worker = spec["pytorchReplicaSpecs"]["Worker"]
+    assert worker["replicas"] == 4
+    container = worker["template"]["spec"]["containers"][0]
+    assert container["name"] == "pytorch"
+    assert container["ports"][0]["name"] == "pytorchjob-port"
+    assert container["command"] == ["torchrun", "-m", "soma.cli", "train", "a recipe.yaml", "--runs", "/runs"]
+    assert spec["nprocPerNode"] == "4"
+
+
+def test_elastic(tmp_path: Path) -> None:
+    """Every number of nodes that may be left must do."""
+    options = ("--print-launch", "torchrun", "--ranks-per-node", "4", "--nodes", "4")
+    code, text = call(tmp_path, *options, "--min-nodes", "4")
+    assert code == 0
+    assert "--nnodes=4 " in text
+    code, text = call(tmp_path, *options, "--min-nodes", "1")
+    assert code != 0
+    assert "could come to have 3 nodes, and there train: batch_size 16 is not a multiple of" in text
+    assert "It works on 1, 2, 4" in text
+    code, text = call(tmp_path, *options, "--min-nodes", "1", "--set", "train.batch_size=48")
+    assert "--nnodes=1:4 " in text
+    assert "more than --nodes 4" in call(tmp_path, *options, "--min-nodes", "5")[1]
+    script = replace(JOB, nodes=4, min_nodes=2).text("slurm")
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    assert "#SBATCH --no-kill\n" in script
+    assert "srun --no-kill --kill-on-bad-exit=0 torchrun --nnodes=2:4 " in script

@@ -1,14 +1,16 @@
-"""How a recipe is started on many ranks: `torchrun`, a SLURM script, a Kubernetes manifest. Loads no torch."""
+"""How a recipe is started on many ranks: `torchrun`, a SLURM script, Kubernetes manifests. Loads no torch."""
 
 import os
 import shlex
 from dataclasses import dataclass
+from typing import Any
 
 import yaml
 
 from soma.base.errors import UserError
 
 PORT = 29500
+REPLICATED = "ranks"  # the name of a JobSet's only job
 RESTARTS = 3  # of a job that has lost a rank; it goes on from its last checkpoint
 
 
@@ -22,6 +24,7 @@ class Launch:
     """A job: `arguments` of the command `soma` on `nodes` machines with `ranks_per_node` processes each.
 
     `name` is the run's. `runs` is the folder that all nodes must see under this path. GPUs: one for each rank, or none.
+    `min_nodes`: with so many the job goes on, from its last checkpoint, when others are lost; None: with all alone.
     """
 
     name: str
@@ -31,11 +34,22 @@ class Launch:
     gpus: bool
     runs: str
     image: str
+    min_nodes: int | None = None
+
+    @property
+    def fewest(self) -> int:
+        """Machines that the job cannot do without."""
+        return self.min_nodes or self.nodes
+
+    @property
+    def is_elastic(self) -> bool:
+        return self.fewest < self.nodes
 
     def soma(self, rendezvous: str) -> list[str]:
         """The words of the command on one node; `rendezvous` is host:port of the first."""
+        nodes = f"{self.fewest}:{self.nodes}" if self.is_elastic else str(self.nodes)
         where = ["--standalone"] if self.nodes == 1 else [
-            f"--nnodes={self.nodes}", "--rdzv-backend=c10d", f"--rdzv-id={self.name}", f"--rdzv-endpoint={rendezvous}",
+            f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-id={self.name}", f"--rdzv-endpoint={rendezvous}",
         ]  # fmt: skip
         return [
             "torchrun", *where, f"--nproc-per-node={self.ranks_per_node}", f"--max-restarts={RESTARTS}",
@@ -43,8 +57,11 @@ class Launch:
         ]  # fmt: skip
 
     def text(self, kind: str) -> str:
-        """The launch as `torchrun`, `slurm` or `kubernetes`."""
-        makers = {"torchrun": self.torchrun, "slurm": self.slurm, "kubernetes": self.kubernetes}
+        """The launch as `torchrun`, `slurm`, `kubernetes`, `jobset` or `pytorchjob`."""
+        makers = {
+            "torchrun": self.torchrun, "slurm": self.slurm, "kubernetes": self.kubernetes, "jobset": self.jobset,
+            "pytorchjob": self.pytorchjob,
+        }  # fmt: skip
         if kind not in makers:
             raise UserError(f"--print-launch {kind}: there are {', '.join(makers)}")
         return makers[kind]()
@@ -68,60 +85,126 @@ class Launch:
             f"#SBATCH --nodes={self.nodes}",
             "#SBATCH --ntasks-per-node=1",
             *gpus,
+            *(["#SBATCH --no-kill"] if self.is_elastic else []),
             "#SBATCH --requeue",
             "#SBATCH --open-mode=append",
             "set -euo pipefail",
             'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-            f"srun --kill-on-bad-exit=1 {command}",
+            f"srun {'--no-kill --kill-on-bad-exit=0' if self.is_elastic else '--kill-on-bad-exit=1'} {command}",
         ]
         return "\n".join(lines) + "\n"
 
     def kubernetes(self) -> str:
         """An indexed Job, one pod a node, and the headless Service by which they find the first. No operator is needed.
 
-        The runs folder is a claim named NAME-runs that all pods may write.
+        The runs folder is a claim named NAME-runs that all pods may write, here and in the other manifests.
         """
-        first = f"{self.name}-0.{self.name}"
-        container: dict[str, object] = {
-            "name": "train",
+        service = {
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": self.metadata,
+            "spec": {
+                "clusterIP": "None",
+                "publishNotReadyAddresses": True,
+                "selector": self.labels,
+                "ports": [{"name": "rendezvous", "port": PORT}],
+            },
+        }
+        pod = {"subdomain": self.name, **self.pod("train", f"{self.name}-0.{self.name}")}
+        job = {
+            "apiVersion": "batch/v1",
+            "kind": "Job",
+            "metadata": self.metadata,
+            "spec": self.job(pod, RESTARTS * self.nodes),
+        }
+        return yaml.safe_dump_all([service, job], sort_keys=False)
+
+    def jobset(self) -> str:
+        """A JobSet (jobset.x-k8s.io/v1alpha2), whose operator makes the service and starts all pods anew at once when
+        one is lost; an elastic job replaces the lost pod alone."""
+        pod = self.pod("train", f"{self.name}-{REPLICATED}-0-0.{self.name}")
+        jobset = {
+            "apiVersion": "jobset.x-k8s.io/v1alpha2",
+            "kind": "JobSet",
+            "metadata": self.metadata,
+            "spec": {
+                "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True, "subdomain": self.name},
+                "failurePolicy": {"maxRestarts": RESTARTS},
+                "replicatedJobs": [
+                    {
+                        "name": REPLICATED,
+                        "replicas": 1,
+                        "template": {"spec": self.job(pod, RESTARTS * self.nodes if self.is_elastic else 0)},
+                    }
+                ],
+            },
+        }
+        return yaml.safe_dump(jobset, sort_keys=False)
+
+    def pytorchjob(self) -> str:
+        """A PyTorchJob (kubeflow.org/v1). Its operator tells torchrun all that `soma` tells it elsewhere, through the
+        environment (PET_NNODES, PET_RDZV_ENDPOINT …), so the command has no options; the container's name is given."""
+        pod = self.pod("pytorch", "", ["torchrun", "-m", "soma.cli", *self.arguments])
+        del pod["restartPolicy"]  # the replica's decides
+        job = {
+            "apiVersion": "kubeflow.org/v1",
+            "kind": "PyTorchJob",
+            "metadata": self.metadata,
+            "spec": {
+                "nprocPerNode": str(self.ranks_per_node),
+                "runPolicy": {"cleanPodPolicy": "None"},
+                "elasticPolicy": {
+                    "rdzvBackend": "c10d",
+                    "rdzvPort": PORT,
+                    "minReplicas": self.fewest,
+                    "maxReplicas": self.nodes,
+                    "maxRestarts": RESTARTS,
+                },
+                "pytorchReplicaSpecs": {
+                    "Worker": {
+                        "replicas": self.nodes,
+                        "restartPolicy": "OnFailure",
+                        "template": {"metadata": {"labels": self.labels}, "spec": pod},
+                    }
+                },
+            },
+        }
+        return yaml.safe_dump(job, sort_keys=False)
+
+    @property
+    def labels(self) -> dict[str, str]:
+        return {"app.kubernetes.io/name": self.name}
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        return {"name": self.name, "labels": self.labels}
+
+    def job(self, pod: dict[str, Any], failures: int) -> dict[str, Any]:
+        """The spec of an indexed Job, one pod a node, that may lose `failures` pods."""
+        return {
+            "completionMode": "Indexed",
+            "completions": self.nodes,
+            "parallelism": self.nodes,
+            "backoffLimit": failures,
+            "template": {"metadata": {"labels": self.labels}, "spec": pod},
+        }
+
+    def pod(self, container: str, first: str, command: list[str] | None = None) -> dict[str, Any]:
+        """The spec of a node's pod; `first` is the name of the first one's, for the rendezvous."""
+        main: dict[str, Any] = {
+            "name": container,
             "image": self.image,
-            "command": self.soma(f"{first}:{PORT}"),
-            "ports": [{"containerPort": PORT}],
+            "command": command or self.soma(f"{first}:{PORT}"),
+            "ports": [{"name": "pytorchjob-port" if container == "pytorch" else "rendezvous", "containerPort": PORT}],
             "volumeMounts": [{"name": "runs", "mountPath": self.runs}, {"name": "shm", "mountPath": "/dev/shm"}],
         }
         if self.gpus:
-            container["resources"] = {"limits": {"nvidia.com/gpu": self.ranks_per_node}}
-        pod = {
-            "subdomain": self.name,
+            main["resources"] = {"limits": {"nvidia.com/gpu": self.ranks_per_node}}
+        return {
             "restartPolicy": "Never",
-            "containers": [container],
+            "containers": [main],
             "volumes": [
                 {"name": "runs", "persistentVolumeClaim": {"claimName": f"{self.name}-runs"}},
                 {"name": "shm", "emptyDir": {"medium": "Memory"}},
             ],
         }
-        labels = {"app.kubernetes.io/name": self.name}
-        service = {
-            "apiVersion": "v1",
-            "kind": "Service",
-            "metadata": {"name": self.name, "labels": labels},
-            "spec": {
-                "clusterIP": "None",
-                "publishNotReadyAddresses": True,
-                "selector": labels,
-                "ports": [{"name": "rendezvous", "port": PORT}],
-            },
-        }
-        job = {
-            "apiVersion": "batch/v1",
-            "kind": "Job",
-            "metadata": {"name": self.name, "labels": labels},
-            "spec": {
-                "completionMode": "Indexed",
-                "completions": self.nodes,
-                "parallelism": self.nodes,
-                "backoffLimit": RESTARTS * self.nodes,
-                "template": {"metadata": {"labels": labels}, "spec": pod},
-            },
-        }
-        return yaml.safe_dump_all([service, job], sort_keys=False)
