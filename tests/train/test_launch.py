@@ -190,4 +190,5 @@ def test_elastic(tmp_path: Path) -> None:
     script = replace(JOB, nodes=4, min_nodes=2).text("slurm")
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     assert "#SBATCH --no-kill\n" in script
+    assert "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1\n" in script
     assert "srun --no-kill --kill-on-bad-exit=0 torchrun --nnodes=2:4 " in script

@@ -1,10 +1,8 @@
 """What one layout has saved, another goes on with; a model folder comes out of any of them."""
 
 import os
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -142,49 +140,3 @@ def test_torchrun(tmp_path: Path, layout: str) -> None:
     assert one.name == two.name
     assert file_hash(one / "model" / "config.json") == file_hash(two / "model" / "config.json")
     assert furthest_apart(one, two) < 1e-4
-
-
-def rank_process(parent: int, rank: int) -> int | None:
-    """The process of a rank that a torchrun process has started."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            is_child = int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == parent
-            if is_child and f"RANK={rank}".encode() in (folder / "environ").read_bytes().split(b"\0"):
-                return int(folder.name)
-        except (OSError, ValueError):
-            continue  # it has ended meanwhile
-    return None
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the ranks' processes in /proc")
-def test_killed_rank(tmp_path: Path) -> None:
-    """kill -9 of a rank in mid-step: torchrun starts all anew, they go on from the checkpoint, and the weights are
-    those of an undisturbed run, to the bit. Killed for good, one process ends the run, within another layout's bound.
-    """
-    recipe, options = write_recipe(tmp_path, steps=120), ("--set", "train.layout.fsdp=2")
-    whole = trained(command(recipe, tmp_path / "whole", *options, ranks=2), tmp_path / "whole")
-    for name, is_final in (("again", False), ("fewer", True)):
-        runs = tmp_path / name
-        process = subprocess.Popen(
-            command(recipe, runs, *options, ranks=2), env=ENVIRONMENT, start_new_session=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        while not list(runs.glob("store/.work/train-*/state/checkpoints/step-0000001*/manifest.json")):
-            assert process.poll() is None, "the run ended before a rank was killed"
-            time.sleep(0.05)
-        if is_final:
-            everyone = (rank_process(process.pid, 0), rank_process(process.pid, 1), process.pid)
-            for one in everyone:
-                assert one is not None
-                os.kill(one, signal.SIGKILL)
-            process.wait()
-            fewer = trained(command(recipe, runs), runs)
-            assert furthest_apart(whole, fewer) < 1e-3
-        else:
-            rank = rank_process(process.pid, 1)
-            assert rank is not None
-            os.kill(rank, signal.SIGKILL)
-            assert process.wait(240) == 0
-            again = (runs / "tiny" / "train").resolve()
-            assert furthest_apart(whole, again) == 0.0

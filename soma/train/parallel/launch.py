@@ -11,6 +11,9 @@ from soma.base.errors import UserError
 
 PORT = 29500
 REPLICATED = "ranks"  # the name of a JobSet's only job
+# Agents of torchrun that share their store with the ranks tell its address in the first round alone, so a node that
+# comes later waits for it until all fail (torch 2.13).
+OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 RESTARTS = 3  # of a job that has lost a rank; it goes on from its last checkpoint
 
 
@@ -71,7 +74,8 @@ class Launch:
         command = shlex.join(self.soma("FIRST_NODE:" + str(PORT)))
         if self.nodes == 1:
             return command + "\n"
-        return f"# on each of the {self.nodes} nodes; FIRST_NODE is the name of one of them\n{command}\n"
+        own = " ".join(f"{name}={value}" for name, value in OWN_STORE.items())
+        return f"# on each of the {self.nodes} nodes; FIRST_NODE is the name of one of them\n{own} {command}\n"
 
     def slurm(self) -> str:
         """A script for sbatch: one task, an agent of torchrun, on each node."""
@@ -89,6 +93,7 @@ class Launch:
             "#SBATCH --requeue",
             "#SBATCH --open-mode=append",
             "set -euo pipefail",
+            *(f"export {name}={value}" for name, value in OWN_STORE.items()),
             'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
             f"srun {'--no-kill --kill-on-bad-exit=0' if self.is_elastic else '--kill-on-bad-exit=1'} {command}",
         ]
@@ -195,6 +200,7 @@ class Launch:
             "name": container,
             "image": self.image,
             "command": command or self.soma(f"{first}:{PORT}"),
+            "env": [{"name": name, "value": value} for name, value in OWN_STORE.items()],
             "ports": [{"name": "pytorchjob-port" if container == "pytorch" else "rendezvous", "containerPort": PORT}],
             "volumeMounts": [{"name": "runs", "mountPath": self.runs}, {"name": "shm", "mountPath": "/dev/shm"}],
         }

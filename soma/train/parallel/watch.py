@@ -74,8 +74,7 @@ def watched(seconds: float) -> Iterator[None]:
     except RuntimeError as error:
         if not any(word in str(error).lower() for word in FAILED):
             raise
-        watch.freeze(error)
-        raise LostRankError(f"{watch.report()} ({str(error).splitlines()[0]})") from error
+        raise LostRankError(f"{watch.after(error)} ({str(error).splitlines()[0]})") from error
     finally:
         watch.stop()
         waits.clear()
@@ -83,7 +82,7 @@ def watched(seconds: float) -> Iterator[None]:
 
 def limit_operations(seconds: float) -> None:
     """Let operations of the process groups that there are time out; those that are meant to last (`ranks`) do not."""
-    for group in distributed_c10d._world.pg_map:
+    for group in list(distributed_c10d._world.pg_map):
         if group.group_desc != LONG_WAITS:
             distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
@@ -97,7 +96,7 @@ class Watch:
         self.store = distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
         self.main = threading.get_ident()
         self.members = {
-            str(group.group_name): dist.get_process_group_ranks(group) for group in distributed_c10d._world.pg_map
+            str(group.group_name): dist.get_process_group_ranks(group) for group in list(distributed_c10d._world.pg_map)
         }
         self.state = State()
         self.stuck_since, self.noted, self.frozen = time.monotonic(), False, False
@@ -132,7 +131,7 @@ class Watch:
         """This rank's state as it is now."""
         groups = {
             str(group.group_name): group._get_sequence_number_for_group()  # type: ignore[attr-defined]
-            for group in distributed_c10d._world.pg_map
+            for group in list(distributed_c10d._world.pg_map)
         }
         # torch's record of operations is long: it is read only when this rank has begun nothing new.
         operations = last_operations(groups) if groups == self.state.groups else {}
@@ -162,6 +161,14 @@ class Watch:
         states, silent = self.look()
         states[self.rank] = self.state
         return explain(self.rank, states, silent, self.members)
+
+    def after(self, error: RuntimeError) -> str:
+        """What is known of an operation that has failed."""
+        try:
+            self.freeze(error)
+            return self.report()
+        except dist.DistError:  # it lives in rank 0's process, or with torchrun
+            return f"rank {self.rank}: an operation failed, and the store of the process group is gone too"
 
     def look(self) -> tuple[dict[int, State], set[int]]:
         """All ranks' states, and the ranks that have written none for SILENCE seconds, though they have not ended."""
