@@ -49,6 +49,7 @@ class Server(uvicorn.Server):
     ) -> None:  # fmt: skip
         super().__init__(config)
         self.make_grpc = make_grpc
+        self.repository: Repository | None = app.state.v2.repository if hasattr(app.state, "v2") else None
         self.grpc: GrpcServer | None = None
         self.service, self.grace, self.ready = app.state.service, grace, ready
         self.deadline: float | None = None
@@ -63,6 +64,8 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if self.grpc is not None:
             await self.grpc.stop(0)  # who still runs has had its time
+        if self.repository is not None:
+            self.repository.close()
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -14,7 +14,7 @@ import soma
 from soma.serve.calls import Call, Caller, Gates, Passage, Usage, not_allowed
 from soma.serve.errors import ApiError, as_api_error
 from soma.serve.v2.datatypes import Tensors, classes
-from soma.serve.v2.model import Job, Options, V2Model
+from soma.serve.v2.model import Job, Options, Origin, V2Model
 from soma.serve.v2.repository import Entry, Repository
 
 log = logging.getLogger("soma.serve")
@@ -36,16 +36,6 @@ class Alone:
 
     def __init__(self, gates: Gates | None = None) -> None:
         self.gates, self.open, self.draining = gates or Gates(), 0, False
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a request comes from. `timeout`: seconds that the client waits, None for as long as it takes."""
-
-    route: str
-    address: str
-    caller: Caller | None = None
-    timeout: float | None = None
 
 
 @dataclass
@@ -95,11 +85,12 @@ class Front:
         """Of the server."""
         return {"name": "soma", "version": soma.__version__, "extensions": list(EXTENSIONS)}
 
-    def model_metadata(self, name: str, version: str = "", caller: Caller | None = None) -> dict[str, Any]:
+    async def model_metadata(self, name: str, version: str = "", caller: Caller | None = None) -> dict[str, Any]:
         """Of a model: its versions, inputs and outputs. Raises ApiError 403, 404, 503 if it is not loaded."""
         check_caller(name, caller)
         entry = self.repository.get(name, version)
         model = present(entry)
+        await model.prepare()
         versions = [each.version for each in self.repository.versions(name) if each.loaded is not None]
         sides = {
             side: [{"name": spec.name, "datatype": spec.datatype, "shape": list(spec.shape)} for spec in specs]
@@ -151,15 +142,17 @@ class Front:
         if not model.ready:
             raise ApiError(503, f"model '{entry.name}' is not ready; try again soon", code="model_not_ready",
                            retry_after=model.retry_after)  # fmt: skip
+        await model.prepare()
         check_inputs(model, request)
-        options = Options(request.parameters, tuple(request.outputs), stream, time_left(request, origin))
+        options = Options(request.parameters, tuple(request.outputs), stream, time_left(request, origin), origin)
         kept = AsyncExitStack()
         try:
             assert entry.loaded is not None
             kept.enter_context(entry.loaded.used())
             job = await model.job(request.inputs, options)
             call = Call(
-                origin.route, entry.name, origin.address, origin.caller, job.prompt_tokens, job.max_tokens
+                origin.route, entry.name, origin.address, origin.caller, job.prompt_tokens, job.max_tokens,
+                tags=dict(origin.tags), timeout=options.timeout,
             )  # fmt: skip
             passage = await self.host.gates.enter(call)
             try:

@@ -21,8 +21,9 @@ from soma.base.errors import UserError
 from soma.serve.addresses import TrustedProxies
 from soma.serve.calls import Caller
 from soma.serve.errors import ApiError, as_api_error
-from soma.serve.v2.front import Front, Origin
+from soma.serve.v2.front import Front
 from soma.serve.v2.messages import as_response, parameters_of, pb, read_request
+from soma.serve.v2.model import Origin
 
 SERVICE = "inference.GRPCInferenceService"
 CODES = {
@@ -133,7 +134,8 @@ class InferenceService:
         return pb.ServerMetadataResponse(**self.front.metadata())
 
     async def model_metadata(self, request: Any, origin: Origin) -> Any:
-        return pb.ModelMetadataResponse(**self.front.model_metadata(request.name, request.version, origin.caller))
+        found = await self.front.model_metadata(request.name, request.version, origin.caller)
+        return pb.ModelMetadataResponse(**found)
 
     async def model_statistics(self, request: Any, origin: Origin) -> Any:
         found = self.front.statistics(request.name, request.version, origin.caller)

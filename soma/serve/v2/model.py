@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from soma.serve.calls import Meter, Usage
+from soma.serve.calls import Caller, Meter, Usage
 from soma.serve.errors import ApiError
 from soma.serve.v2.datatypes import DTYPES, Tensors, as_objects
 
@@ -35,14 +35,28 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where a request comes from. `timeout`: seconds that the client waits, None for as long as it takes. `tags`: of
+    the call, for the ledger."""
+
+    route: str
+    address: str
+    caller: Caller | None = None
+    timeout: float | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Options:
     """What comes with the tensors. `outputs`: names that were asked for, empty for all. `stream`: many answers are
-    possible. `timeout`: seconds that are left, None for any."""
+    possible. `timeout`: seconds that are left, None for any. `origin`: who asks; None for a model that is asked from
+    within."""
 
     parameters: Parameters = field(default_factory=dict)
     outputs: tuple[str, ...] = ()
     stream: bool = False
     timeout: float | None = None
+    origin: Origin | None = None
 
 
 class Job(ABC):
@@ -91,6 +105,9 @@ class V2Model(ABC):
     @abstractmethod
     async def infer(self, tensors: Tensors, parameters: Parameters) -> Tensors:
         """The outputs for these inputs, which have the datatypes and shapes of `inputs`."""
+
+    async def prepare(self) -> None:  # noqa: B027  (most have nothing to do)
+        """Called before a request is held against `inputs` and `outputs`. Raises ApiError."""
 
     async def job(self, tensors: Tensors, options: Options) -> Job:
         """The request, ready to run. Raises ApiError or UserError for one that cannot."""

@@ -21,8 +21,8 @@ from soma.serve.calls import caller_of
 from soma.serve.disconnect import CLIENT_CLOSED_REQUEST, unless_disconnected
 from soma.serve.errors import ApiError, as_api_error, error_response
 from soma.serve.v2 import datatypes
-from soma.serve.v2.front import Front, InferRequest, Origin, Output, Running, present
-from soma.serve.v2.model import TensorSpec, V2Model
+from soma.serve.v2.front import Front, InferRequest, Output, Running, present
+from soma.serve.v2.model import Origin, TensorSpec, V2Model
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 WINDOWS = {"gzip": 31, "deflate": 15}  # zlib's names of the formats
@@ -50,7 +50,7 @@ def install(app: FastAPI, front: Front) -> None:
     @app.get("/v2/models/{name}")
     @app.get("/v2/models/{name}/versions/{version}")
     async def metadata(request: Request, name: str, version: str = "") -> dict[str, Any]:
-        return front.model_metadata(name, version, caller_of(request))
+        return await front.model_metadata(name, version, caller_of(request))
 
     @app.get("/v2/models/{name}/ready")
     @app.get("/v2/models/{name}/versions/{version}/ready")

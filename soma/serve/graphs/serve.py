@@ -1,0 +1,67 @@
+"""Serving the graphs of a file: every graph and every node that computes is a model of the Open Inference Protocol."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+
+from soma.serve.calls import Gates, check_allowed
+from soma.serve.errors import ApiError
+from soma.serve.graphs.config import GraphsFile, Node, read_graphs
+from soma.serve.graphs.graph import Graph, model_of
+from soma.serve.graphs.remote import OpenAI, RemoteV2
+from soma.serve.v2.alone import create_app, run
+from soma.serve.v2.config import ModelsFile, add_models
+from soma.serve.v2.front import Front
+from soma.serve.v2.model import V2Model
+from soma.serve.v2.repository import Repository
+
+
+def graphs_app(path: Path, gates: Gates | None = None, *, allow_control: bool = False) -> FastAPI:
+    """The application of a file with graphs. Raises UserError for what is wrong in it."""
+    file = read_graphs(path)
+    repository = Repository()
+    if file.models:
+        add_models(repository, ModelsFile(models=file.models), path.parent)
+    app = create_app(repository, gates, allow_control=allow_control)
+    app.state.graphs = add_graphs(app.state.v2, file, path.parent)
+
+    @app.get("/graphs/{name}")
+    async def graph(request: Request, name: str) -> dict[str, Any]:
+        check_allowed(request, name)
+        if name not in app.state.graphs:
+            raise ApiError(404, f"there is no graph `{name}`", code="graph_not_found")
+        described: dict[str, Any] = app.state.graphs[name].described()
+        return described
+
+    return app
+
+
+def add_graphs(front: Front, file: GraphsFile, folder: Path) -> dict[str, Graph]:
+    """Put graphs and their remote nodes into the repository of `front`. Raises UserError."""
+    graphs: dict[str, Graph] = {}
+    for name, config in file.graphs.items():
+        for node_name, node in config.nodes.items():
+            if node.kind in ("v2", "openai"):
+                front.repository.add(model_of(name, node_name, node), remote(node))
+        graphs[name] = Graph(name, config, front, folder)
+        front.repository.add(name, graphs[name])
+    return graphs
+
+
+def remote(node: Node) -> V2Model:
+    """The model that a remote node is."""
+    if node.openai is not None:
+        return OpenAI(node.openai, str(node.model), node.key_env)
+    return RemoteV2(str(node.v2), str(node.model), node.version, node.key_env)
+
+
+def serve_graphs(
+    path: Path, host: str = "127.0.0.1", port: int = 8080, *, grpc_port: int | None = None,
+    allow_public: bool = False, allow_control: bool = False, ready: Callable[[str], None] | None = None,
+) -> None:  # fmt: skip
+    """Serve the graphs of a file until SIGTERM or SIGINT. Raises UserError."""
+    app = graphs_app(path, allow_control=allow_control)
+    what = ", ".join(app.state.graphs)
+    run(app, what, host, port, grpc_port=grpc_port, allow_public=allow_public, ready=ready)
