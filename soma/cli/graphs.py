@@ -20,6 +20,10 @@ def serve(
     allow_model_control: Annotated[
         bool, typer.Option("--allow-model-control", help="Let clients load and unload the models of the file.")
     ] = False,
+    keys: Annotated[
+        str | None, typer.Option(metavar="DATABASE", help="Ask for keys: a file or postgresql://… of `soma keys`.")
+    ] = None,
+    prices: Annotated[str | None, typer.Option(metavar="FILE", help="What tokens cost, for the ledger.")] = None,
     allow_public: Annotated[
         bool,
         typer.Option("--allow-public", help="Let other machines reach the service though it asks nobody for a key."),
@@ -30,8 +34,9 @@ def serve(
 
     with progress.use(progress.choose()):
         serve_graphs(
-            file, host, port, grpc_port=grpc_port, allow_public=allow_public, allow_control=allow_model_control
-        )
+            file, host, port, grpc_port=grpc_port, keys=keys, prices=prices, allow_public=allow_public,
+            allow_control=allow_model_control,
+        )  # fmt: skip
 
 
 @graph_app.command()

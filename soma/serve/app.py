@@ -215,6 +215,7 @@ def v2_front(service: Service, repository: Repository, *, allow_control: bool) -
         repository.find = lambda wanted: LanguageModel(service, wanted) if wanted in engine.adapter_folders else None
     if service.embedder is not None:
         encoder = Encoder(service.embedder, service.tokenizer, lambda: engine.alive, own=False)
+        encoder.known_as = name
         repository.add(f"{name}-embeddings" if service.makes_text else name, encoder)
     return Front(repository, service, allow_control=allow_control)
 

@@ -165,7 +165,9 @@ def serve(
             announce = ready or (lambda url: progress.current().note(f"{name or own_name} is served at {url}"))
             make_grpc = None
             if grpc_port is not None:
-                make_grpc = grpc_maker(app, host, grpc_port, gateway.guard if gateway else None, grpc_compression)
+                make_grpc = grpc_maker(
+                    app, host, grpc_port, gateway.guard if gateway else None, proxies, grpc_compression
+                )  # fmt: skip
             if gateway is not None and admin_port is not None:
                 progress.current().note(f"the admin page is at {gateway.start_admin(admin_host, admin_port, limiter)}")
             Server(config, app, grace, lambda: announce(url), make_grpc).run(sockets=[listener])
@@ -179,14 +181,14 @@ def serve(
 
 
 def grpc_maker(
-    app: FastAPI, host: str, port: int, guard: "Guard | None", compression: str
+    app: FastAPI, host: str, port: int, guard: "Guard | None", proxies: TrustedProxies, compression: str
 ) -> "Callable[[], GrpcServer]":  # fmt: skip
     """What makes the gRPC listener, inside the event loop. Raises UserError where gRPC is not installed."""
     try:
         from soma.serve.v2.grpc_server import GrpcServer
     except ImportError as error:
         raise UserError(f"gRPC needs more packages ({error}): pip install 'somacube[gateway]'") from error
-    return lambda: GrpcServer(app.state.v2, host, port, guard=guard, compression=compression)
+    return lambda: GrpcServer(app.state.v2, host, port, guard=guard, proxies=proxies, compression=compression)
 
 
 def start_engine(

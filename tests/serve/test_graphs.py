@@ -2,6 +2,10 @@
 
 import asyncio
 import json
+import signal
+import socket
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
 from fastapi.testclient import TestClient
@@ -26,9 +31,11 @@ from v2_tools import Record, Served, v2_server
 from soma.base.errors import UserError
 from soma.cli import app as cli
 from soma.serve.calls import Caller, Gates
+from soma.serve.database import Database, ledger
 from soma.serve.graphs.config import read_graphs
 from soma.serve.graphs.serve import graphs_app
 from soma.serve.graphs.show import draw
+from soma.serve.keys.store import KeyStore
 
 PYTHON = """
 import asyncio
@@ -447,3 +454,56 @@ def test_mistakes_are_named(folder: Path, tmp_path: Path, nodes: str, words: str
     with pytest.raises(UserError) as caught:
         graphs_app(tmp_path / "g.yaml")
     assert words in str(caught.value)
+
+
+def test_keys_and_the_ledger(folder: Path, tmp_path: Path, served: Served) -> None:
+    """The command with a database: nobody in without a key, over REST and gRPC, and tokens counted at the node."""
+    where = str(tmp_path / "keys.db")
+    database = Database(where)
+    key, secret = KeyStore(database).create("alice", models=("support",))
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
+        port, grpc_port = one.getsockname()[1], two.getsockname()[1]
+    command = [sys.executable, "-m", "soma.cli", "graph", "serve", str(folder / "graphs.yaml"), "--port", str(port),
+               "--grpc-port", str(grpc_port), "--keys", where]  # fmt: skip
+    process = subprocess.Popen(command)
+    url = f"http://127.0.0.1:{port}"
+    given = {"Authorization": f"Bearer {secret.text}"}
+
+    def is_up() -> bool:
+        assert process.poll() is None
+        try:
+            return call(url, "GET", "/v2/health/ready")[0] == 200
+        except OSError:
+            return False
+
+    try:
+        assert wait_for(is_up, 120)
+        body = json.dumps({"text_input": "hello world", "max_tokens": 5})
+        status, headers, data = call(url, "POST", "/v2/models/support/generate", body)
+        assert status == 401
+        assert "www-authenticate" in headers
+        assert list(json.loads(data)) == ["error"]
+        assert call(url, "POST", "/v2/models/support/generate", body, given)[0] == 200
+        assert call(url, "POST", "/v2/models/one/generate", '{"x": [[1]]}', given)[0] == 403
+        index = json.loads(call(url, "POST", "/v2/repository/index", None, given)[2])
+        assert {each["name"] for each in index} == {"support"}
+        made = triton_grpc.InferenceServerClient(f"127.0.0.1:{grpc_port}")
+        with pytest.raises(Exception, match="asks for a key"):
+            made.get_model_metadata("support")
+        headers = {"authorization": f"Bearer {secret.text}"}
+        assert made.get_model_metadata("support", headers=headers).name == "support"
+        with pytest.raises(Exception, match="may not use the model `one`"):
+            made.is_model_ready("one", headers=headers)
+        made.close()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+        with database.engine.connect() as connection:
+            rows = connection.execute(sa.select(ledger)).all()
+        counted = {row.model: row.completion_tokens for row in rows if row.key_id == key.id and row.outcome == "ok"}
+        assert counted["support.llm"] == 5
+        assert counted["support"] == 0
+        assert "topics" in counted
+    finally:
+        process.kill()
+        process.wait()
+        database.close()

@@ -253,6 +253,7 @@ def test_embeddings(client: TestClient, served: Served, record: Record) -> None:
         assert np.allclose(got, expected, atol=1e-6)
         made.close()
     assert record.left == [Usage(answer["usage"]["prompt_tokens"])] * 2
+    assert {call.model for call in record.entered} == {"tiny"}  # keys, limits and prices are those of the model
 
 
 class Guard:

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 
+from soma.base.errors import UserError
 from soma.serve.calls import Gates, check_allowed
 from soma.serve.errors import ApiError
 from soma.serve.graphs.config import GraphsFile, Node, read_graphs
@@ -17,14 +18,19 @@ from soma.serve.v2.front import Front
 from soma.serve.v2.model import V2Model
 from soma.serve.v2.repository import Repository
 
+if TYPE_CHECKING:
+    from soma.serve.keys.door import Guard
 
-def graphs_app(path: Path, gates: Gates | None = None, *, allow_control: bool = False) -> FastAPI:
-    """The application of a file with graphs. Raises UserError for what is wrong in it."""
+
+def graphs_app(
+    path: Path, gates: Gates | None = None, *, allow_control: bool = False, guard: "Guard | None" = None
+) -> FastAPI:  # fmt: skip
+    """The application of a file with graphs. guard: who asks for keys. Raises UserError for what is wrong in it."""
     file = read_graphs(path)
     repository = Repository()
     if file.models:
         add_models(repository, ModelsFile(models=file.models), path.parent)
-    app = create_app(repository, gates, allow_control=allow_control)
+    app = create_app(repository, gates, allow_control=allow_control, guard=guard)
     app.state.graphs = add_graphs(app.state.v2, file, path.parent)
 
     @app.get("/graphs/{name}")
@@ -58,10 +64,27 @@ def remote(node: Node) -> V2Model:
 
 
 def serve_graphs(
-    path: Path, host: str = "127.0.0.1", port: int = 8080, *, grpc_port: int | None = None,
-    allow_public: bool = False, allow_control: bool = False, ready: Callable[[str], None] | None = None,
+    path: Path, host: str = "127.0.0.1", port: int = 8080, *, grpc_port: int | None = None, keys: str | None = None,
+    prices: str | None = None, allow_public: bool = False, allow_control: bool = False,
+    ready: Callable[[str], None] | None = None,
 ) -> None:  # fmt: skip
-    """Serve the graphs of a file until SIGTERM or SIGINT. Raises UserError."""
-    app = graphs_app(path, allow_control=allow_control)
-    what = ", ".join(app.state.graphs)
-    run(app, what, host, port, grpc_port=grpc_port, allow_public=allow_public, ready=ready)
+    """Serve the graphs of a file until SIGTERM or SIGINT. keys, prices: as of `soma.serve.server.serve`. Raises
+    UserError."""
+    gateway = None
+    if keys is not None:
+        from soma.serve.gateway import Gateway
+
+        gateway = Gateway(keys, prices)
+    elif prices is not None:
+        raise UserError("prices go with the database of keys; say which (--keys DATABASE)")
+    guard = gateway.guard if gateway else None
+    try:
+        gates = Gates(gateway.gates() if gateway else ())
+        app = graphs_app(path, gates, allow_control=allow_control, guard=guard)
+        if gateway is not None:
+            gateway.check_models(entry.name for entry in app.state.v2.repository)
+        what = ", ".join(app.state.graphs)
+        run(app, what, host, port, grpc_port=grpc_port, allow_public=allow_public, guard=guard, ready=ready)
+    finally:
+        if gateway is not None:
+            gateway.close()

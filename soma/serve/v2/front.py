@@ -77,7 +77,7 @@ class Front:
 
     def is_ready(self, name: str, version: str = "", caller: Caller | None = None) -> bool:
         """Whether requests for a model are taken. Raises ApiError 404, 403 for a key that may not use it."""
-        check_caller(name, caller)
+        check_caller(self.known_as(name), caller)
         return not self.host.draining and self.repository.get(name, version).ready
 
     @staticmethod
@@ -87,7 +87,7 @@ class Front:
 
     async def model_metadata(self, name: str, version: str = "", caller: Caller | None = None) -> dict[str, Any]:
         """Of a model: its versions, inputs and outputs. Raises ApiError 403, 404, 503 if it is not loaded."""
-        check_caller(name, caller)
+        check_caller(self.known_as(name), caller)
         entry = self.repository.get(name, version)
         model = present(entry)
         await model.prepare()
@@ -103,16 +103,21 @@ class Front:
         return [
             {"name": entry.name, "version": entry.version, "state": entry.state, "reason": entry.reason}
             for entry in self.repository
-            if (entry.ready or not only_ready) and (caller is None or caller.may_use(entry.name))
+            if (entry.ready or not only_ready) and (caller is None or caller.may_use(self.known_as(entry.name)))
         ]
 
     def statistics(self, name: str = "", version: str = "", caller: Caller | None = None) -> list[dict[str, Any]]:
         """Counts and times of one model's requests, or of all that the key may use. Raises ApiError 403, 404."""
-        check_caller(name, caller if name else None)
+        check_caller(self.known_as(name), caller if name else None)
         entries = list(self.repository) if not name else self.repository.versions(name)
         if version:
             entries = [self.repository.get(name, version)]
-        return [stats_of(entry) for entry in entries if caller is None or caller.may_use(entry.name)]
+        return [stats_of(entry) for entry in entries if caller is None or caller.may_use(self.known_as(entry.name))]
+
+    def known_as(self, name: str) -> str:
+        """The name by which gates and keys know a model: embeddings are the engine's model there, as in /v1."""
+        entries = self.repository.entries.get(name, {}).values()
+        return next((entry.loaded.model.known_as or name for entry in entries if entry.loaded is not None), name)
 
     def check_control(self) -> None:
         """Raises ApiError 403 unless clients may load and unload models."""
@@ -136,7 +141,8 @@ class Front:
         """Check a request and pass the gates; the answers come from what is returned. Raises ApiError or UserError."""
         if self.host.draining:
             raise ApiError(503, "the service is shutting down; try again soon", code="shutting_down", retry_after=5)
-        check_caller(request.model, origin.caller)
+        name = self.known_as(request.model)
+        check_caller(name, origin.caller)
         entry = self.repository.get(request.model, request.version)
         model = present(entry)
         if not model.ready:
@@ -151,7 +157,7 @@ class Front:
             kept.enter_context(entry.loaded.used())
             job = await model.job(request.inputs, options)
             call = Call(
-                origin.route, entry.name, origin.address, origin.caller, job.prompt_tokens, job.max_tokens,
+                origin.route, name, origin.address, origin.caller, job.prompt_tokens, job.max_tokens,
                 tags=dict(origin.tags), timeout=options.timeout,
             )  # fmt: skip
             passage = await self.host.gates.enter(call)

@@ -101,6 +101,7 @@ class V2Model(ABC):
     platform: str = "soma_python"
     decoupled: bool = False
     labels: Sequence[str] = ()
+    known_as: str | None = None  # the name that gates and keys know it by, where it is another one
 
     @abstractmethod
     async def infer(self, tensors: Tensors, parameters: Parameters) -> Tensors:
