@@ -264,7 +264,7 @@ def test_a_client_that_leaves_frees_the_engine_behind(served: Served, service_ur
     prompt.set_data_from_numpy(np.array([b"hello"], object))
     link.async_stream_infer("support", [prompt], parameters={"max_tokens": 4000})
     assert wait_for(lambda: len(answers) > 2)
-    assert metric(service_url, "vllm:num_requests_running") == 1
+    assert wait_for(lambda: metric(service_url, "vllm:num_requests_running") == 1)
     link.stop_stream(cancel_requests=True)
     link.close()
     assert wait_for(lambda: metric(service_url, "vllm:num_requests_running") == 0)
