@@ -175,17 +175,15 @@ static void pack(const weight *keys, const weight *values, int64_t width, const 
 }
 #endif
 
-/* Ask for rows of the cache before they are needed: blocks lie apart, and the processor does not guess the next one. */
-INLINE void prefetch(const weight *rows, const int64_t *at, int64_t from, int64_t to, int64_t bytes) {
-    for (int64_t j = from; j < to; j++)
-        for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch((const char *)(rows + at[j]) + b);
-}
+/* Ask for rows of the cache before they are needed: blocks lie apart, and the processor does not guess the next one.
+   Into the second cache: into the first one a thread has too few reads under way at once. */
 INLINE void prefetch_chunk(const Pages *pages, int64_t from, int64_t to) {
     int64_t size = pages->key_scales ? 1 : (int64_t)sizeof(weight);
     for (int64_t j = from; j < to; j++)
         for (int64_t b = 0; b < pages->width * size; b += 64) {
-            __builtin_prefetch((const char *)pages->keys + place(pages, j) * size + b);
-            if (pages->key_scales) __builtin_prefetch((const char *)pages->values + place(pages, j) * size + b);
+            int64_t at = place(pages, j) * size + b;
+            __builtin_prefetch((const char *)pages->keys + at, 0, 2);
+            __builtin_prefetch((const char *)pages->values + at, 0, 2);
         }
 }
 
@@ -284,6 +282,7 @@ static void attend(const Pages *pages, int64_t position, int64_t tokens, int64_t
     int is_packed = tokens > 1; /* to pack a chunk costs as much as some twenty rows gain */
     for (int64_t r = 0; r < rows; r++) w->top[r] = -INFINITY, w->sum[r] = 0;
     memset(w->out, 0, sizeof(float) * (size_t)(ROUND_UP(rows, 16) * padded));
+    if (!is_packed) prefetch_chunk(pages, begin, MIN(begin / KEYS * KEYS + KEYS, last));
     for (int64_t first = begin / KEYS * KEYS; first < last; first += KEYS) {
         int64_t from = first < begin ? begin : first, to = MIN(first + KEYS, last);
         int64_t at[KEYS];
@@ -300,7 +299,6 @@ static void attend(const Pages *pages, int64_t position, int64_t tokens, int64_t
             memset(w->scores, 0, sizeof(float) * (size_t)(ROUND_UP(rows, 16) * KEYS));
             product(w->q, padded, w->keys, padded, KEYS, rows, w->scores, KEYS);
         } else {
-            if (!pages->key_scales) prefetch(values, at, from - first, to - first, width * (int64_t)sizeof(weight));
             scores_in_place(keys, width, at, from - first, to - first, rows, w);
         }
         for (int64_t r = 0; r < rows; r++) {

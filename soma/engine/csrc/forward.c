@@ -223,8 +223,9 @@ static void attention(const Step *step, const Layer *layer, Team *team, int thre
     int64_t items = step->tiles * m->kv_heads;
     Taken some = share(team, thread, items, 1);
     for (some.piece = 1; take(team, &some);) {
-        /* From the last on: later tiles of a prompt see more keys, and are better not begun at the end. */
-        int64_t item = items - 1 - some.from, kv = item % m->kv_heads;
+        /* From the last on: later tiles of a prompt see more keys, and are better not begun at the end. Heads of a tile
+           in the order in which they lie in memory. */
+        int64_t item = items - 1 - some.from, kv = m->kv_heads - 1 - item % m->kv_heads;
         Tile tile = step->s.tiles[item / m->kv_heads];
         if (step->is_single)
             for (int64_t t = tile.token; t < tile.token + tile.count; t++) {
