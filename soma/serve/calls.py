@@ -57,6 +57,7 @@ class Call:
     id: str = field(default_factory=lambda: f"req-{secrets.token_hex(12)}")
     tags: dict[str, str] = field(default_factory=dict)  # prompt template version, graph node: go to ledger and trace
     meter: Meter | None = None  # set by the ledger's gate
+    is_foreign: bool = False  # goes to an upstream: what comes back of it are events, which are not quite tokens
     timeout: float | None = None  # seconds that the client gives it
 
 

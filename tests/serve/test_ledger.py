@@ -1,6 +1,7 @@
 """The ledger: every call written down before it runs and settled once, whatever happens; budgets that hold."""
 
 import asyncio
+import http.client
 import json
 import os
 import random
@@ -14,10 +15,12 @@ from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import sqlalchemy as sa
-from http_tools import wait_for
+from gateway_tools import Scripted, running_gateway
+from http_tools import JSON, wait_for
 from postgres import new_database
 
 from soma.base.errors import UserError
@@ -222,6 +225,51 @@ def test_a_model_without_a_price(local: Gateway) -> None:
     assert rows_of(local.database) == {}
     with pytest.raises(UserError, match="no price for 'other'"):
         local.check_models(["tiny", "other"])
+
+
+@pytest.mark.parametrize("told", [Usage(-5, 3), Usage(10, -1), Usage(10, 5, 11), Usage(10, 2**70), Usage(10, 5, -2)])
+def test_an_upstream_that_lies(local: Gateway, told: Usage) -> None:
+    """What cannot be is made to what can, and marked; nobody is credited by it."""
+    call = a_call(caller=Caller("k"))
+
+    async def run() -> None:
+        passage = await Gates(local.gates()).enter(call)
+        await passage.leave(told)
+
+    asyncio.run(run())
+    assert settled(local.database, 1)
+    row = rows_of(local.database)[call.id]
+    assert row.estimated == 1
+    assert row.nano >= 0
+    assert 0 <= row.cached_tokens <= row.prompt_tokens
+    check_balances(local.database)
+
+
+def test_a_killed_gateway_before_an_upstream(tmp_path: Path, prices: str) -> None:
+    """What came back by then was counted in events, not in tokens: it is booked, and marked."""
+    where = str(tmp_path / "keys.db")
+    database = Database(where)
+    key = KeyStore(database).create("someone")[1].text
+    with Scripted(tokens=500, pause=0.02) as upstream:
+        config = {"models": {"tiny": {"upstreams": [{"url": upstream.url}]}}, "keys": where, "prices": prices}
+        with running_gateway(tmp_path, config) as gateway:
+            parts = urlsplit(gateway.url)
+            link = http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=60)
+            body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "stream": True, "max_tokens": 900}
+            link.request("POST", "/v1/chat/completions", json.dumps(body), {**JSON, "X-API-Key": key})
+            answer = link.getresponse()
+            assert answer.status == 200
+            for _ in range(10):
+                answer.readline()
+            gateway.process.kill()
+            gateway.process.wait()
+    again = Gateway(where, prices)
+    assert again.ledger.recovered == 1
+    (row,) = rows_of(database).values()
+    assert (row.outcome, row.estimated, row.settled_at is not None) == ("killed", 1, True)
+    assert 3 <= row.completion_tokens < 500
+    assert row.prompt_tokens > 0
+    again.close()
 
 
 def test_who_leaves_while_the_row_is_written(local: Gateway) -> None:

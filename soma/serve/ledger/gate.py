@@ -20,6 +20,8 @@ from soma.serve.ledger.journal import Journal, Slot
 from soma.serve.ledger.prices import Prices
 from soma.serve.ledger.recover import journals_of, recover
 
+MOST_TOKENS = 2**40  # that one call can have
+
 
 class LedgerHold:
     """A call that is written down and runs."""
@@ -32,8 +34,18 @@ class LedgerHold:
     async def leave(self, usage: Usage) -> None:
         """Settle it. The slot keeps the numbers until the database has them."""
         self.ledger.running.pop(self.call.id, None)
+        usage = believable(usage)
         self.slot.end(usage)
         self.ledger.settle(self.call, usage, self.slot)
+
+
+def believable(usage: Usage) -> Usage:
+    """The usage, or what of it can be if an upstream told something that cannot; that is then an estimate."""
+    prompt, made = (min(max(0, number), MOST_TOKENS) for number in (usage.prompt_tokens, usage.completion_tokens))
+    cached = min(max(0, usage.cached_tokens), prompt)
+    if (prompt, made, cached) == (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens):
+        return usage
+    return Usage(prompt, made, cached, usage.outcome, estimated=True)
 
 
 class Ledger:
@@ -68,7 +80,7 @@ class Ledger:
                 raise ApiError(503, f"the model `{call.model}` has no price", "model", "no_price")
             most = self.prices.most(call.model, call.prompt_tokens, call.max_tokens)
         row = new_row(call, self.instance, most, self.prices.currency if self.prices else None)
-        slot = self.journal.open(call.id, call.prompt_tokens)
+        slot = self.journal.open(call.id, call.prompt_tokens, estimated=call.is_foreign)
         try:
             await self.book.open(row, self._budgets(row))
         except ApiError:

@@ -37,14 +37,16 @@ def boot_id() -> bytes:
 class Slot:
     """One call's counts: the `Meter` of `soma.serve.calls`. What comes after `end` no longer counts."""
 
-    def __init__(self, journal: "Journal", words: memoryview, text: memoryview, call_id: str, prompt: int) -> None:
+    def __init__(
+        self, journal: "Journal", words: memoryview, text: memoryview, call_id: str, prompt: int, estimated: bool
+    ) -> None:  # fmt: skip
         self.journal, self.words, self.text = journal, words, text
         self.lock, self.runs, self.is_free = threading.Lock(), True, False
         name = call_id.encode()
         assert 0 < len(name) <= ID_BYTES
         text[:] = name.ljust(ID_BYTES, b"\0")
-        for place, value in ((PROMPT, prompt), (COMPLETION, 0), (CACHED, 0), (OUTCOME, 0), (ESTIMATED, 0)):
-            words[place] = value
+        for place, value in ((PROMPT, prompt), (COMPLETION, 0), (CACHED, 0), (OUTCOME, 0), (ESTIMATED, estimated)):
+            words[place] = int(value)
         words[STATE] = OPEN
 
     @property
@@ -99,13 +101,13 @@ class Journal:
         self.size = HEAD
         self.unused: list[tuple[memoryview, memoryview]] = []
 
-    def open(self, call_id: str, prompt_tokens: int) -> Slot:
-        """A slot for a call."""
+    def open(self, call_id: str, prompt_tokens: int, *, estimated: bool = False) -> Slot:
+        """A slot for a call. estimated: what will be counted are not quite tokens."""
         with self.lock:
             if not self.unused:
                 self._grow()
             views = self.unused.pop()
-        return Slot(self, *views, call_id, prompt_tokens)
+        return Slot(self, *views, call_id, prompt_tokens, estimated)
 
     def _grow(self) -> None:
         os.posix_fallocate(self.file, self.size, CHUNK)  # a full disk is an error here, not a SIGBUS later
@@ -173,7 +175,7 @@ class DeadJournal:
             was_sent = words[STATE] != OPEN
             outcome = OUTCOMES[words[OUTCOME] % len(OUTCOMES)] if words[STATE] == ENDED else "killed"
             usage = Usage(words[PROMPT] if was_sent else 0, words[COMPLETION], words[CACHED], outcome,
-                          bool(words[ESTIMATED]) or not self.is_whole)  # fmt: skip
+                          (was_sent and bool(words[ESTIMATED])) or not self.is_whole)  # fmt: skip
             found.append((name, Counts(was_sent, usage)))
         return found
 

@@ -225,6 +225,7 @@ def call_of(request: Request, pool: Pool, value: dict[str, Any], raw: bytes) -> 
         made = whole("max_tokens", most) * whole("n", 1 if value.get("n") is None else value["n"])
     call = called(request, pool.name, max(1, len(raw) // BYTES_PER_TOKEN), made)
     timeout = value.get("timeout")
+    call.is_foreign = True
     call.timeout = timeout if isinstance(timeout, int | float) and timeout > 0 else None
     return call
 

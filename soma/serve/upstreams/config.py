@@ -96,12 +96,14 @@ class ModelConfig(Strict):
 
 
 class GatewayConfig(Strict):
-    """The file. Everything but `keys` and `prices` is taken anew at SIGHUP."""
+    """The file. Everything but `keys`, `prices` and the admin's place is taken anew at SIGHUP."""
 
     models: dict[str, ModelConfig] = Field(min_length=1)
     limits: LimitsConfig = LimitsConfig()
     keys: str | None = Field(None, description="The database of keys and ledger (`soma keys`).")
     prices: str | None = None
+    admin_port: int | None = Field(None, ge=0, le=65535, description="Admin API and page; with `keys`.")
+    admin_host: str = "127.0.0.1"
     trusted_proxies: list[str] = Field([])
     max_body_bytes: int = Field(4 << 20, ge=1)
     grace: Span | None = Field(None, description="For running answers after SIGTERM; left out, the longest `whole`.")

@@ -16,7 +16,7 @@ from soma.serve.upstreams.app import Front, create_gateway_app
 from soma.serve.upstreams.config import read_config
 
 log = logging.getLogger("soma.serve")
-FIXED = ("keys", "prices", "trusted_proxies")  # what a reload leaves as it is
+FIXED = ("keys", "prices", "admin_port", "admin_host", "trusted_proxies")  # what a reload leaves as it is
 
 
 class GatewayServer(Server):
@@ -67,8 +67,8 @@ def serve_gateway(
 
             gateway = Gateway(config.keys, config.prices)
             gateway.check_models(config.models)
-        elif config.prices is not None:
-            raise UserError(f"{path}: prices without keys: the ledger lies in the database of keys")
+        elif config.prices is not None or config.admin_port is not None:
+            raise UserError(f"{path}: prices and admin_port go with the database of keys: say which (keys)")
         app, url = create_gateway_app(config, gateway), base_url(listener)
         announce = ready or (lambda url: progress.current().note(f"the gateway answers at {url}"))
         settings = uvicorn.Config(
@@ -77,6 +77,10 @@ def serve_gateway(
         )  # fmt: skip
         server = GatewayServer(settings, app, config.drain, lambda: announce(url))
         server.path = path
+        if gateway is not None and config.admin_port is not None:
+            limits = app.state.service.limits
+            admin = gateway.start_admin(config.admin_host, config.admin_port, limits)
+            progress.current().note(f"the admin page is at {admin}")
         server.run(sockets=[listener])
     finally:
         if gateway is not None:
