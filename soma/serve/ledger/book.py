@@ -22,7 +22,8 @@ from soma.serve.database import Database, balances, ledger, now_ms
 from soma.serve.errors import ApiError
 from soma.serve.keys.store import NANO, Budget
 
-BATCH = 256
+GATHER = 256  # beginnings and ends of calls in one commit, at most
+BATCH = 256  # rows that one statement names
 RETRY = 0.5  # seconds between attempts at a database that is away
 
 log = logging.getLogger("soma.serve")
@@ -246,7 +247,7 @@ class Book:
 
     def _more(self) -> "list[Intent | Settlement | None]":
         found: list[Intent | Settlement | None] = []
-        while len(found) < BATCH:
+        while len(found) < GATHER - 1:
             try:
                 found.append(self.queue.get_nowait())
             except queue.Empty:
