@@ -2,7 +2,7 @@
 
     python benchmarks/ledger.py --json
 
-Calls enter and leave the ledger's gate, so many at once. Group commit (ours) against a commit, and so an fsync, for each
+Calls enter and leave the ledger's gate, so many at once. Group commit (ours) against a commit, so an fsync, for each
 call; against SQLite without any fsync, which loses calls with the power; and the count of a token against nothing.
 """
 
