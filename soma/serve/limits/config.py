@@ -1,6 +1,7 @@
 """The `limits:` block and file: which rules hold, where their counts are kept, and what holds when these are away."""
 
 import re
+from math import gcd
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -57,8 +58,14 @@ class Rule(Strict):
             raise ValueError(f"burst: {self.algorithm} has none; only buckets do")
         if self.algorithm == "concurrency" and (self.unit != "requests" or "window" in self.model_fields_set):
             raise ValueError("concurrency counts calls that run: it has no window and the unit requests")
-        if max(self.limit, self.burst or 0) * self.window > LARGEST:
-            raise ValueError(f"limit times window in ms must not exceed {LARGEST}: take a shorter window")
+        parts = self.window if self.algorithm == "sliding_window_counter" else 1
+        if is_bucket:
+            parts = self.window // gcd(self.limit, self.window)
+        if max(self.limit, self.burst or 0) * parts > LARGEST:
+            raise ValueError(
+                f"what {self.algorithm} multiplies (limit or burst, window in ms) must stay below {LARGEST}: take a "
+                "shorter window, a rounder limit or another algorithm"
+            )
         return self
 
 

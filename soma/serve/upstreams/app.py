@@ -219,7 +219,7 @@ def call_of(request: Request, pool: Pool, value: dict[str, Any], raw: bytes) -> 
     """The call, for the gates. Tokens are counted by the upstream; until then a prompt has one for four bytes, and the
     answer what was asked for. Raises ApiError for numbers that are none."""
     made = 0
-    if request.url.path not in WITHOUT_ANSWER:
+    if request.scope["path"] not in WITHOUT_ANSWER:
         given = [value.get(name) for name in ("max_completion_tokens", "max_tokens", "max_output_tokens")]
         most = next((each for each in given if each is not None), pool.config.max_tokens)
         made = whole("max_tokens", most) * whole("n", 1 if value.get("n") is None else value["n"])

@@ -1,6 +1,7 @@
 """Running the gateway: SIGHUP takes the file anew, SIGTERM lets running answers end."""
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -29,6 +30,8 @@ class GatewayServer(Server):
         self.front = self.service
         await self.front.start()
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: asyncio.ensure_future(self.reload()))
+        gc.collect()
+        gc.freeze()  # what is there now stays: the collector need not walk it at every turn
         await super().startup(sockets)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
