@@ -167,7 +167,7 @@ def cores() -> tuple[list[int], list[int]]:
 def process(command: list[str], own: bool, **environment: str) -> Iterator[subprocess.Popen[str]]:
     """A process on its cores, ended afterwards with all that it started."""
     made = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=None, text=True, env={**os.environ, **environment},
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ, **environment},
         preexec_fn=lambda: os.sched_setaffinity(0, cores()[0 if own else 1]),
     )  # fmt: skip
     try:
@@ -256,7 +256,15 @@ def litellm(stack: ExitStack, folder: Path, upstream: int, python: Path) -> Targ
     }  # fmt: skip
     (folder / "litellm.yaml").write_text(yaml.safe_dump(config))
     port = free_port()
-    command = [str(python.with_name("litellm")), "--config", str(folder / "litellm.yaml"), "--host", "127.0.0.1"]
+    command = [
+        str(python),
+        "-c",
+        "from litellm import run_server; run_server()",
+        "--config",
+        str(folder / "litellm.yaml"),
+        "--host",
+        "127.0.0.1",
+    ]
     environment = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR", "NO_PROXY": "*"}
     running = stack.enter_context(process([*command, "--port", str(port)], own=True, **environment))
     wait_up(f"http://127.0.0.1:{port}/health/liveliness", running)
@@ -277,9 +285,10 @@ def environment_of(given: Path | None) -> Path:
         return given
     folder = Path(__file__).resolve().parent.parent / ".venv" / "litellm"
     python = folder / "bin" / "python"
-    if not (folder / "bin" / "litellm").exists():
+    if not (stamp := folder / ".installed").exists():
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         subprocess.run([str(python), "-m", "pip", "install", "-q", "litellm[proxy]<1.107"], check=True)
+        stamp.touch()
     return python
 
 

@@ -18,7 +18,7 @@ from soma.engine.prompts import encode_prompt
 from soma.engine.replicas import Replicas
 from soma.engine.request import TokenEvent
 from soma.model.tokenizer import Tokenizer
-from soma.serve import adapters, embeddings, errors, openapi, tokens
+from soma.serve import adapters, embeddings, errors, openapi, rerank, responses, tokens
 from soma.serve.calls import Gates, Passage, Usage, called, check_allowed, may_use
 from soma.serve.disconnect import CLIENT_CLOSED_REQUEST, unless_disconnected
 from soma.serve.errors import ApiError
@@ -133,6 +133,7 @@ def create_app(
         service.metrics.registry.register(guard.refused)
     errors.install(app)
     embeddings.install(app, service)
+    rerank.install(app, service)
     tokens.install(app, service)
     adapters.install(app, service, allowed=allow_adapter_loading)
     app.state.v2 = v2 = v2_front(service, repository or Repository(), allow_control=allow_model_control)
@@ -178,6 +179,19 @@ def create_app(
                 text = given if isinstance(given, str) else tokenizer.decode(given)
                 shape.echo(index, text)
         return await answer(service, request, body, prompts, params, shape, adapter)
+
+    @app.post("/v1/responses")
+    async def respond(request: Request) -> Response:
+        service.check_open()
+        body = await read_body(request, responses.ResponsesRequest, service.max_body_bytes)
+        adapter = service.check_model(body.model)
+        params = body.params()
+        if not tokenizer.has_chat_template:
+            raise ApiError(400, f"the model `{model_name}` has no chat template; use /v1/completions", "input",
+                           "no_chat_template")  # fmt: skip
+        prompt = await asyncio.to_thread(tokenizer.encode_chat, body.messages, True, None)
+        shape = responses.ResponsesFormat(service.names, body.model, body)
+        return await answer(service, request, body, [prompt], params, shape, adapter)
 
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
@@ -245,7 +259,10 @@ async def answer(
         await passage.leave(Usage(outcome="refused"))
         raise
     if body.stream:
-        chunks = stream(service, generation, shape, include_usage=body.include_usage)
+        if isinstance(shape, responses.ResponsesFormat):
+            chunks = responses.stream(service, generation, shape)
+        else:
+            chunks = stream(service, generation, shape, include_usage=body.include_usage)
         return EventStream(service, generation, chunks, passage)
     service.open += 1
     outcome = "error"

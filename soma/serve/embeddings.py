@@ -59,6 +59,34 @@ def vector(values: np.ndarray, form: str | None) -> list[float] | str:
     return [float(value) for value in values]
 
 
+def check_embeds(service: "Service", name: str) -> None:
+    """Raises ApiError where the model of that name makes no embeddings."""
+    if service.check_model(name) is not None:
+        raise ApiError(400, f"`{name}` is an adapter; embeddings come from `{service.model_name}`", "model",
+                       "no_embeddings")  # fmt: skip
+    if service.embedder is None:
+        raise ApiError(400, "this server makes no embeddings", "model", "no_embeddings")
+
+
+async def embed(
+    service: "Service", request: Request, model: str, prompts: list[list[int]]
+) -> tuple[list[np.ndarray], dict[str, str]]:
+    """The vectors of prompts for a request that passes the gates with them, and the headers of its answer."""
+    assert service.embedder is not None
+    used = sum(map(len, prompts))
+    call = called(request, model, used)
+    passage = await service.gates.enter(call)
+    spent = Usage(outcome="error")
+    if call.meter is not None:
+        call.meter.sent()
+    try:
+        vectors = await asyncio.wrap_future(service.embedder.submit(prompts))
+        spent = Usage(used)
+    finally:
+        await passage.leave(spent)
+    return list(vectors), passage.headers
+
+
 def install(app: FastAPI, service: "Service") -> None:
     """Add the route."""
 
@@ -66,31 +94,19 @@ def install(app: FastAPI, service: "Service") -> None:
     async def embeddings(request: Request) -> JSONResponse:
         service.check_open()
         body = await read_as(request, EmbeddingRequest, service.max_body_bytes)
-        if service.check_model(body.model) is not None:
-            raise ApiError(400, f"`{body.model}` is an adapter; embeddings come from `{service.model_name}`", "model",
-                           "no_embeddings")  # fmt: skip
-        if service.embedder is None:
-            raise ApiError(400, "this server makes no embeddings", "model", "no_embeddings")
+        check_embeds(service, body.model)
+        assert service.embedder is not None
         size = service.embedder.dimensions
         if body.dimensions not in (None, size):
             raise ApiError(400, f"dimensions is {body.dimensions}; this model's vectors have {size} and cannot be cut",
                            "dimensions")  # fmt: skip
         prompts = await asyncio.to_thread(encode, service, body)
+        vectors, headers = await embed(service, request, body.model, prompts)
         used = sum(map(len, prompts))
-        call = called(request, body.model, used)
-        passage = await service.gates.enter(call)
-        spent = Usage(outcome="error")
-        if call.meter is not None:
-            call.meter.sent()
-        try:
-            vectors = await asyncio.wrap_future(service.embedder.submit(prompts))
-            spent = Usage(used)
-        finally:
-            await passage.leave(spent)
         data = [
             {"object": "embedding", "index": index, "embedding": vector(values, body.encoding_format)}
             for index, values in enumerate(vectors)
         ]
         usage: dict[str, Any] = {"prompt_tokens": used, "total_tokens": used}
         whole = {"object": "list", "data": data, "model": service.model_name, "usage": usage}
-        return JSONResponse(whole, headers=passage.headers)
+        return JSONResponse(whole, headers=headers)
