@@ -300,18 +300,16 @@ def memory(bench: Bench) -> None:
 
 def write_text(folder: Path, megabytes: int) -> None:
     """JSONL files of new documents: the words of real ones in another order, so that none is another's duplicate."""
-    generator = random.Random(7)
-    real = [text.split() for text in documents()]
+    import numpy as np
+
+    generator = np.random.default_rng(7)
+    real = [np.array(text.split(), dtype=object) for text in documents()]
     folder.mkdir(exist_ok=True)
     written, number = sum(path.stat().st_size for path in folder.iterdir()), len(list(folder.iterdir()))
     while written < megabytes * 10**6:
         with open(folder / f"{number:04d}.jsonl", "w") as file:
             while file.tell() < 20 * 10**6:
-                words = generator.choice(real)
-                start = generator.randrange(len(words))
-                words = words[start:] + words[:start]
-                for i in range(0, len(words), 4):  # no five words in a row stay together
-                    words[i] = words[i] + str(generator.randrange(10**6))
+                words = generator.permutation(real[generator.integers(len(real))])
                 file.write(json.dumps({"text": " ".join(words)}) + "\n")
             written += file.tell()
         number += 1

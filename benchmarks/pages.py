@@ -3,19 +3,7 @@
 import random
 from collections.abc import Sequence
 
-MENU = [
-    "Home",
-    "News",
-    "About us",
-    "Contact",
-    "Products",
-    "Blog",
-    "Archive",
-    "Sign in",
-    "Shop",
-    "Help centre",
-    "Careers",
-]
+MENU = ["Home", "News", "About us", "Contact", "Products", "Blog", "Archive", "Sign in", "Careers"]
 NOISE = [
     "We use cookies to give you the best experience on our website. Read our cookie policy to find out more about them.",
     "Subscribe to our newsletter and never miss a story. You can leave at any time, and we never share your address.",
@@ -89,7 +77,8 @@ def _layout(generator: random.Random, title: str, content: str, titles: Sequence
     else:  # much around little
         body = (
             f"<div role='banner'>{cookie}</div><div class='nav-bar'>{menu}{menu}</div>{share}"
-            f"<div class='entry'>{content}</div><div class='share-buttons'>{share}</div><div class='related-posts'>{related}</div>"
+            f"<div class='entry'>{content}</div><div class='share-buttons'>{share}</div>"
+            f"<div class='related-posts'>{related}</div>"
             f"<div class='newsletter'>{letter}</div><div id='disqus'>{comments}</div><footer>{footer}</footer>"
         )
     scripts = "<script>var x = {'a': '<p>not text</p>'};</script><style>p { color: red }</style>"

@@ -21,8 +21,9 @@ def main(source: str, out: str) -> None:
     started = time.perf_counter()
     build_corpus(DataConfig(sources=source, attributes=["gopher_quality", "gopher_repetition"]), Path(out))
     report = read_json(Path(out) / "report.json")
+    usage = resource.getrusage(resource.RUSAGE_SELF)
     facts = {
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": usage.ru_maxrss * 1024, "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
         "seconds": round(time.perf_counter() - started, 1), "steps": report["steps"],
     }  # fmt: skip
     print(json.dumps(facts))

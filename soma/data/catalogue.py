@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 DOWNLOAD_MB_S = 12.5  # 100 Mbit/s
-READ_MB_S = 5.0  # text read, cleaned, measured and signed by one core (docs/lab.md)
+READ_MB_S = 3.3  # text read, cleaned, measured and signed by one core (docs/lab.md)
 DISK = 1.7  # for each byte of text: compressed partitions and sorted corpus, beside the downloaded files
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-MAX_TYPES = 1_000_000  # chunks remembered; then a batch begins with an empty table, which changes no figure
+MAX_TYPES = 300_000  # chunks remembered, some 150 MB; then a batch begins with an empty table, which changes no figure
 LONG_CHUNK = 400  # a longer chunk is cut at punctuation only, in one pass
 
 # A sentence may end with one of these (Unicode's Sentence_Terminal and its like); those after the blank end lines, but
