@@ -107,8 +107,13 @@ def rest_request(address: str, columns: int, *, binary: bool) -> Callable[[], No
 
     link = http.client.HTTPConnection(address, timeout=120)
 
+    last = time.monotonic()
+
     def ask() -> None:
+        nonlocal last
         body, headers = binary_body(columns) if binary else (json_body(columns), {"Content-Type": "application/json"})
+        if time.monotonic() - last > 3:  # encoding took so long that the server may have closed the idle connection
+            link.close()
         link.request("POST", "/v2/models/echo/infer", body, headers)
         answer = link.getresponse()
         data = answer.read()
@@ -117,6 +122,7 @@ def rest_request(address: str, columns: int, *, binary: bool) -> Callable[[], No
         else:
             got = np.array(json.loads(data)["outputs"][0]["data"], np.float32)
         assert got.size == columns
+        last = time.monotonic()
 
     return ask
 

@@ -15,10 +15,13 @@ import pytest
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
 from http_tools import call, wait_for
+from test_embeddings import TEXTS, bert_folder  # noqa: F401  (a fixture)
 from tiny_onnx import write_onnx
 from v2_tools import v2_server
 
 from soma.base.errors import UserError
+from soma.engine.embed import load_embedder
+from soma.model.tokenizer import Tokenizer
 from soma.serve.server import serve
 from soma.serve.v2.config import add_models, read_models
 from soma.serve.v2.front import Alone, Front
@@ -223,3 +226,21 @@ def test_a_grpc_port_in_use(tiny_folder: Path) -> None:
         serve(tiny_folder, port=0, grpc_port=listener.getsockname()[1], in_process=True)
     with pytest.raises(UserError, match="grpc compression 'zip'"):
         serve(tiny_folder, port=0, grpc_port=0, grpc_compression="zip", in_process=True)
+
+
+def test_an_encoder_of_the_file(bert_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    """The vectors of the embedder itself; padding and company change nothing."""
+    (tmp_path / "models.yaml").write_text(f"models: {{minilm: {{encoder: '{bert_folder}'}}}}")
+    embedder, tokenizer = load_embedder(bert_folder), Tokenizer.load(bert_folder)
+    expected = embedder.embed([tokenizer.inner.encode(text).ids for text in TEXTS])
+    with v2_server(Front(repository_of(tmp_path), Alone())) as served:
+        client = triton_http.InferenceServerClient(served.http)
+        given = np.array([text.encode() for text in TEXTS], object)
+        got = client.infer("minilm", [tensor(triton_http, "text", given, "BYTES")]).as_numpy("embedding")
+        assert np.allclose(got, expected, atol=1e-5)
+        assert client.get_model_metadata("minilm")["outputs"][0]["shape"] == [-1, embedder.dimensions]
+        for bad in ([b""], [b"\xff"], []):
+            with pytest.raises(Exception, match="text"):
+                client.infer("minilm", [tensor(triton_http, "text", np.array(bad, object), "BYTES")])
+        client.close()
+    embedder.close()
