@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 MENU = ["Home", "News", "About us", "Contact", "Products", "Blog", "Archive", "Sign in", "Careers"]
 NOISE = [
-    "We use cookies to give you the best experience on our website. Read our cookie policy to find out more about them.",
+    "We use cookies to give you the best experience on our website. Read our cookie policy to find out more.",
     "Subscribe to our newsletter and never miss a story. You can leave at any time, and we never share your address.",
     "© 2024 Example Media Ltd. All rights reserved. No part of this site may be reproduced without written permission.",
     "Share this article on Facebook, Twitter, LinkedIn or by e-mail.",

@@ -43,7 +43,7 @@ from soma.data.decontaminate.corpus import drop_contaminated
 from soma.data.dedup.against import open_old
 from soma.data.duplicates import drop_exact, drop_known, drop_near, drop_semantic
 from soma.data.index import Index
-from soma.data.partitions import Partition, make_partitions
+from soma.data.partitions import Partition, disk_may_be_full, make_partitions
 from soma.data.partitions import text_id as text_id
 from soma.data.readers import Dropped
 from soma.data.repeats import Repeats
@@ -78,7 +78,7 @@ def build_documents(config: DataConfig, out: Path, state: Path | None = None, sc
 
     `partitions/` with texts, MinHash signatures and attributes, `skipped.parquet`: files that were not read.
     """
-    with _workplace(state, out) as work:
+    with disk_may_be_full(out), _workplace(state, out) as work:
         skipped = DropLog()
         partitions = make_partitions(config, _items(config, skipped), work / "partitions", scorer)
         (out / "partitions").mkdir()
@@ -114,7 +114,7 @@ def build_corpus(
     settings; then no source is read and no signal computed. `scorer`: the model of the `quality` filter. Raises
     UserError for a source that does not exist and where nothing is left, saying what was dropped and why.
     """
-    with _workplace(state, out) as work:
+    with disk_may_be_full(out), _workplace(state, out) as work:
         dropped = DropLog()
         partitions = _documents(config, documents, work, dropped, scorer)
         steps: list[dict[str, Any]] = []

@@ -9,6 +9,7 @@ over the settings that count, so a killed run goes on with what is there, and no
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from errno import EDQUOT, ENOSPC
 from hashlib import sha256
@@ -168,16 +169,23 @@ def _facts_path(path: Path) -> Path:
 # --- One partition ---
 
 
-def make_partition(task: Task) -> dict[str, Any]:
-    """Write a partition's files, each under another name first. Returns its facts. Raises UserError on a full disk."""
+@contextmanager
+def disk_may_be_full(folder: Path) -> Iterator[None]:
+    """A full disk as an error that says what to do."""
     try:
-        return _Maker(task).make()
+        yield
     except OSError as error:
         if error.errno not in (ENOSPC, EDQUOT):
             raise
         raise UserError(
-            f"{task.path.parent}: the disk is full. What is done is kept: make room and run the same command again"
+            f"{folder}: the disk is full. What is done is kept: make room and run the same command again"
         ) from None
+
+
+def make_partition(task: Task) -> dict[str, Any]:
+    """Write a partition's files, each under another name first. Returns its facts. Raises UserError on a full disk."""
+    with disk_may_be_full(task.path.parent):
+        return _Maker(task).make()
 
 
 class _Maker:

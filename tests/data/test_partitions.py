@@ -173,6 +173,19 @@ def test_a_full_disk_says_so_and_keeps_what_is_done(
     assert build(config, tmp_path / "again", state) == build(config, tmp_path / "fresh")
 
 
+def test_a_disk_that_is_full_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = DataConfig(sources=str(folder_of(tmp_path)))  # type: ignore[arg-type]
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as broken:
+        broken.setattr("soma.data.corpus.ShardWriter.close", full)
+        with pytest.raises(UserError, match=r"out: the disk is full"):
+            build(config, tmp_path / "out", tmp_path / "state")
+    assert build(config, tmp_path / "again", tmp_path / "state") == build(config, tmp_path / "fresh")
+
+
 def test_texts_of_an_index_are_read_when_asked(
     tmp_path: Path, small_parts: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
