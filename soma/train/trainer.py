@@ -29,6 +29,7 @@ from soma.train.journal import Journal
 from soma.train.loop import DivergenceError, Trainer, TrainResult
 from soma.train.objective import LanguageModeling, Objective, Preference, make_loader
 from soma.train.parallel.apply import Parallel, parallelize
+from soma.train.parallel.bridge import bridge
 from soma.train.parallel.config import Layout
 from soma.train.parallel.export import save_merged, save_whole
 from soma.train.parallel.pipeline.training import stage_model
@@ -162,6 +163,8 @@ def lay_out(
 ) -> tuple[Parallel, Objective]:  # fmt: skip
     """Apply the layout to the network, in place, fill it, and make the objective that trains it."""
     filled = partial(fill, network, start, compute.device)
+    if world.mesh.layout.engine != "soma" and world.size > 1:
+        return bridge(network, config, world.mesh, compute, filled)
     if world.mesh.layout.pp > 1:
         return stage_model(network, config, world.mesh, compute, filled)
     reference = copy.deepcopy(network) if isinstance(config, PreferenceConfig) else None

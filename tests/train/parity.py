@@ -27,6 +27,7 @@ from soma.train.journal import Journal
 from soma.train.loop import Trainer
 from soma.train.objective import LanguageModeling, Objective
 from soma.train.parallel.apply import Parallel, parallelize
+from soma.train.parallel.bridge import bridge
 from soma.train.parallel.config import Layout
 from soma.train.parallel.export import Gather, save_merged, save_whole
 from soma.train.parallel.pipeline.training import stage_model
@@ -176,7 +177,9 @@ def make_trainer(case: Case, world: World, folder: Path) -> Recording:
     compute = Exact(torch.device("cpu"), case.precision, False)
     parallel: Parallel
     objective: Objective
-    if world.mesh.layout.pp > 1:
+    if world.mesh.layout.engine != "soma":
+        parallel, objective = bridge(model, config, world.mesh, compute, filled)
+    elif world.mesh.layout.pp > 1:
         parallel, objective = stage_model(model, config, world.mesh, compute, filled)
     else:
         parallel = parallelize(

@@ -45,6 +45,9 @@ class Layout(BaseModel):
         None, ge=1, description="Microbatches of a pipeline step. None: what microbatch_size gives."
     )
     virtual_stages: int = Field(1, ge=1, description="Pipeline stages on each rank, for interleaved schedules.")
+    engine: Literal["soma", "accelerate"] = Field(
+        "soma", description="What sums the gradients of dp ranks: soma, or Hugging Face's Accelerate."
+    )
     timeout: float = Field(
         1800.0,
         gt=0,
