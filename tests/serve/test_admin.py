@@ -240,7 +240,7 @@ def _accept(driver: Any) -> bool:
 
 
 @pytest.mark.page
-@pytest.mark.parametrize(("width", "dark"), [(320, True), (1280, False)])
+@pytest.mark.parametrize(("width", "dark"), [(320, True), pytest.param(1280, False, marks=pytest.mark.slow)])
 def test_page_shows_all_views(gateway: Gateway, url: str, admin: str, width: int, dark: bool) -> None:
     store = KeyStore(gateway.database)
     key, _ = store.create("a-rather-long-name-of-somebody", team="view")
