@@ -18,7 +18,7 @@ from soma.train.world import World
 from tests.train.parity import Case, make_trainer
 from tests.train.pool import Pool, PoolError
 
-TIMEOUT = 3.0
+TIMEOUT = 8.0  # a busy machine may keep a rank from its step for seconds
 LIMIT = 90.0  # seconds for all of a test on a busy machine
 
 
@@ -78,7 +78,7 @@ def own_pool() -> Iterator[Pool]:
     ("layout", "case", "fault", "operation"),
     [
         ({"dp": 2, "tp": 2}, Case(), sleep, "all_reduce"),
-        ({"fsdp": 2}, Case(), stop, "all_reduce number"),
+        pytest.param({"fsdp": 2}, Case(), stop, "all_reduce number", marks=pytest.mark.slow),
         pytest.param({"fsdp": 2, "cp": 2}, Case(), stop, "all_reduce number", marks=pytest.mark.slow),
         pytest.param({"pp": 2, "dp": 2}, Case(microbatch=2), sleep, "of ranks", marks=pytest.mark.slow),
         pytest.param({"dp": 2, "ep": 2}, Case(model="moe"), stop, "all_reduce number", marks=pytest.mark.slow),
