@@ -106,6 +106,7 @@ class Trainer:
         self.checkpoints = Checkpoints(
             work / "checkpoints", config.keep_checkpoints, world, config.background_checkpoints
         )
+        self.checkpoints.group()  # now: what watches the groups is to know it
         self.microbatch = config.microbatch_size or config.batch_size // world.data_size
         self.validation_start = validation.state_dict() if validation is not None else None
         self.flops = flops_per_token(model.config, config.sequence_length)
@@ -119,6 +120,8 @@ class Trainer:
         self.resume()
         try:
             self.train_steps()
+        except RuntimeError:  # a rank may be lost, and it with what its checkpoint waits for
+            raise
         except BaseException:  # what was being saved is saved; what went wrong with it matters no more
             with suppress(Exception):
                 self.checkpoints.wait(PATIENCE)

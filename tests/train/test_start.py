@@ -157,6 +157,7 @@ def held_whole(rank: int, world_size: int) -> int:
     return peak_since_reset() - before
 
 
+@pytest.mark.parallel
 @pytest.mark.skipif(not can_reset_peak(), reason="the peak of a process's memory cannot be reset here")
 def test_a_whole_model_would_be_seen(pool: Pool) -> None:
     assert min(pool.run(held_whole, 2, timeout=400)) > 0.8 * 106e6
