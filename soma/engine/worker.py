@@ -121,8 +121,8 @@ class Worker:
                 log.exception("the engine cannot be loaded")
             self.channel.put("failed", str(error) or type(error).__name__, isinstance(error, UserError))
             self._end(1)
-        # What is loaded stays: without this Python looks through all of torch's objects again and again (64 streams on a
-        # tiny model: 45 to 52 µs of this process a token, 43 with it).
+        # What is loaded stays: without this Python looks through all of torch's objects again and again (64 streams on
+        # a tiny model: 45 to 52 µs of this process a token, 43 with it).
         gc.collect()
         gc.freeze()
         self.channel.put("ready", facts)
