@@ -42,6 +42,15 @@ def test_gathered_weights_give_the_same_logits(bits: int) -> None:
     assert places[-1] + sizes[-1] - places[0] < sum(sizes) + pages.ALIGNMENT * len(sizes)
 
 
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="needs Linux's large pages")
+def test_a_kernel_without_large_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", -1)  # which it refuses
+    memory = pages.allocate(4 * pages.LARGE)
+    assert memory.numel() == 4 * pages.LARGE
+    assert not memory.any()
+    memory[-1] = 1
+
+
 def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
