@@ -37,6 +37,7 @@ bench: $(DEV_STAMP) $(PEERS_STAMP)
 	$(BIN)/python -m benchmarks.generate --json
 	$(BIN)/python benchmarks/engine.py --peers $(PEERS)/bin/python --json
 	$(BIN)/python benchmarks/data.py --json
+	$(BIN)/python benchmarks/gateway.py --json
 
 # What benchmarks/engine.py runs beside us; llama.cpp is built for this machine (a C++ compiler and cmake, 5-10 minutes).
 $(PEERS_STAMP): | $(BIN)/python
