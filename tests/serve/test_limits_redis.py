@@ -164,7 +164,7 @@ async def enter(gate: LimitsGate, **more: Any) -> "LimitsHold | int | None":
 
 def gate_of(server: RedisServer, when_away: str, limit: int = 3) -> LimitsGate:
     return LimitsGate(LimitsConfig.model_validate({
-        "redis": server.url, "when_away": when_away, "rules": [{"name": "all", "limit": limit, "window": "1d",
+        "redis": server.url, "when_away": when_away, "timeout": "1500ms", "rules": [{"name": "all", "limit": limit, "window": "1d",
                                                                 "algorithm": "fixed_window"}],
     }))  # fmt: skip
 
@@ -233,7 +233,7 @@ def test_what_ended_meanwhile_is_settled(server: RedisServer) -> None:
 
     async def run() -> None:
         gate = LimitsGate(LimitsConfig.model_validate({
-            "redis": server.url, "rules": [{"name": "all", "limit": 100, "window": "1d", "unit": "tokens",
+            "redis": server.url, "timeout": "1500ms", "rules": [{"name": "all", "limit": 100, "window": "1d", "unit": "tokens",
                                             "algorithm": "fixed_window"}],
         }))  # fmt: skip
         hold = await enter(gate, prompt_tokens=10, max_tokens=80)
