@@ -163,10 +163,9 @@ async def enter(gate: LimitsGate, **more: Any) -> "LimitsHold | int | None":
 
 
 def gate_of(server: RedisServer, when_away: str, limit: int = 3) -> LimitsGate:
-    return LimitsGate(LimitsConfig.model_validate({
-        "redis": server.url, "when_away": when_away, "timeout": "1500ms", "rules": [{"name": "all", "limit": limit, "window": "1d",
-                                                                "algorithm": "fixed_window"}],
-    }))  # fmt: skip
+    rule = {"name": "all", "limit": limit, "window": "1d", "algorithm": "fixed_window"}
+    config = {"redis": server.url, "when_away": when_away, "timeout": "1500ms", "rules": [rule]}
+    return LimitsGate(LimitsConfig.model_validate(config))
 
 
 async def back(gate: LimitsGate) -> "LimitsHold | int | None":
@@ -232,10 +231,9 @@ def test_what_ended_meanwhile_is_settled(server: RedisServer) -> None:
     """A call that ends while Redis hangs: Redis is told when it is back, once."""
 
     async def run() -> None:
-        gate = LimitsGate(LimitsConfig.model_validate({
-            "redis": server.url, "timeout": "1500ms", "rules": [{"name": "all", "limit": 100, "window": "1d", "unit": "tokens",
-                                            "algorithm": "fixed_window"}],
-        }))  # fmt: skip
+        rule = {"name": "all", "limit": 100, "window": "1d", "unit": "tokens", "algorithm": "fixed_window"}
+        config = {"redis": server.url, "timeout": "1500ms", "rules": [rule]}
+        gate = LimitsGate(LimitsConfig.model_validate(config))
         hold = await enter(gate, prompt_tokens=10, max_tokens=80)
         assert isinstance(hold, LimitsHold)
         assert hold.headers["x-ratelimit-remaining-tokens"] == "10"
