@@ -205,8 +205,13 @@ def create_app(
         return service.model(name, service.engine.adapter_folders.get(name) if adapter else None)
 
     @app.get("/health")
+    @app.get("/health/ready")
     async def health() -> dict[str, str]:
         service.check_open()
+        return {"status": "ok"}
+
+    @app.get("/health/live")
+    async def live() -> dict[str, str]:
         return {"status": "ok"}
 
     @app.get("/metrics")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
-from http_tools import post
+from http_tools import call, post
 from langchain_core.messages import HumanMessage, SystemMessage
 from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 from pydantic import SecretStr
@@ -53,7 +53,7 @@ def test_langchain_chat(url: str, client: openai.OpenAI) -> None:
 
 
 def test_langchain_embeddings(url: str, client: openai.OpenAI) -> None:
-    """As texts, and as LangChain's default has it: lists of ids."""
+    """Texts as they are (its default counts with tiktoken, which wants the network)."""
     texts = ["hello world", "the lazy dog"]
     direct = [each.embedding for each in client.embeddings.create(model="tiny", input=texts).data]
     model = OpenAIEmbeddings(model="tiny", base_url=url + "/v1", api_key=NO_KEY, check_embedding_ctx_length=False)
@@ -116,6 +116,11 @@ def test_what_responses_refuse(url: str, changes: dict[str, Any], param: str) ->
     status, value = post(url, "/v1/responses", {**RESPONSE, **changes})
     assert status == 400
     assert value["error"]["param"] == param
+
+
+@pytest.mark.parametrize("path", ["/health", "/health/ready", "/health/live"])
+def test_health(url: str, path: str) -> None:
+    assert call(url, "GET", path)[0] == 200
 
 
 DOCUMENTS = ["the quick brown fox", "hello world!", "naïve and 日本"]
