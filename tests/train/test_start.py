@@ -131,7 +131,6 @@ def grown(rank: int, world_size: int, layout: dict[str, Any], folder: str | None
     [
         {"fsdp": 4},
         pytest.param({"pp": 2, "fsdp": 2}, marks=pytest.mark.parallel),
-        pytest.param({"tp": 4}, marks=pytest.mark.parallel),
         pytest.param({"pp": 4}, marks=pytest.mark.parallel),
     ],
     ids=str,
