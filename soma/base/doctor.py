@@ -23,6 +23,14 @@ CPU_INDEX = "pip install torch --index-url https://download.pytorch.org/whl/cpu"
 EXTRAS = {  # extra → a module that only it brings, and what is off without it
     "data": (("daft", "pyarrow"), "building corpora (soma run, soma data)"),
     "train": (("mlflow", "sqlalchemy"), "experiment tracking and registry:NAME references"),
+    "cluster": (("ray",), "corpora on a Ray cluster (data.runner: ray)"),
+    "gateway": (
+        ("grpc", "redis", "opentelemetry"),
+        "keys, the ledger, limits in Redis, gRPC, traces (soma serve, soma gateway)",
+    ),
+    "postgres": (("psycopg",), "keys and the ledger in PostgreSQL"),
+    "onnx": (("onnxruntime",), "ONNX models behind the V2 protocol"),
+    "accelerate": (("accelerate",), "layout: {engine: accelerate}"),
     "quickstart": (("openai",), "the quickstart's requests through the openai client"),
     "cloud": (("s3fs", "gcsfs"), "s3:// and gs:// sources"),
     "gpu": (("triton",), "FlashAttention on GPUs (torch for CUDA brings Triton by itself)"),
