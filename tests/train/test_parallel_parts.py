@@ -15,6 +15,7 @@ from soma.model.attention import make_mask
 from soma.train.optim import orthogonalize
 from soma.train.parallel import context
 from soma.train.parallel.context import Sight, columns_of, gathered_attention, merge, ring_attention
+from soma.train.parallel.groups import make_groups
 from soma.train.parallel.local import cut, enter, leave
 from soma.train.parallel.matrices import WholeMatrices
 from soma.train.parallel.reduce import Reducer
@@ -156,7 +157,7 @@ def whole_matrices(rank: int, world_size: int, shape: tuple[int, ...], cuts: lis
     wholes = [torch.randn(shape) for _ in range(3)]  # fewer than ranks: one rank has none
     placements = [Shard(dimension) for dimension in cuts]
     pieces: list[Any] = [distribute_tensor(x, mesh, placements, src_data_rank=None) for x in wholes]
-    updates = WholeMatrices().map(orthogonalize, pieces, [piece.to_local() for piece in pieces])
+    updates = WholeMatrices(pieces).map(orthogonalize, pieces, [piece.to_local() for piece in pieces])
     gap = 0.0
     for whole, piece, update in zip(wholes, pieces, updates, strict=True):
         expected: Any = distribute_tensor(orthogonalize(whole), mesh, placements, src_data_rank=None)
@@ -171,6 +172,25 @@ def whole_matrices(rank: int, world_size: int, shape: tuple[int, ...], cuts: lis
 )
 def test_muon_sees_whole_matrices(pool: Pool, shape: tuple[int, ...], cuts: list[int]) -> None:
     assert max(pool.run(whole_matrices, 4, shape, cuts)) < 1e-5
+
+
+def neighbours(rank: int, world_size: int) -> list[tuple[tuple[int, ...], float]]:
+    """Groups of a chain, made twice: the ranks at its ends are in fewer groups than the others."""
+    chain = [(lower, lower + 1) for lower in range(world_size - 1)]
+    found = []
+    for _ in range(2):
+        for ranks, group in make_groups(pair for pair in chain if rank in pair).items():
+            value = torch.tensor([float(rank)])
+            dist.all_reduce(value, group=group)
+            found.append((ranks, value.item()))
+    assert make_groups(()) == {}
+    return found
+
+
+def test_groups_of_unequal_numbers(pool: Pool) -> None:
+    ends = pool.run(neighbours, 4)
+    assert ends[0] == [((0, 1), 1.0)] * 2
+    assert ends[2] == [((1, 2), 3.0), ((2, 3), 5.0)] * 2
 
 
 def overlap(rank: int, world_size: int) -> tuple[int, int, list[list[float]]]:

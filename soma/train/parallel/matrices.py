@@ -5,7 +5,7 @@ on them, and sends every rank its rectangle of the result: two all-to-all exchan
 Gathering all matrices everywhere would send each number to every rank, and repeat the work there.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from soma.train.parallel.groups import Ranks, make_groups
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # a rank's rectangle: its shape, and where it starts
 Work = Callable[[Tensor], Tensor]
@@ -30,10 +32,14 @@ def cut_as(tensor: Tensor) -> tuple[Any, ...]:
 
 
 class WholeMatrices:
-    """Runs work on whole matrices that are cut over ranks. It remembers groups and rectangles from call to call."""
+    """Runs work on whole matrices that are cut over ranks. It remembers rectangles from call to call.
 
-    def __init__(self) -> None:
-        self.groups: dict[Any, dist.ProcessGroup] = {}
+    parameters: all that it will be asked for. All ranks of the world must make one together.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        cut = [each for each in parameters if isinstance(each, DTensor) and not whole_matrices(each)]
+        self.groups = make_groups(sharers(each.device_mesh, cut_axes(each)) for each in cut if len(cut_axes(each)) > 1)
         self.boxes: dict[Any, list[Box]] = {}
 
     def map(self, work: Work, parameters: Sequence[Tensor], directions: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -45,25 +51,15 @@ class WholeMatrices:
         first = parameters[0]
         if not isinstance(first, DTensor) or whole_matrices(first):
             return work(torch.stack(list(directions))).unbind()
-        group = self.sharers(first.device_mesh, cut_axes(first))
+        axes = cut_axes(first)
+        mesh = first.device_mesh
+        group = mesh.get_group(axes[0]) if len(axes) == 1 else self.groups[sharers(mesh, axes)]
         boxes = self.rectangles(first, group)
         ranks = dist.get_world_size(group)
         owned = [range(owner, len(directions), ranks) for owner in range(ranks)]
         wholes = collect(directions, owned, boxes, tuple(first.shape), group)
         results = work(wholes) if len(wholes) else wholes
         return spread(results, owned, boxes, group)
-
-    def sharers(self, mesh: DeviceMesh, axes: tuple[int, ...]) -> dist.ProcessGroup:
-        """The group of this rank and all that differ from it along `axes` of a mesh."""
-        if len(axes) == 1:
-            return mesh.get_group(axes[0])
-        key = (id(mesh), axes)
-        if key not in self.groups:
-            behind = tuple(range(-len(axes), 0))
-            lines = mesh.mesh.movedim(axes, behind).flatten(-len(axes))
-            mine = next(line for line in lines.reshape(-1, lines.size(-1)).tolist() if dist.get_rank() in line)
-            self.groups[key] = dist.new_group(mine, use_local_synchronization=True)
-        return self.groups[key]
 
     def rectangles(self, tensor: DTensor, group: dist.ProcessGroup) -> list[Box]:
         """Each rank's rectangle of a tensor that is cut like this one."""
@@ -74,6 +70,12 @@ class WholeMatrices:
             dist.all_gather_object(boxes, mine, group=group)
             self.boxes[key] = boxes
         return self.boxes[key]
+
+
+def sharers(mesh: DeviceMesh, axes: tuple[int, ...]) -> Ranks:
+    """This rank and all that differ from it along `axes` of a mesh."""
+    lines = mesh.mesh.movedim(axes, tuple(range(-len(axes), 0))).flatten(-len(axes))
+    return next(tuple(line) for line in lines.reshape(-1, lines.size(-1)).tolist() if dist.get_rank() in line)
 
 
 def whole_matrices(tensor: DTensor) -> bool:

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from soma.train.parallel.groups import make_groups
 from soma.train.parallel.norm import scale_gradients, total_norm
 from soma.train.parallel.pipeline.schedule import Schedule
 from soma.train.parallel.pipeline.stage import holders
@@ -24,10 +25,13 @@ class Replicas:
         self.model, self.schedule, self.layers, self.tied = model, schedule, layers, tied
         self.group, self.rank = group, dist.get_rank(group)
         shared = {self.holders(name) for name, _ in model.named_parameters()}
-        self.groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
-        for ranks in sorted(ranks for ranks in shared if len(ranks) > 1):
-            members = [dist.get_global_rank(group, rank) for rank in ranks]
-            self.groups[ranks] = dist.new_group(members, use_local_synchronization=True)
+        members = {
+            ranks: tuple(sorted(dist.get_global_rank(group, rank) for rank in ranks))
+            for ranks in shared
+            if len(ranks) > 1
+        }
+        groups = make_groups(members.values())
+        self.groups = {ranks: groups[members[ranks]] for ranks in sorted(members)}
 
     def holders(self, name: str) -> tuple[int, ...]:
         """The ranks that have a parameter or buffer."""

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from soma.train.parallel.groups import make_groups
 from soma.train.parallel.pipeline.schedule import Action, Schedule
 from soma.train.parallel.pipeline.transfers import Channel, channels
 from soma.train.parallel.watch import waiting
@@ -44,16 +45,20 @@ class Transport:
     def open_channels(self) -> None:
         """A communicator for each channel, used once in an order that is the same everywhere."""
         device = torch.device("cuda", torch.cuda.current_device())
-        for channel in self.orders:
-            if self.rank in channel:
-                members = [dist.get_global_rank(self.group, rank) for rank in channel]
-                self.groups[channel] = dist.new_group(members, backend="nccl", use_local_synchronization=True)
-                word = torch.zeros(1, device=device)
-                move = dist.isend if channel[0] == self.rank else dist.irecv
-                other = members[1] if channel[0] == self.rank else members[0]
-                work = move(word, other, group=self.groups[channel])
-                assert work is not None
-                work.wait()
+        mine = [channel for channel in self.orders if self.rank in channel]
+        ends = {channel: tuple(dist.get_global_rank(self.group, rank) for rank in channel) for channel in mine}
+        groups = {
+            is_up: make_groups((tuple(sorted(pair)) for pair in ends.values() if (pair[0] < pair[1]) == is_up), "nccl")
+            for is_up in (True, False)
+        }
+        for channel in mine:
+            source, target = ends[channel]
+            self.groups[channel] = groups[source < target][min(source, target), max(source, target)]
+            word = torch.zeros(1, device=device)
+            move, other = (dist.isend, target) if channel[0] == self.rank else (dist.irecv, source)
+            work = move(word, other, group=self.groups[channel])
+            assert work is not None
+            work.wait()
         torch.cuda.synchronize()
 
     def begin(self) -> None:
