@@ -143,9 +143,12 @@ def write(
     packages: Iterable[str] = (),
     not_run: Mapping[str, str] | None = None,
 ) -> Path:
-    """The result file, `benchmarks/results/NAME.json`."""
+    """The result file, `benchmarks/results/NAME.json`.
+
+    Cases of an earlier run that this one left out stay, each with the commit, date, command and machine of its own.
+    """
     RESULTS.mkdir(parents=True, exist_ok=True)
-    record = {
+    record: dict[str, Any] = {
         "benchmark": name,
         "command": command(name),
         "commit": commit(),
@@ -157,6 +160,11 @@ def write(
     if not_run:
         record["not_run"] = dict(not_run)
     path = RESULTS / f"{name}.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        anew = {(case.case, case.peer) for case in cases}
+        own = {key: before[key] for key in ("commit", "date", "command", "machine")}
+        record["cases"] += [own | case for case in before["cases"] if (case["case"], case["peer"]) not in anew]
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path
 
