@@ -269,10 +269,12 @@ def stream(bench: Bench) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    precision = "fp32" if weights == "fp32" else "bf16"  # as the engine alone has it
     rounding = ["--weights", weights] if weights in ("int8", "int4") else []
     command = [
         sys.executable, "-c", "from soma.cli import main; main()", "serve", str(bench.folder), "--port", str(port),
-        "--name", "bench", "--max-length", "256", "--max-running", str(requests), *rounding,
+        "--name", "bench", "--max-length", "256", "--max-running", str(requests),
+        "--precision", precision, *rounding,
     ]  # fmt: skip
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
