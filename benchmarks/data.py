@@ -345,7 +345,9 @@ def main() -> None:
             print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     finish("data", options, bench.cases, ["datatrove", "spacy", "trafilatura", "daft", "pyarrow"], bench.not_run)
     if options.json:
-        (RESULTS / "data_notes.json").write_text(json.dumps(bench.notes, indent=1, ensure_ascii=False) + "\n")
+        path = RESULTS / "data_notes.json"
+        notes = (json.loads(path.read_text()) if path.exists() else {}) | bench.notes
+        path.write_text(json.dumps(notes, indent=1, ensure_ascii=False) + "\n")
     print(json.dumps(bench.notes, indent=1, ensure_ascii=False)[:4000])
 
 
