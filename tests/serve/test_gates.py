@@ -6,31 +6,13 @@ from collections.abc import Iterator
 import pytest
 from fastapi.testclient import TestClient
 from tiny import make_model
+from v2_tools import Record
 
 from soma.engine.engine import Engine
 from soma.engine.load import load_weights
 from soma.serve.app import create_app
 from soma.serve.calls import Call, Gates, Usage
 from soma.serve.errors import ApiError
-
-
-class Record:
-    """A gate that notes what passes, and refuses when told to."""
-
-    def __init__(self) -> None:
-        self.entered: list[Call] = []
-        self.left: list[Usage] = []
-        self.headers = {"x-ratelimit-remaining-requests": "7"}
-        self.refuses = False
-
-    async def enter(self, call: Call) -> "Record":
-        if self.refuses:
-            raise ApiError(429, "enough", code="rate_limited", retry_after=3)
-        self.entered.append(call)
-        return self
-
-    async def leave(self, usage: Usage) -> None:
-        self.left.append(usage)
 
 
 @pytest.fixture(scope="module")
