@@ -17,19 +17,23 @@
 
 A request's tensors lie on a board by their names. A node takes its inputs from there and puts its outputs there;
 `inputs: {text: text_input}` takes the board's `text_input` as the model's `text`, `outputs: {label: topic}` puts the
-model's `label` there as `topic`. The graph's outputs are what lies there in the end.
+model's `label` there as `topic`. The graph's outputs are what lies there in the end. Further kinds of nodes, each in a
+module of its own: `kinds.py`.
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from soma.base.errors import UserError
+from soma.serve.graphs.kinds import KINDS as FURTHER
+from soma.serve.graphs.kinds import NodeKind, read_kind
 from soma.serve.v2.config import Model, Tensor, explain
 
-KINDS = ("sequence", "switch", "ensemble", "splitter", "openai", "v2", "model")
+EDGES = ("sequence", "switch", "ensemble", "splitter")
+KINDS = (*EDGES, "openai", "v2", "further", "model")
 
 
 class Branch(BaseModel):
@@ -50,7 +54,8 @@ class Share(BaseModel):
 
 
 class Node(BaseModel):
-    """Exactly one of: an edge (sequence, switch, ensemble, splitter) or something that computes (model, v2, openai)."""
+    """Exactly one of: an edge (sequence, switch, ensemble, splitter) or something that computes (model, v2, openai, a
+    kind of `kinds.KINDS`)."""
 
     model_config = ConfigDict(extra="forbid")
     sequence: list[str] = Field([], description="nodes, one after another")
@@ -71,11 +76,30 @@ class Node(BaseModel):
     )
     inputs: dict[str, str] = Field({}, description="the model's input: the board's tensor")
     outputs: dict[str, str] = Field({}, description="the model's output: the board's tensor")
+    further: SerializeAsAny[NodeKind] | None = Field(
+        None, exclude=True, description="what stands under its kind's name"
+    )
+    further_kind: str | None = Field(None, exclude=True, description="the name of that kind")
 
     @property
-    def kind(self) -> Literal["sequence", "switch", "ensemble", "splitter", "openai", "v2", "model"]:
-        found: Any = next(kind for kind in KINDS if getattr(self, kind))
-        return found
+    def kind(self) -> str:
+        """The key that says what it is."""
+        found = next(kind for kind in KINDS if getattr(self, kind))
+        return self.further_kind or found
+
+    @model_validator(mode="before")
+    @classmethod
+    def _further(cls, value: Any) -> Any:
+        """A kind that has a module of its own."""
+        if not isinstance(value, dict):
+            return value
+        if meant := value.keys() & {"further", "further_kind"}:
+            raise ValueError(f"{min(meant)}: no key of a node")
+        names = [key for key in value if key in FURTHER]
+        if len(names) > 1:
+            raise ValueError(f"expected one kind; got {', '.join(names)}")
+        rest = {key: given for key, given in value.items() if key not in FURTHER}
+        return rest | {"further": read_kind(names[0], value[names[0]]), "further_kind": names[0]} if names else rest
 
     @property
     def targets(self) -> list[str]:
@@ -87,7 +111,8 @@ class Node(BaseModel):
     def _one_kind(self) -> "Node":
         found = [kind for kind in KINDS if getattr(self, kind)]
         if len([kind for kind in found if kind != "model"]) > 1 or not found:
-            raise ValueError(f"expected one of {', '.join(KINDS)}; got {', '.join(found) or 'none'}")
+            kinds = ", ".join((*EDGES, "openai", "v2", *FURTHER, "model"))
+            raise ValueError(f"expected one of {kinds}; got {', '.join(found) or 'none'}")
         if self.kind in ("v2", "openai") and self.model is None:
             raise ValueError("a remote endpoint needs model")
         if self.model is not None and self.kind not in ("v2", "openai", "model"):

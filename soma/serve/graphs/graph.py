@@ -21,7 +21,7 @@ import numpy as np
 from soma.base.errors import UserError
 from soma.serve.calls import Usage
 from soma.serve.errors import ApiError, as_api_error
-from soma.serve.graphs.config import GraphConfig, Node
+from soma.serve.graphs.config import EDGES, GraphConfig, Node
 from soma.serve.graphs.trace import span
 from soma.serve.v2.callables import find
 from soma.serve.v2.datatypes import Tensors
@@ -97,11 +97,12 @@ class Graph(V2Model):
 
 
 def is_model(node: Node) -> bool:
-    return node.kind in ("model", "v2", "openai")
+    """Whether it computes."""
+    return node.kind not in EDGES
 
 
 def model_of(graph: str, name: str, node: Node) -> str:
-    """The V2 model that a node is: remote ones are `GRAPH.NODE`."""
+    """The V2 model that a node is: those that are not of the file's models are `GRAPH.NODE`."""
     return str(node.model) if node.kind == "model" else f"{graph}.{name}"
 
 

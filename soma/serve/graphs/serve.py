@@ -1,6 +1,7 @@
 """Serving the graphs of a file: every graph and every node that computes is a model of the Open Inference Protocol."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from soma.serve.calls import Gates, check_allowed
 from soma.serve.errors import ApiError
 from soma.serve.graphs.config import GraphsFile, Node, read_graphs
 from soma.serve.graphs.graph import Graph, model_of
+from soma.serve.graphs.kinds import Place, build
 from soma.serve.graphs.remote import OpenAI, RemoteV2
 from soma.serve.v2.alone import create_app, run
 from soma.serve.v2.config import ModelsFile, add_models
@@ -45,12 +47,15 @@ def graphs_app(
 
 
 def add_graphs(front: Front, file: GraphsFile, folder: Path) -> dict[str, Graph]:
-    """Put graphs and their remote nodes into the repository of `front`. Raises UserError."""
+    """Put graphs and their nodes into the repository of `front`. Raises UserError."""
     graphs: dict[str, Graph] = {}
     for name, config in file.graphs.items():
         for node_name, node in config.nodes.items():
             if node.kind in ("v2", "openai"):
                 front.repository.add(model_of(name, node_name, node), remote(node))
+            elif node.further is not None:
+                make = partial(build, node.further, Place(name, node_name, folder, front))
+                front.repository.add(model_of(name, node_name, node), make).put(make())
         graphs[name] = Graph(name, config, front, folder)
         front.repository.add(name, graphs[name])
     return graphs
