@@ -76,9 +76,7 @@ class Node(BaseModel):
     )
     inputs: dict[str, str] = Field({}, description="the model's input: the board's tensor")
     outputs: dict[str, str] = Field({}, description="the model's output: the board's tensor")
-    further: SerializeAsAny[NodeKind] | None = Field(
-        None, exclude=True, description="what stands under its kind's name"
-    )
+    further: NodeKind | None = Field(None, exclude=True, description="what stands under the name of its kind")
     further_kind: str | None = Field(None, exclude=True, description="the name of that kind")
 
     @property
