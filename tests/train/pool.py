@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 GRACE = 1.5  # seconds that the other ranks have to come back after one has failed
+LOST = "gloo/transport"  # in the error of a rank whose peer has gone
 
 
 class PoolError(AssertionError):
@@ -93,7 +94,8 @@ class Pool:
                     is_well, value = pickle.loads(connection.recv_bytes())  # type: ignore[union-attr]
                 except (EOFError, ConnectionError):
                     self.workers[rank][0].join(1)
-                    is_well, value = False, f"the process died (exit code {self.workers[rank][0].exitcode})"
+                    code = self.workers[rank][0].exitcode
+                    is_well, value = False, f"{self.stack(rank)}\nthe process died (exit code {code})"
                 if is_well:
                     results[rank] = value
                 else:
@@ -102,17 +104,24 @@ class Pool:
         return results, errors
 
     def describe(self, errors: dict[int, str], busy: list[int], timeout: float) -> str:
-        """What went wrong on which rank, and where those are that are still busy."""
-        parts = [f"rank {rank} failed:\n{text}" for rank, text in sorted(errors.items())]
+        """What went wrong on which rank, and where those are that are still busy: the likely cause first, in a line
+        each, then at length."""
+        causes = sorted(errors, key=lambda rank: (LOST in errors[rank], rank))  # a lost rank's peers fail after it
+        lines = [f"rank {rank}: {errors[rank].strip().splitlines()[-1][:200]}" for rank in causes]
         if busy:
             after = f"{GRACE:g} s after that" if errors else f"after {timeout:g} s"
-            parts.append(f"still busy {after}: ranks {', '.join(map(str, busy))}")
+            lines.append(f"still busy {after}: ranks {', '.join(map(str, busy))}")
+        parts = ["\n".join(lines), *(f"rank {rank} failed:\n{errors[rank]}" for rank in causes)]
         for rank in busy:
-            place = self.folder / f"stack-{rank}"
             os.kill(self.workers[rank][0].pid, signal.SIGUSR1)
             time.sleep(0.2)
-            parts.append(f"rank {rank} stands at:\n{place.read_text() if place.exists() else ''}")
+            parts.append(f"rank {rank} stands at:\n{self.stack(rank)}")
         return "\n".join(parts)
+
+    def stack(self, rank: int) -> str:
+        """What a rank's faulthandler has written."""
+        place = self.folder / f"stack-{rank}"
+        return place.read_text() if place.exists() else ""
 
     def close(self) -> None:
         """End all processes."""
@@ -133,6 +142,7 @@ def work(connection: Connection, place: str) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the session's: it closes the pool
     with open(place, "w") as stack:
+        faulthandler.enable(file=stack)
         faulthandler.register(signal.SIGUSR1, file=stack, all_threads=False)
         while True:
             try:

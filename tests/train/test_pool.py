@@ -1,5 +1,6 @@
 """The pool of ranks: results in order, errors with the rank's traceback, and no test waits for ever."""
 
+import ctypes
 import os
 import time
 
@@ -27,6 +28,12 @@ def hang_on(rank: int, world_size: int, bad: int) -> None:
         time.sleep(60)
 
 
+def crash_on(rank: int, world_size: int, bad: int) -> None:
+    if rank == bad:
+        ctypes.string_at(0)
+    dist.all_reduce(torch.ones(1))
+
+
 def test_pool(pool: Pool) -> None:
     first = pool.run(total, 3, torch.ones(2))
     assert [x.tolist() for _, x, _ in first] == [[3.0, 3.0]] * 3
@@ -38,8 +45,14 @@ def test_pool(pool: Pool) -> None:
 
 def test_failures_name_the_rank() -> None:
     own = Pool()
-    with pytest.raises(PoolError, match=r"(?s)rank 1 failed:.*one rank is ill.*still busy 1.5 s after that: ranks 0"):
+    with pytest.raises(
+        PoolError, match=r"(?s)^rank 1: .*one rank is ill\nstill busy 1.5 s after that: ranks 0\nrank 1 fail"
+    ):
         own.run(fail_on, 2, 1)
+    with pytest.raises(
+        PoolError, match=r"(?s)^rank 1: the process died \(exit code -11\)\nrank 0: .*rank 1 failed:.*crash_on"
+    ):
+        own.run(crash_on, 2, 1)
     with pytest.raises(PoolError, match=r"(?s)still busy after 1.5 s: ranks 1\n.*in hang_on"):
         own.run(hang_on, 2, 1, timeout=1.5)
     assert len(own.run(total, 2, torch.ones(1))) == 2
