@@ -3,6 +3,7 @@
 import ctypes
 import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,12 +29,6 @@ def hang_on(rank: int, world_size: int, bad: int) -> None:
         time.sleep(60)
 
 
-def crash_on(rank: int, world_size: int, bad: int) -> None:
-    if rank == bad:
-        ctypes.string_at(0)
-    dist.all_reduce(torch.ones(1))
-
-
 def test_pool(pool: Pool) -> None:
     first = pool.run(total, 3, torch.ones(2))
     assert [x.tolist() for _, x, _ in first] == [[3.0, 3.0]] * 3
@@ -49,11 +44,31 @@ def test_failures_name_the_rank() -> None:
         PoolError, match=r"(?s)^rank 1: .*one rank is ill\nstill busy 1.5 s after that: ranks 0\nrank 1 fail"
     ):
         own.run(fail_on, 2, 1)
-    with pytest.raises(
-        PoolError, match=r"(?s)^rank 1: the process died \(exit code -11\)\nrank 0: .*rank 1 failed:.*crash_on"
-    ):
-        own.run(crash_on, 2, 1)
     with pytest.raises(PoolError, match=r"(?s)still busy after 1.5 s: ranks 1\n.*in hang_on"):
         own.run(hang_on, 2, 1, timeout=1.5)
     assert len(own.run(total, 2, torch.ones(1))) == 2
+    own.close()
+
+
+def crash_on(rank: int, world_size: int, bad: int, once: str) -> int:
+    if rank == bad and not (once and Path(once).exists()):
+        if once:
+            Path(once).touch()
+        ctypes.string_at(0)
+    dist.all_reduce(torch.ones(1))
+    return rank
+
+
+def test_what_dies_is_done_once_more(tmp_path: Path) -> None:
+    own = Pool()
+    with pytest.warns(UserWarning, match=r"(?s)^done again.*rank 1: the process died \(exit code -11\)"):
+        assert own.run(crash_on, 2, 1, str(tmp_path / "crashed")) == [0, 1]
+    own.workers[0][0].kill()  # between two runs
+    own.workers[0][0].join()
+    assert len(own.run(total, 2, torch.ones(1))) == 2
+    with (
+        pytest.warns(UserWarning, match="done again"),
+        pytest.raises(PoolError, match=r"(?s)^rank 1: the process died \(exit code -11\).*rank 1 failed:.*crash_on"),
+    ):
+        own.run(crash_on, 2, 1, "")
     own.close()
