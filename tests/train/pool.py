@@ -31,6 +31,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+ATTEMPTS = 3  # at a call whose processes die
 GRACE = 1.5  # seconds that the other ranks have to come back after one has failed
 LOST = "gloo/transport"  # in the error of a rank whose peer has gone
 
@@ -54,15 +55,18 @@ class Pool:
     def run(self, fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
         """`fn(rank, world_size, *args)` on every rank, in a process group of just these; the results in rank order.
 
-        Where a process dies of a signal it is done once more, with new processes, and pytest shows a warning with
-        the place: threads of Gloo have been seen to abort (docs/lab.md), which says nothing of what is tested. What
-        dies twice has failed.
+        Where a process dies of a signal it is done again, with new processes, and pytest shows a warning with the
+        place: threads of Gloo have been seen to abort (docs/lab.md), which says nothing of what is tested. What dies
+        ATTEMPTS times has failed.
         """
-        try:
-            return self.attempt(fn, world_size, *args, timeout=timeout)
-        except DiedError as error:
-            warnings.warn(f"done again, since a process died: {error}", stacklevel=2)
-            return self.attempt(fn, world_size, *args, timeout=timeout)
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return self.attempt(fn, world_size, *args, timeout=timeout)
+            except DiedError as error:
+                if attempt == ATTEMPTS:
+                    raise
+                warnings.warn(f"done again, since a process died: {error}", stacklevel=2)
+        raise AssertionError
 
     def attempt(self, fn: Callable[..., Any], world_size: int, *args: Any, timeout: float) -> list[Any]:
         """`run`, once."""
