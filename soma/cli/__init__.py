@@ -6,7 +6,7 @@ import sys
 import typer
 
 from soma.base.errors import UserError
-from soma.cli import data, gateway, graphs, models, recipes, schedules, sweeps, training, upkeep, upstreams
+from soma.cli import annotation, gateway, graphs, models, recipes, schedules, sweeps, training, upkeep, upstreams
 
 # Mistakes about paths, not ours: no right to write there, a read-only disk, a file where a folder should be …
 NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
@@ -49,7 +49,7 @@ app.command("gateway")(upstreams.gateway)
 app.command("generate")(models.generate)
 app.command("schedule")(schedules.schedule)
 app.command("doctor")(upkeep.doctor)
-app.add_typer(data.data_app, name="data")
+app.add_typer(annotation.data_app, name="data")
 app.add_typer(graphs.graph_app, name="graph")
 app.add_typer(gateway.keys_app, name="keys")
 app.add_typer(gateway.ledger_app, name="ledger")
