@@ -42,7 +42,7 @@ bench: $(DEV_STAMP) $(PEERS_STAMP)
 # What benchmarks/engine.py runs beside us; llama.cpp is built for this machine (a C++ compiler and cmake, 5-10 minutes).
 $(PEERS_STAMP): | $(BIN)/python
 	$(PYTHON) -m venv $(PEERS)
-	CMAKE_ARGS="$(if $(shell grep -m1 amx_tile /proc/cpuinfo),$(NO_AMX))" $(PEERS)/bin/python -m pip install -q --disable-pip-version-check llama-cpp-python gguf safetensors openvino-genai
+	CMAKE_ARGS="$(if $(shell grep -m1 amx_tile /proc/cpuinfo),$(NO_AMX))" $(PEERS)/bin/python -m pip install -q --disable-pip-version-check llama-cpp-python gguf safetensors openvino-genai onnxruntime-genai onnx-ir
 	touch $@
 
 $(BIN)/python:

@@ -1,16 +1,19 @@
-"""The engine on a CPU against what a user would pick instead: llama.cpp, openvino-genai and transformers.
+"""The engine on a CPU against what a user would pick instead: llama.cpp, the genai pipelines of OpenVINO and ONNX
+Runtime, and transformers.
 
 All sides have the same random weights of real shapes (SmolLM2-135M, Qwen3-0.6B), and every engine lives in a process of
 its own. They take turns. llama.cpp is fed through its batch API by a loop that does nothing but argmax: continuous
 batching at its best. Its matrices are all in one format (`pure`), as ours are. openvino-genai reads its Q8_0 file and
-runs its own continuous batching. llama.cpp is built without AMX (`-mno-amx-tile`): with it, llama-cpp-python 0.3.36
-dies of an illegal instruction in Q8_0 and Q4_0 on the processor at hand. transformers is ten times slower with
-many requests: it runs once, without a warm-up. In `stream` the clients' process shares the cores with the service.
+runs its own continuous batching. onnxruntime-genai runs int4, one batch of prompts of equal length. llama.cpp is built
+without AMX (`-mno-amx-tile`): with it, llama-cpp-python 0.3.36 dies of an illegal instruction in Q8_0 and Q4_0 on the
+processor at hand. transformers is ten times slower with many requests: it runs once, without a warm-up. In `stream` the
+clients' process shares the cores with the service.
 
 A side that breaks is written down as not run, with the reason, and so is what does not begin in `--minutes`; the result
-file is written anew after each part. onnxruntime-genai is not here: NOT_HERE says why.
+file is written anew after each part.
 
-    python -m venv peers && peers/bin/pip install llama-cpp-python gguf safetensors openvino-genai     (or: make bench)
+    make bench, or: python -m venv peers
+    peers/bin/pip install llama-cpp-python gguf safetensors openvino-genai onnxruntime-genai onnx-ir
     python benchmarks/engine.py --peers peers/bin/python --json
 """
 
@@ -51,9 +54,6 @@ FORMATS = {"int8": "q8_0", "int4": "q4_0", "bf16": "bf16"}  # ours and llama.cpp
 PARALLEL_BARS = {16: 1.5, 64: 2.0}
 PREFILL_BAR, PREFIX_BAR, BANDWIDTH_BAR, STREAM_BAR = 1.3, 5.0, 0.8, 0.9
 START_SECONDS = 90.0
-NOT_HERE = {
-    "onnxruntime-genai": "its model builder wants torch, transformers and onnx-ir in the peers' environment; not set up"
-}
 Run = Callable[[], float]
 
 
@@ -75,8 +75,8 @@ class Bench:
                 self._peer("quantize", self.folder / "f32.gguf", self.folder / f"{their}.gguf", their)
         (self.folder / "f32.gguf").unlink(missing_ok=True)
 
-    def _peer(self, what: str, *arguments: object, script: str = "gguf_peer") -> bool:
-        command = [self.options.peers, str(PEERS / f"{script}.py"), what, *map(str, arguments)]
+    def _peer(self, what: str, *arguments: object, script: str = "gguf_peer", python: str = "") -> bool:
+        command = [python or self.options.peers, str(PEERS / f"{script}.py"), what, *map(str, arguments)]
         try:
             subprocess.run(command, check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError) as error:
@@ -89,7 +89,7 @@ class Bench:
         try:
             worker = Worker(python, script, *arguments)
         except (OSError, RuntimeError) as error:
-            self.not_run[f"{self.name} {script} {arguments[1]}"] = str(error)
+            self.not_run[f"{self.name} {script}"] = str(error)
             return None
         self.workers.append(worker)
         return worker
@@ -113,6 +113,15 @@ class Bench:
         if not made and not self._peer("convert", self.folder / "q8_0.gguf", script="openvino_peer"):
             return None
         return self.worker(self.options.peers, "openvino_peer", self.folder, self.options.threads, length, sequences)
+
+    def onnxruntime(self) -> Worker | None:
+        out = self.folder / "onnxruntime"
+        if not (out / "genai_config.json").is_file():
+            write_tokenizer(self.folder, self.vocabulary)
+            convert = [out, self.options.peers, self.options.threads]
+            if not self._peer("convert", self.folder, *convert, script="onnxruntime_genai_peer", python=sys.executable):
+                return None
+        return self.worker(self.options.peers, "onnxruntime_genai_peer", out)
 
     def close(self) -> None:
         for worker in self.workers:
@@ -172,10 +181,14 @@ def decode(bench: Bench) -> None:
         def speed(worker: Worker) -> float:
             return (count - 1) / worker("generate", prompts=prompt, count=count)["decode"]
 
-        peer = f"llama.cpp {format_}"
+        peers = {
+            f"llama.cpp {format_}": theirs,
+            "onnxruntime-genai int4": bench.onnxruntime() if weights == "int4" else None,
+        }
         bench.compare(
             f"decode, {weights}", "tokens/s", functools.partial(speed, ours),
-            {peer: functools.partial(speed, theirs)} if theirs else {}, {peer: None if weights == "bf16" else 1.0},
+            {name: functools.partial(speed, worker) for name, worker in peers.items() if worker},
+            {f"llama.cpp {format_}": None if weights == "bf16" else 1.0, "onnxruntime-genai int4": None},
         )  # fmt: skip
         if bench.name == "0.6B":
             nbytes, case = ours("weight_bytes"), f"0.6B decode, {weights}: weights read"
@@ -219,12 +232,15 @@ def concurrent(bench: Bench) -> None:
         theirs = {f"llama.cpp {their}": bench.llama(their, **sizes) for their in FORMATS.values()}
         runs = {name: functools.partial(speed, worker) for name, worker in theirs.items() if worker}
         best = bench.fastest({name: functools.partial(run, count=32) for name, run in runs.items()})
-        openvino = bench.openvino(**sizes)
+        openvino, onnxruntime = bench.openvino(**sizes), bench.onnxruntime()
         ours = {name: bench.ours(name, **sizes) for name in bench.options.weights}
         for weights, worker in ours.items():
             peers, bars = ({best: runs[best]}, {best: bar}) if best else ({}, {})
             if openvino:
                 peers["openvino-genai"], bars["openvino-genai"] = functools.partial(speed, openvino), 1.0
+            if onnxruntime:
+                peers["onnxruntime-genai int4"] = functools.partial(speed, onnxruntime)
+                bars["onnxruntime-genai int4"] = None
             bench.compare(
                 f"{requests} requests, {weights}", "output tokens/s", functools.partial(speed, worker), peers, bars
             )
@@ -347,7 +363,7 @@ def main() -> None:
     options = command.parse_args()
     start = time.monotonic()
     cases: list[Case] = []
-    not_run = dict(NOT_HERE)
+    not_run: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         for shape in options.shapes:
             works = [work for work in options.work if work in BOTH or shape == "135M"]
