@@ -6,7 +6,19 @@ import sys
 import typer
 
 from soma.base.errors import UserError
-from soma.cli import annotation, gateway, graphs, models, recipes, schedules, sweeps, training, upkeep, upstreams
+from soma.cli import (
+    annotation,
+    gateway,
+    graphs,
+    models,
+    prompts,
+    recipes,
+    schedules,
+    sweeps,
+    training,
+    upkeep,
+    upstreams,
+)
 
 # Mistakes about paths, not ours: no right to write there, a read-only disk, a file where a folder should be …
 NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
@@ -53,6 +65,7 @@ app.add_typer(annotation.data_app, name="data")
 app.add_typer(graphs.graph_app, name="graph")
 app.add_typer(gateway.keys_app, name="keys")
 app.add_typer(gateway.ledger_app, name="ledger")
+app.add_typer(prompts.prompt_app, name="prompt")
 app.add_typer(upkeep.runs_app, name="runs")
 app.add_typer(upkeep.cache_app, name="cache")
 

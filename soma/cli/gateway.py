@@ -124,7 +124,7 @@ def budget(
 
 @ledger_app.command("report")
 def report(
-    by: Annotated[str, typer.Option(help="key, name, team, model, route, day, outcome: some, with commas.")] = (
+    by: Annotated[str, typer.Option(help="key, name, team, model, route, day, outcome, prompt: some, with commas.")] = (
         "key,model,day"
     ),
     since: Annotated[str | None, typer.Option(help="First UTC day, as 2026-11-01.")] = None,

@@ -70,6 +70,9 @@ def serve(
         int | None, typer.Option(help="Admin API and page on this port as well; with --keys.", min=0)
     ] = None,
     admin_host: Annotated[str, typer.Option(help="Address of the admin port.")] = "127.0.0.1",
+    prompts: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Prompts that requests may name: see `soma prompt`.")
+    ] = None,
     in_process: Annotated[
         bool, typer.Option("--in-process", help="Run the engine in this process, to debug it.")
     ] = False,
@@ -88,6 +91,7 @@ def serve(
             keys=keys, prices=prices, admin_port=admin_port, admin_host=admin_host,
             grpc_port=grpc_port, grpc_compression=grpc_compression, models=models,
             allow_model_control=allow_model_control, limits=limits, trusted_proxies=trusted_proxy or (),
+            prompts=prompts,
         )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ from soma.serve.keys.routes import PUBLIC
 from soma.serve.metrics import Metrics
 from soma.serve.prompts import TokenNames
 from soma.serve.protocol import ChatRequest, CompletionRequest, Sampling, read_body
+from soma.serve.templates.library import Library
 from soma.serve.tool_calls import ToolChatFormat, with_calls
 from soma.serve.tools import read_tools
 from soma.serve.v2 import rest
@@ -69,6 +70,7 @@ class Service:
             engine.guides.prepare()
         self.metrics = Metrics(engine, model_name)
         self.names = TokenNames(tokenizer)
+        self.prompts: Library | None = None  # that requests may name
         self.created = int(time.time())
         self.draining = False
         self.open = 0  # requests being answered
@@ -115,6 +117,7 @@ def create_app(
     engine: "AnyEngine", tokenizer: Tokenizer, model_name: str, *, max_body_bytes: int = MAX_BODY_BYTES,
     embedder: "Embedder | None" = None, allow_adapter_loading: bool = False, gates: Gates | None = None,
     guard: "Guard | None" = None, repository: Repository | None = None, allow_model_control: bool = False,
+    prompts: Library | None = None,
 ) -> FastAPI:  # fmt: skip
     """The application. `app.state.service` is its `Service`; who runs it closes the engine afterwards.
 
@@ -122,10 +125,11 @@ def create_app(
     `allow_adapter_loading`: clients may load adapters from folders of this machine, and unload them. `gates`: what
     every request that uses the model passes. `guard`: who asks for keys at the door of every route.
     `repository`: further models for the Open Inference Protocol; `allow_model_control`: clients may load and unload
-    those. `app.state.v2` is that protocol's front.
+    those. `app.state.v2` is that protocol's front. `prompts`: what requests may name.
     """
     app = FastAPI(title="Soma", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.service = service = Service(engine, tokenizer, model_name, max_body_bytes, embedder, gates)
+    service.prompts = prompts
     if guard is not None:
         from soma.serve.keys.door import Door
 

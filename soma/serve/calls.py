@@ -16,6 +16,7 @@ from typing import Protocol
 from starlette.requests import Request
 
 from soma.serve.errors import ApiError
+from soma.serve.graphs.trace import CallSpan
 
 log = logging.getLogger("soma.serve")
 
@@ -106,11 +107,14 @@ class Passage:
     def __init__(self, call: Call, holds: Sequence[Hold]) -> None:
         self.call, self.holds = call, holds
         self.has_left = False
+        self.span = CallSpan(call)
 
     @property
     def headers(self) -> dict[str, str]:
         """Response headers: the call's id and what the gates tell."""
         told = {"x-request-id": self.call.id}
+        if prompt := self.call.tags.get("prompt"):
+            told["x-soma-prompt"] = prompt
         for hold in self.holds:
             told |= hold.headers
         return told
@@ -121,6 +125,7 @@ class Passage:
         if self.has_left:
             return
         self.has_left = True
+        self.span.end(usage)
         await asyncio.shield(self._leave(usage))
 
     async def _leave(self, usage: Usage) -> None:
@@ -154,7 +159,9 @@ def called(request: Request, model: str, prompt_tokens: int, max_tokens: int = 0
     """The call that a request is, for the gates. Who asks was found out before: `request.state.caller`."""
     caller = caller_of(request)
     address = getattr(request.state, "address", None) or (request.client.host if request.client else "")
-    return Call(request.scope["path"], model, address, caller, prompt_tokens, max_tokens)
+    call = Call(request.scope["path"], model, address, caller, prompt_tokens, max_tokens)
+    call.tags |= getattr(request.state, "tags", {})
+    return call
 
 
 def caller_of(request: Request) -> Caller | None:

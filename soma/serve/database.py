@@ -78,6 +78,7 @@ ledger = sa.Table(
     sa.Column("completion_tokens", sa.BigInteger, nullable=False),
     sa.Column("nano", sa.BigInteger),  # NULL: this service has no price file
     sa.Column("currency", sa.Text),
+    sa.Column("prompt", sa.Text),  # NAME@VERSION+HASH where the request named a prompt of the service
 )  # fmt: skip
 balances = sa.Table(
     "balances", metadata,

@@ -34,4 +34,6 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             owner TEXT NOT NULL, period TEXT NOT NULL, tokens BIGINT NOT NULL, nano BIGINT NOT NULL,
             held_tokens BIGINT NOT NULL, held_nano BIGINT NOT NULL, PRIMARY KEY (owner, period))""",
     ),
+    # 3: which version of a prompt a call used
+    ("ALTER TABLE ledger ADD COLUMN prompt TEXT",),
 )

@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect
 from soma.engine.params import SamplingParams
 from soma.serve.errors import ApiError
 from soma.serve.structured import guided_of
+from soma.serve.templates import request as prompts
 from soma.serve.tools import Tool, calls_for_template
 
 BODY_SECONDS = 60.0  # in which a body must have come
@@ -194,7 +195,9 @@ Body = TypeVar("Body", bound=Sampling)
 
 async def read_body(request: Request, kind: type[Body], limit: int) -> Body:
     """The request's JSON as `kind`. Raises ApiError: wrong content type, too large (413), malformed, wrong fields."""
-    return parse((await read_json(request, limit))[0], kind)
+    value, _ = await read_json(request, limit)
+    await prompts.fill(request, value)
+    return parse(value, kind)
 
 
 async def read_json(request: Request, limit: int) -> tuple[dict[str, Any], bytes]:

@@ -27,6 +27,7 @@ from soma.serve.addresses import Addresses, TrustedProxies
 from soma.serve.calls import Gates
 from soma.serve.limits.config import read_limits
 from soma.serve.limits.gate import LimitsGate
+from soma.serve.templates.request import load as load_prompts
 from soma.serve.v2.config import add_models, read_models
 from soma.serve.v2.repository import Repository
 
@@ -90,7 +91,7 @@ def serve(
     grpc_port: int | None = None, grpc_compression: str = "none", models: str | Path | None = None,
     allow_model_control: bool = False, limits: Path | None = None, trusted_proxies: Sequence[str] = (),
     prices: str | None = None, admin_port: int | None = None, admin_host: str = "127.0.0.1",
-    ready: Callable[[str], None] | None = None,
+    prompts: str | None = None, ready: Callable[[str], None] | None = None,
 ) -> None:  # fmt: skip
     """Serve a model until SIGTERM or SIGINT.
 
@@ -108,8 +109,8 @@ def serve(
     `adapters`: names and PEFT folders of adapters, chosen as models by those names; with `allow_adapter_loading`
     clients may load and unload others. `grpc_port`: the Open Inference Protocol over gRPC as well, on the same host;
     `grpc_compression` of its answers. `models`: a file with further models for that protocol (`soma.serve.v2.config`),
-    which clients may load and unload with `allow_model_control`. `ready` is called with the base URL once requests are
-    answered; without it a note says so.
+    which clients may load and unload with `allow_model_control`. `prompts`: a folder of prompts that requests may name
+    (`soma.serve.templates`). `ready` is called with the base URL once requests are answered; without it a note says so.
     Raises UserError: no such model, a public host without `keys` or `allow_public`, a port in use, no replicas, an
     adapter or model that cannot be loaded, limits that make no sense, a database that cannot be opened.
     """
@@ -150,9 +151,10 @@ def serve(
                 names = (name or own_name, *engine.adapter_folders, *(entry.name for entry in repository))
                 gateway.check_models(names)
             limiters = [] if limiter is None else [limiter]
+            library = load_prompts(prompts, tokenizer)
             app = create_app(
                 engine, tokenizer, name or own_name, embedder=embedder, allow_adapter_loading=allow_adapter_loading,
-                repository=repository, allow_model_control=allow_model_control,
+                repository=repository, allow_model_control=allow_model_control, prompts=library,
                 gates=Gates(gateway.gates(limiters) if gateway else limiters), guard=gateway.guard if gateway else None,
             )  # fmt: skip
             app.add_middleware(Addresses, proxies=proxies)  # before the door, which counts failures by address

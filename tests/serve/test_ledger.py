@@ -121,7 +121,7 @@ def test_written_before_it_runs_and_settled_after(gateway: Gateway) -> None:
     row = rows_of(gateway.database)[call.id]
     assert (row.prompt_tokens, row.cached_tokens, row.completion_tokens, row.outcome) == (10, 4, 5, "ok")
     assert (row.nano, row.currency) == (6 * 150 + 4 * 75 + 5 * 600, "USD")
-    assert json.loads(row.tags) == {"prompt": "greet@3"}
+    assert (json.loads(row.tags), row.prompt) == ({"prompt": "greet@3"}, "greet@3")
     check_balances(gateway.database)
 
 
@@ -596,7 +596,7 @@ def test_reports(local: Gateway) -> None:
     assert report(local.database, ["day"], since=day, until=day)
     assert report(local.database, ["day"], until="2000-01-01") == []
     with pytest.raises(UserError, match="expected some of"):
-        report(local.database, ["prompt"])
+        report(local.database, ["words"])
     with pytest.raises(UserError, match="since"):
         report(local.database, since="yesterday")
 

@@ -117,7 +117,7 @@ def new_row(call: Call, instance: str, nano: int | None, currency: str | None) -
         "model": call.model, "route": call.route, "tags": json.dumps(call.tags), "day": day_of(opened),
         "opened_at": opened, "settled_at": None, "outcome": None, "estimated": 0, "reserved_prompt": call.prompt_tokens,
         "reserved_completion": call.max_tokens, "reserved_nano": nano, "prompt_tokens": 0, "cached_tokens": 0,
-        "completion_tokens": 0, "nano": None, "currency": currency,
+        "completion_tokens": 0, "nano": None, "currency": currency, "prompt": call.tags.get("prompt"),
     }  # fmt: skip
 
 

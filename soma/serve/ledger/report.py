@@ -15,7 +15,7 @@ from soma.base.errors import UserError
 from soma.serve.database import Database, keys, ledger
 from soma.serve.keys.store import NANO
 
-COLUMNS = ("key", "name", "team", "model", "route", "day", "outcome")
+COLUMNS = ("key", "name", "team", "model", "route", "day", "outcome", "prompt")
 DAY = re.compile(r"\d{4}-\d\d-\d\d", re.ASCII)
 SUMS = ("calls", "open", "estimated", "unpriced", "prompt_tokens", "cached_tokens", "completion_tokens")
 

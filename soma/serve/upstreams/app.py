@@ -1,6 +1,7 @@
 """The application of the gateway: `soma serve`'s door, gates and errors, with upstreams in place of an engine."""
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import Coroutine
@@ -21,6 +22,7 @@ from soma.serve.calls import Call, Gate, Gates, called, check_allowed, may_use
 from soma.serve.errors import ApiError
 from soma.serve.limits.gate import LimitsGate
 from soma.serve.protocol import read_json
+from soma.serve.templates import request as prompts
 from soma.serve.upstreams.config import GatewayConfig
 from soma.serve.upstreams.pool import Pool
 from soma.serve.upstreams.proxy import Exchange
@@ -54,6 +56,7 @@ class Front:
     def __init__(self, config: GatewayConfig, gateway: "Gateway | None" = None) -> None:
         self.config, self.draining, self.open, self.created = config, False, 0, int(time.time())
         self.metrics = FrontMetrics()
+        self.prompts = prompts.load(config.prompts)
         self.limits = LimitsGate(config.limits)
         self.admission = AdmissionGate({name: model.admission for name, model in config.models.items()})
         others: list[Gate] = [self.admission, self.limits]
@@ -80,8 +83,10 @@ class Front:
         await self.session.close()
 
     async def replace(self, config: GatewayConfig) -> None:
-        """Other models and limits from now on. Requests that run go on with what they have."""
+        """Other models, prompts and limits from now on. Requests that run go on with what they have."""
+        library = await asyncio.to_thread(prompts.load, config.prompts)  # what may fail first
         await self.limits.replace(config.limits)
+        self.prompts = library
         self.admission.replace({name: model.admission for name, model in config.models.items()})
         self.pools = {name: Pool(name, model, self.pools.get(name)) for name, model in config.models.items()}
         self.config = config
@@ -164,6 +169,8 @@ class Forward:
         request = Request(scope, receive)
         front.check_open()
         value, raw = await read_json(request, front.config.max_body_bytes)
+        if await prompts.fill(request, value):
+            raw = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
         pool = front.pool(value.get("model"))
         call = call_of(request, pool, value, raw)
         exchange = Exchange(front, call, value, raw, send)

@@ -102,6 +102,7 @@ class GatewayConfig(Strict):
     limits: LimitsConfig = LimitsConfig()
     keys: str | None = Field(None, description="The database of keys and ledger (`soma keys`).")
     prices: str | None = None
+    prompts: str | None = Field(None, description="Folder of prompts that requests may name.")
     admin_port: int | None = Field(None, ge=0, le=65535, description="Admin API and page; with `keys`.")
     admin_host: str = "127.0.0.1"
     trusted_proxies: list[str] = Field([])

@@ -1,0 +1,1 @@
+"""Prompt templates as versioned files: typed variables, examples, a token budget, tests and scores."""
