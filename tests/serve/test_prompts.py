@@ -24,11 +24,11 @@ from soma.base.errors import UserError
 from soma.cli import app
 from soma.engine.load import load_engine
 from soma.serve.app import create_app
-from soma.serve.server import running_service
 from soma.serve.calls import Call, Passage, Usage
 from soma.serve.database import Database, ledger
 from soma.serve.keys.store import KeyStore
 from soma.serve.ledger.report import report
+from soma.serve.server import running_service
 from soma.serve.templates.config import PromptError, PromptFile
 from soma.serve.templates.library import Library
 from soma.serve.templates.score import compare, scores, sign_test, wilson
