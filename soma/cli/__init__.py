@@ -13,6 +13,7 @@ from soma.cli import (
     models,
     prompts,
     recipes,
+    retrieval,
     schedules,
     sweeps,
     training,
@@ -59,6 +60,8 @@ app.command("chat")(models.chat)
 app.command("serve")(models.serve)
 app.command("gateway")(upstreams.gateway)
 app.command("generate")(models.generate)
+app.command("index")(retrieval.index)
+app.command("search")(retrieval.search)
 app.command("schedule")(schedules.schedule)
 app.command("doctor")(upkeep.doctor)
 app.add_typer(annotation.data_app, name="data")
