@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from soma.base.errors import UserError
-from soma.data.config import DataConfig, InstructConfig, TokenizerConfig
+from soma.data.config import DataConfig, InstructConfig, MixturePart, TokenizerConfig
 from soma.evaluate.config import EvaluateConfig
 from soma.model.config import ModelConfig
 from soma.model.tokenizer import Tokenizer
@@ -96,6 +96,9 @@ class Recipe(Strict):
     model: ModelShape | None = Field(
         None, description="The shape of the model to train; with `base`, the base model's is used."
     )
+    mixture: list[MixturePart] | None = Field(
+        None, min_length=1, description="Corpora that `train` takes together, by weights and epochs; else `data` alone."
+    )
     train: TrainConfig | None = Field(None, description="Pretraining (or, with `base`, further pretraining) on `data`.")
     instruct: InstructConfig | None = Field(
         None, description="Instruction pairs for `tune`: from files, or made from `data`."
@@ -116,13 +119,22 @@ class Recipe(Strict):
             raise ValueError("`base` brings its own model and tokenizer: remove the blocks `model` and `tokenizer`")
         for block, needs in (
             ("tokenizer", ["data"]),
-            ("train", ["data"]),
+            ("train", ["data"] if self.mixture is None else []),
             ("tune", ["instruct"]),
             ("prefer", ["preferences"]),
         ):
             missing = [need for need in needs if getattr(self, need) is None]
             if getattr(self, block) is not None and missing:
                 raise ValueError(f"`{block}` needs the block `{missing[0]}`")
+        if self.mixture is not None:
+            names = [part.name for part in self.mixture]
+            if self.train is None:
+                raise ValueError("`mixture` is what `train` takes: add the block `train`")
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise ValueError(f"two parts of `mixture` are named {twice[0]}")
+            for part in self.mixture:
+                if part.data is None and part.tokens is None and self.data is None:
+                    raise ValueError(f"mixture: {part.name} needs `data`, `tokens`, or the recipe's block `data`")
         if self.train is not None and self.base is None and (self.model is None or self.tokenizer is None):
             raise ValueError("`train` needs the blocks `tokenizer` and `model`, or a `base` model to start from")
         for block in ("tune", "prefer", "evaluate", "probe"):

@@ -10,9 +10,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from soma.base.artefact import content_hash, read_json, write_json
+from soma.base.artefact import content_hash, json_hash, read_json, write_json
 from soma.base.fetch import fetch
-from soma.data.config import DataConfig, InstructConfig, TokenizerConfig
+from soma.base.secrets import URL
+from soma.data.config import DataConfig, InstructConfig, MixturePart, TokenizerConfig
 from soma.evaluate.config import EvaluateConfig
 from soma.recipe import ModelShape, ProbeConfig, Recipe
 from soma.tracking import Trackers
@@ -69,8 +70,11 @@ def stages_of(recipe: Recipe) -> list[Stage]:
     base = _base_model(recipe.base)
     model: dict[str, str] = {}
     if recipe.train is not None:
-        stages.append(tokens_stage(tokenizer, base))
-        stages.append(pretrain_stage(_seeded(recipe.train, recipe), recipe.model, tokenizer, base))
+        if recipe.data is not None and (recipe.mixture is None or any(_is_main(part) for part in recipe.mixture)):
+            stages.append(tokens_stage(tokenizer, base))
+        stages += mixture_stages(recipe, tokenizer, base)
+        tokens = "tokens" if recipe.mixture is None else "mixture"
+        stages.append(pretrain_stage(_seeded(recipe.train, recipe), recipe.model, tokenizer, base, tokens))
         model = {"model": "train"}
     for block, data in (("tune", recipe.instruct), ("prefer", recipe.preferences)):
         config: TrainConfig | None = getattr(recipe, block)
@@ -128,7 +132,7 @@ def _seeded(config: Any, recipe: Recipe) -> Any:
 
 def _json(config: BaseModel) -> dict[str, Any]:
     # The ranks' layout does not change what is trained, so it is no part of an artefact's key.
-    return config.model_dump(mode="json", exclude={"layout"})
+    return config.model_dump(mode="json", exclude={"layout", "stream"})
 
 
 # --- Data ---
@@ -139,17 +143,22 @@ def _own_files(config: InstructConfig) -> bool:
     return bool(config.sources)
 
 
-def documents_stage(config: DataConfig) -> Stage:
+def _is_main(part: MixturePart) -> bool:
+    """Whether a part of a mixture is the recipe's own `data`."""
+    return part.data is None and part.tokens is None
+
+
+def documents_stage(config: DataConfig, suffix: str = "") -> Stage:
     """sources → documents with attributes, on which the corpus stage decides: a threshold measures nothing again"""
     from soma.data.corpus import build_documents, source_fingerprint
 
     def build(job: Build) -> None:
         build_documents(config, job.out, job.state)
 
-    return Stage("documents", config.of_documents(), build, fingerprint=lambda: source_fingerprint(config))
+    return Stage(f"documents{suffix}", config.of_documents(), build, fingerprint=lambda: source_fingerprint(config))
 
 
-def corpus_stage(config: DataConfig) -> Stage:
+def corpus_stage(config: DataConfig, suffix: str = "") -> Stage:
     """sources, or with filters documents → corpus"""
     from soma.data.corpus import build_corpus, source_fingerprint
     from soma.data.duplicates import outside_fingerprint
@@ -162,12 +171,12 @@ def corpus_stage(config: DataConfig) -> Stage:
         splits = read_json(artefact / "report.json")["splits"]
         return {f"{split}_bytes": facts["bytes"] for split, facts in splits.items()}
 
-    inputs = {} if config.filters is None else {"documents": "documents"}
+    inputs = {} if config.filters is None else {"documents": f"documents{suffix}"}
 
     def fingerprint() -> str:
         return " ".join(filter(None, ["" if inputs else source_fingerprint(config), outside_fingerprint(config)]))
 
-    return Stage("corpus", config.content(), build, inputs, fingerprint, metrics, format_version=2)
+    return Stage(f"corpus{suffix}", config.content(), build, inputs, fingerprint, metrics, format_version=2)
 
 
 def tokenizer_stage(config: TokenizerConfig) -> Stage:
@@ -181,7 +190,7 @@ def tokenizer_stage(config: TokenizerConfig) -> Stage:
     return Stage("tokenizer", _json(config), build, {"corpus": "corpus"})
 
 
-def tokens_stage(tokenizer: Mapping[str, str], base: StartModel | None) -> Stage:
+def tokens_stage(tokenizer: Mapping[str, str], base: StartModel | None, suffix: str = "") -> Stage:
     """corpus, tokenizer → tokens"""
 
     def build(job: Build) -> None:
@@ -189,7 +198,50 @@ def tokens_stage(tokenizer: Mapping[str, str], base: StartModel | None) -> Stage
 
         tokenize_corpus(job.inputs["corpus"], _tokenizer(job, base), job.out)
 
-    return Stage("tokens", {}, build, {"corpus": "corpus", **tokenizer}, _fingerprint(base))
+    return Stage(f"tokens{suffix}", {}, build, {"corpus": f"corpus{suffix}", **tokenizer}, _fingerprint(base))
+
+
+def mixture_stages(recipe: Recipe, tokenizer: Mapping[str, str], base: StartModel | None) -> list[Stage]:
+    """The corpora and tokens of a mixture's parts that have text of their own, then the mixture."""
+    if recipe.mixture is None:
+        return []
+    stages: list[Stage] = []
+    inputs = {}
+    for part in recipe.mixture:
+        if part.data is not None:
+            sources, suffix = _seeded(part.data, recipe), f"_{part.name}"
+            stages += [] if sources.filters is None else [documents_stage(sources, suffix)]
+            stages += [corpus_stage(sources, suffix), tokens_stage(tokenizer, base, suffix)]
+            inputs[part.name] = f"tokens_{part.name}"
+        elif part.tokens is None:
+            inputs[part.name] = "tokens"
+    return [*stages, mixture_stage(recipe.mixture, inputs)]
+
+
+def mixture_stage(parts: list[MixturePart], inputs: Mapping[str, str]) -> Stage:
+    """tokens of several corpora → mixture"""
+
+    def place(part: MixturePart) -> str:
+        assert part.tokens is not None
+        return part.tokens if URL.match(part.tokens) else str(Path(part.tokens).absolute())
+
+    def build(job: Build) -> None:
+        from soma.data.mixture import write_mixture
+
+        entries: list[dict[str, Any]] = []
+        for part in parts:
+            tokens = job.inputs[part.name] if part.name in inputs else place(part)
+            entries.append({"name": part.name, "tokens": tokens, "weight": part.weight, "epochs": part.epochs})
+        beside = [path.parent / "mixture" for path in job.inputs.values()]  # where the artefact will lie
+        write_mixture(job.out, entries, home=beside[0] if beside else None)
+
+    def fingerprint() -> str:
+        from soma.data.mixture import part_index
+
+        return json_hash([part_index(place(part))["splits"] for part in parts if part.tokens is not None])
+
+    config = [part.model_dump(mode="json", exclude={"data"}) for part in parts]
+    return Stage("mixture", {"parts": config}, build, inputs, fingerprint)
 
 
 def pairs_stage(name: str, config: InstructConfig, corpus: Mapping[str, str]) -> Stage:
@@ -226,8 +278,9 @@ def _fingerprint(base: StartModel | None) -> Callable[[], str]:
 
 
 def pretrain_stage(
-    config: TrainConfig, shape: ModelShape | None, tokenizer: Mapping[str, str], base: StartModel | None
-) -> Stage:
+    config: TrainConfig, shape: ModelShape | None, tokenizer: Mapping[str, str], base: StartModel | None,
+    tokens: str = "tokens",
+) -> Stage:  # fmt: skip
     """tokens → model"""
 
     def build(job: Build) -> str | None:
@@ -241,7 +294,7 @@ def pretrain_stage(
 
     settings = {"train": _json(config), "model": shape.model_dump(mode="json", exclude_unset=True) if shape else None}
     return Stage(
-        "train", settings, build, {"tokens": "tokens", **tokenizer}, _fingerprint(base), training_metrics("train")
+        "train", settings, build, {"tokens": tokens, **tokenizer}, _fingerprint(base), training_metrics("train")
     )
 
 

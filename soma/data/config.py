@@ -151,6 +151,16 @@ class DecontaminateConfig(Block):
         return self
 
 
+class StreamConfig(Block):
+    """Token shards that lie at a URL and come here while they are trained on. Nothing here reaches the weights."""
+
+    cache_gb: float = Field(
+        50.0, gt=0, description="Most that the shards on this machine's disk may take, in 10⁹ bytes."
+    )
+    ahead: int = Field(4, ge=1, description="Shards that are fetched before they are needed, at most.")
+    folder: str | None = Field(None, description="Where shards are kept; left out, `shards` in SOMA_CACHE.")
+
+
 class DataConfig(Block):
     """Where text comes from and how it becomes a corpus."""
 
@@ -214,6 +224,29 @@ class DataConfig(Block):
             "signals": self.signals,
             "scorer": self.scorer,
         }
+
+
+class MixturePart(Block):
+    """One corpus of a mixture: text of its own (`data`), tokens that are there (`tokens`), or neither: the recipe's
+    `data`."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$", description="Its name; stages carry it.")
+    data: DataConfig | None = Field(None, description="Text sources, cleaning, deduplication, split.")
+    tokens: str | None = Field(
+        None, min_length=1, description="A tokens folder, or its URL: then its shards come while they are trained on."
+    )
+    weight: float | None = Field(
+        None, gt=0, description="Its share of the sequences. Left out: as many as it has, times its `epochs`."
+    )
+    epochs: float | None = Field(
+        None, gt=0, description="At most so many passes over it; then the others take its place. Left out: any number."
+    )
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "MixturePart":
+        if self.data is not None and self.tokens is not None:
+            raise ValueError(f"mixture: {self.name} has both `data` and `tokens`: keep one")
+        return self
 
 
 class TokenizerConfig(Block):

@@ -8,12 +8,20 @@ stored token is a target once, and a model is asked at evaluation what it saw in
 document has n − 1 pairs.
 
 Sequence s of the epoch is the slots [s·T, (s+1)·T). A slot that no piece covers is padding.
+
+`WholePacker` is best-fit packing (Ding et al. 2024, "Fewer Truncations Improve Language Modeling", arXiv:2404.10830):
+only what is longer than T is cut. `Blocks` packs and shuffles within blocks of documents, so that memory stays bounded
+and what is read lies close together; with length stages the blocks of short documents come first in every epoch.
 """
 
 from bisect import bisect_left, insort
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+
+PLANS_KEPT = 3
 
 
 @dataclass(frozen=True)
@@ -34,9 +42,9 @@ class Plan:
         return piece, offset, (offset >= 0) & (offset < self.length[piece])
 
 
-def random(seed: int, epoch: int) -> np.random.Generator:
-    """The generator of one epoch; the same on every machine."""
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
+def random(seed: int, *place: int) -> np.random.Generator:
+    """The generator of one epoch, or of a block in it; the same on every machine."""
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, *place])))
 
 
 class ConcatPacker:
@@ -134,3 +142,135 @@ class SinglePacker:
         length = self.pairs[self.kept]
         slot = np.arange(self.sequences) * self.sequence_length
         return Plan(slot, length, self.kept, np.zeros_like(length)), generator.permutation(self.sequences)
+
+
+Packer = ConcatPacker | WholePacker | SinglePacker
+
+
+def blocks_of(
+    pairs: np.ndarray, buffer: int | None, length_stages: Sequence[int]
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """The documents of each block, and the stage of each block, ascending.
+
+    Stage i holds the documents of at most length_stages[i] pairs that no stage before it holds, one more stage the
+    longer ones. A block is `buffer` documents of a stage, in a row as they are stored; None: all of them.
+    """
+    stage_N = np.searchsorted(np.asarray(length_stages, np.int64), pairs, side="left")
+    blocks, stages = [], []
+    for stage in range(len(length_stages) + 1):
+        documents = np.flatnonzero(stage_N == stage)
+        size = buffer or max(len(documents), 1)
+        found = [documents[start : start + size] for start in range(0, len(documents), size)]
+        blocks += found
+        stages += [stage] * len(found)
+    return blocks, np.array(stages, np.int64)
+
+
+class Blocks:
+    """Documents in blocks, each packed alone by `make`, which is given the numbers of its documents.
+
+    `sequences` is the same in every epoch. An epoch visits the stages in order and the blocks of a stage in a permuted
+    one. A block's packer is made again when its turn comes: in memory are the numbers of the documents and the plans of
+    the last `PLANS_KEPT` blocks.
+    """
+
+    def __init__(
+        self, make: Callable[[np.ndarray], Packer], documents: list[np.ndarray], stages: np.ndarray,
+        sequence_length: int,
+    ) -> None:  # fmt: skip
+        self.make, self.documents, self.stages, self.sequence_length = make, documents, stages, sequence_length
+        packers = [make(block) for block in documents]
+        self.counts = np.array([packer.sequences for packer in packers], np.int64)
+        self.left_out = sum(packer.left_out for packer in packers)
+        self.sequences = int(self.counts.sum())
+        self.only = packers[0] if len(packers) == 1 else None
+        self.plans: OrderedDict[tuple[int, int, int], tuple[Plan, np.ndarray]] = OrderedDict()
+
+    @classmethod
+    def single(cls, packer: SinglePacker) -> "Blocks":
+        """All in one block."""
+        return cls(lambda _: packer, [np.arange(len(packer.pairs))], np.zeros(1, np.int64), packer.sequence_length)
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """The blocks in the order in which an epoch visits them."""
+        if self.only is not None:
+            return np.zeros(1, np.int64)
+        return np.lexsort((random(seed, epoch, 0).random(len(self.stages)), self.stages))
+
+    def plan(self, seed: int, epoch: int, block: int) -> tuple[Plan, np.ndarray]:
+        """A block's plan in an epoch and its order of sequences."""
+        key = (seed, epoch, block)
+        if key not in self.plans:
+            if self.only is not None:
+                self.plans[key] = self.only.plan(random(seed, epoch))
+            else:
+                documents = self.documents[block]
+                plan, permuted = self.make(documents).plan(random(seed, epoch, 1 + block))
+                self.plans[key] = replace(plan, document=documents[plan.document]), permuted
+            if len(self.plans) > PLANS_KEPT:
+                self.plans.popitem(last=False)
+        self.plans.move_to_end(key)
+        return self.plans[key]
+
+    def locate(self, seed: int, numbers: np.ndarray) -> Iterator[tuple[np.ndarray, Plan, np.ndarray]]:
+        """For sequences counted over all epochs, block by block: which of `numbers` lie in it, its plan, and their
+        sequences in that plan.
+        """
+        for epoch in np.unique(numbers // self.sequences).tolist():
+            order = self.order(seed, epoch)
+            ends = np.cumsum(self.counts[order])
+            here = np.flatnonzero(numbers // self.sequences == epoch)
+            within = numbers[here] % self.sequences
+            turn = np.searchsorted(ends, within, side="right")
+            for number in np.unique(turn).tolist():
+                block = int(order[number])
+                plan, permuted = self.plan(seed, epoch, block)
+                chosen = turn == number
+                yield here[chosen], plan, permuted[within[chosen] - (ends[number] - self.counts[block])]
+
+    def upcoming(self, seed: int, number: int) -> Iterator[np.ndarray]:
+        """The documents of the block that holds a sequence (counted over all epochs), then of those after it."""
+        epoch, within = divmod(number, self.sequences)
+        order = self.order(seed, epoch)
+        turn = int(np.searchsorted(np.cumsum(self.counts[order]), within, side="right"))
+        while True:
+            yield from (self.documents[block] for block in order[turn:])
+            epoch, turn = epoch + 1, 0
+            order = self.order(seed, epoch)
+
+
+@dataclass(frozen=True)
+class Waste:
+    """What a way of packing does to a split. Shares are of all slots, or of the documents."""
+
+    sequences: int
+    padding: float  # share of the slots that hold nothing
+    cut: int  # documents that lie in more than one sequence
+    needless: int  # of these, the ones that would fit into one
+    left_out: int
+
+
+def waste(blocks: Blocks, pairs: np.ndarray) -> Waste:
+    """Padding and cuts of the first epoch, counted in the plan.
+
+    Worked example: three documents of 3 pairs at T = 4: concatenated 3 sequences, a quarter of them padding, 2 cut,
+    both needlessly; whole 3 sequences, none cut.
+    """
+    length, covered = blocks.sequence_length, 0
+    first, last = np.full(len(pairs), -1, np.int64), np.full(len(pairs), -1, np.int64)
+    base = 0
+    for block in range(len(blocks.counts)):
+        plan, _ = blocks.plan(0, 0, block)
+        covered += int(plan.length.sum())
+        begin, end = plan.slot // length + base, (plan.slot + plan.length - 1) // length + base
+        real = plan.length > 0
+        order = np.argsort(-begin[real], kind="stable")  # the earliest piece is written last
+        first[plan.document[real][order]] = begin[real][order]
+        np.maximum.at(last, plan.document[real], end[real])
+        base += int(blocks.counts[block])
+    cut = first != last
+    # A document longer than T must be cut; pieces of T and one rest are the fewest.
+    return Waste(
+        blocks.sequences, 1 - covered / max(blocks.sequences * length, 1), int(cut.sum()),
+        int((cut & (pairs <= length)).sum()), blocks.left_out,
+    )  # fmt: skip

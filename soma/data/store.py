@@ -1,5 +1,6 @@
 """Token shards, memory-mapped (see `soma/data/tokens.py` for the format)."""
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,16 @@ from soma.base.artefact import file_hash, json_hash, read_json
 from soma.base.errors import UserError
 
 FORMAT, VERSION = "soma-tokens", 1
+MIXTURE = "soma-mixture"  # of several tokens folders: soma/data/mixture.py
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard, memory-mapped. `first_token` and `first_document` are its place in the split."""
+    """One shard: what index.json says of it, and where its documents begin. `first_token` is its place in the split."""
 
-    ids: np.ndarray
-    mask: np.ndarray | None
+    facts: dict[str, Any]
     offsets: np.ndarray
     first_token: int
-    first_document: int
 
 
 class TokenStore:
@@ -31,20 +31,23 @@ class TokenStore:
     """
 
     def __init__(self, directory: Path, split: str, verify: bool = True) -> None:
-        self.index = read_index(directory)
-        if split not in self.index["splits"]:
-            raise UserError(f"{directory}: no split {split!r}; there are {', '.join(self.index['splits'])}")
-        entry = self.index["splits"][split]
-        self.directory, self.split, self.entry = directory, split, entry
-        self.eos_id, self.masked, self.vocab_size = self.index["eos_id"], self.index["masked"], self.index["vocab_size"]
+        self.directory, self.verify = directory, verify
+        self.files: dict[tuple[str, str], np.ndarray] = {}
+        self._read(read_index(directory), str(directory), split)
+
+    def _read(self, index: dict[str, Any], where: str, split: str) -> None:
+        if split not in index["splits"]:
+            raise UserError(f"{where}: no split {split!r}; there are {', '.join(index['splits'])}")
+        self.index, self.where, self.split, self.entry = index, where, split, index["splits"][split]
+        self.eos_id, self.masked, self.vocab_size = index["eos_id"], index["masked"], index["vocab_size"]
+        self.dtype = np.dtype(index["dtype"]).newbyteorder("<")
         self.shards: list[Shard] = []
-        starts = [np.zeros(1, np.int64)]
-        token, document = 0, 0
-        for facts in entry["shards"]:
-            shard = self._shard(facts, token, document, verify)
-            self.shards.append(shard)
-            starts.append(shard.offsets[1:].astype(np.int64) + token)
-            token, document = token + facts["tokens"], document + facts["documents"]
+        starts, token = [np.zeros(1, np.int64)], 0
+        for facts in self.entry["shards"]:
+            offsets = self._offsets(facts)
+            self.shards.append(Shard(facts, offsets, token))
+            starts.append(offsets[1:].astype(np.int64) + token)
+            token += facts["tokens"]
         self.starts = np.concatenate(starts)
         self.first_tokens = np.array([shard.first_token for shard in self.shards], np.int64)
 
@@ -66,39 +69,56 @@ class TokenStore:
         ids, mask = np.empty(addresses.shape, np.int64), np.ones(addresses.shape, bool)
         owner = np.searchsorted(self.first_tokens, addresses, side="right") - 1
         for number in np.unique(owner).tolist():
-            shard, here = self.shards[number], owner == number
-            local = addresses[here] - shard.first_token
-            ids[here] = shard.ids[local]
-            if shard.mask is not None:
-                mask[here] = shard.mask[local] != 0
+            here = owner == number
+            local = addresses[here] - self.first_tokens[number]
+            shard_ids, shard_mask = self.arrays(number)
+            ids[here] = shard_ids[local]
+            if shard_mask is not None:
+                mask[here] = shard_mask[local] != 0
         return ids, mask
+
+    def arrays(self, number: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """A shard's ids and, in masked data, its mask."""
+        facts = self.shards[number].facts
+        return self.files[facts["file"], "ids"], self.files.get((facts["file"], "mask"))
+
+    def want(self, documents: Iterable[np.ndarray]) -> None:
+        """Told which documents come next, group by group. All of them are here already."""
 
     def document(self, number: int) -> np.ndarray:
         """The stored ids of one document, int64."""
         return self.gather(np.arange(self.starts[number], self.starts[number + 1]))[0]
 
-    def _shard(self, facts: dict[str, Any], token: int, document: int, verify: bool) -> Shard:
-        path = self.directory / facts["file"]
-        stem = path.name.removesuffix(".bin")
-        ids = _map(
-            path, np.dtype(self.index["dtype"]).newbyteorder("<"), facts["tokens"], facts["sha256"] if verify else None
-        )
-        offsets = _map(
-            path.with_name(f"{stem}.offsets.bin"), np.dtype("<u8"), facts["documents"] + 1,
-            facts["offsets_sha256"] if verify else None,
-        )  # fmt: skip
-        mask = None
-        if self.masked:
-            mask_path = path.with_name(f"{stem}.mask.bin")
-            mask = _map(mask_path, np.dtype(np.uint8), facts["tokens"], facts["mask_sha256"] if verify else None)
-        if offsets[-1] != facts["tokens"]:
-            raise UserError(
-                f"{path.with_name(f'{stem}.offsets.bin')}: corrupt: ends at {offsets[-1]}, not {facts['tokens']}"
+    def _offsets(self, facts: dict[str, Any]) -> np.ndarray:
+        """Map a shard's files, and say where its documents begin."""
+        for role in ("ids", "offsets", *(["mask"] if self.masked else [])):
+            name, dtype, count, sha = part(facts, role, self.dtype)
+            self.files[facts["file"], role] = map_file(
+                self.directory / name, dtype, count, sha if self.verify else None
             )
-        return Shard(ids, mask, offsets, token, document)
+        return checked_offsets(facts, self.files[facts["file"], "offsets"], f"{self.directory}/")
 
 
-def _map(path: Path, dtype: np.dtype[Any], count: int, sha: str | None) -> np.ndarray:
+def part(facts: dict[str, Any], role: str, dtype: np.dtype[Any]) -> tuple[str, np.dtype[Any], int, str]:
+    """A shard's file for "ids", "offsets" or "mask": its name, dtype, number of values and sha256."""
+    stem = facts["file"].removesuffix(".bin")
+    if role == "offsets":
+        return f"{stem}.offsets.bin", np.dtype("<u8"), facts["documents"] + 1, facts["offsets_sha256"]
+    if role == "mask":
+        return f"{stem}.mask.bin", np.dtype(np.uint8), facts["tokens"], facts["mask_sha256"]
+    return facts["file"], dtype, facts["tokens"], facts["sha256"]
+
+
+def checked_offsets(facts: dict[str, Any], offsets: np.ndarray, folder: str) -> np.ndarray:
+    """The offsets, if they end where the shard does."""
+    if offsets[-1] != facts["tokens"]:
+        name = part(facts, "offsets", np.dtype("<u8"))[0]
+        raise UserError(f"{folder}{name}: corrupt: ends at {offsets[-1]}, not {facts['tokens']}")
+    return offsets
+
+
+def map_file(path: Path, dtype: np.dtype[Any], count: int, sha: str | None) -> np.ndarray:
+    """A shard's file, memory-mapped; UserError where its size or (if given) its sha256 is another."""
     if not path.exists():
         raise UserError(f"{path}: missing, though index.json names it; make the tokens again")
     size, wanted = path.stat().st_size, count * dtype.itemsize
@@ -112,10 +132,14 @@ def _map(path: Path, dtype: np.dtype[Any], count: int, sha: str | None) -> np.nd
 
 
 def read_index(directory: Path) -> dict[str, Any]:
-    """The folder's index.json. Raises UserError where it is not a tokens folder of this version."""
+    """The index.json of a tokens folder or mixture. Raises UserError where it is none of this version."""
     if not (directory / "index.json").exists():
         raise UserError(f"{directory}: no index.json; this is not a tokens folder (`soma run` makes one)")
-    index = read_json(directory / "index.json")
-    if not isinstance(index, dict) or index.get("format") != FORMAT or index.get("version") != VERSION:
-        raise UserError(f"{directory / 'index.json'}: not {FORMAT} version {VERSION}; make the tokens again")
+    return checked_index(read_json(directory / "index.json"), str(directory / "index.json"), (FORMAT, MIXTURE))
+
+
+def checked_index(index: Any, where: str, formats: Collection[str] = (FORMAT,)) -> dict[str, Any]:
+    """The index, if it is one of this version."""
+    if not isinstance(index, dict) or index.get("format") not in formats or index.get("version") != VERSION:
+        raise UserError(f"{where}: not {FORMAT} version {VERSION}; make the tokens again")
     return index

@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from soma.data.config import StreamConfig
 from soma.model.lora_config import LoRAConfig
 from soma.train.parallel.config import Layout
 
@@ -58,6 +59,18 @@ class TrainConfig(BaseModel):
         description="concat: cut the stream of documents into full sequences; whole: never cut a document. "
         "auto: whole where there are loss masks.",
     )
+    pack_buffer: int | None = Field(
+        None,
+        ge=1,
+        description="Documents that are packed and shuffled at a time, in a row as they are stored; blocks of them "
+        "come in a permuted order. None: all. Shards at a URL need it where they are more than stream.cache_gb.",
+    )
+    length_stages: list[int] = Field(
+        default_factory=list,
+        description="Curriculum by length: [256, 1024] begins each epoch with the documents of at most 256 tokens, "
+        "goes on with those of at most 1024, ends with the longer ones.",
+    )
+    stream: StreamConfig = Field(StreamConfig(), description="Shards at a URL: how much of them lies here.")
     long_conversations: Literal["drop", "truncate"] = Field(
         "drop",
         description="Conversations longer than sequence_length. drop: leave them out; truncate: end them after the "
@@ -182,6 +195,8 @@ class TrainConfig(BaseModel):
         if self.lora is not None and (self.optimizer == "muon" or self.float8):
             other = "float8" if self.float8 else "optimizer muon"
             raise ValueError(f"lora and {other} exclude each other: take adamw and float8: false")
+        if self.length_stages != sorted({stage for stage in self.length_stages if stage > 0}):
+            raise ValueError(f"length_stages {self.length_stages}: give lengths above 0 in ascending order")
         checkpointing_form(self.activation_checkpointing)
         if self.steps is not None:
             check_schedule(self, self.steps)

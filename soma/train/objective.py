@@ -47,7 +47,8 @@ def make_loader(
         return PreferenceLoader(tokens, split, config.sequence_length, rows, rank, size, config.seed, epochs)
     pack = None if config.pack == "auto" else config.pack
     return TokenLoader(tokens, split, config.sequence_length, rows, rank, size, config.seed, pack, epochs,
-                       truncate=config.long_conversations == "truncate")  # fmt: skip
+                       truncate=config.long_conversations == "truncate", buffer=config.pack_buffer,
+                       length_stages=config.length_stages, stream=config.stream)  # fmt: skip
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:

@@ -42,7 +42,7 @@ __all__ = ["DivergenceError", "TrainResult", "train"]
 
 # What may change between a killed run and its resumption: it does not reach the weights.
 HARMLESS = ("max_seconds", "log_every", "checkpoint_every", "keep_checkpoints", "background_checkpoints",
-            "sample_prompts", "sample_tokens", "sample_temperature", "layout")  # fmt: skip
+            "sample_prompts", "sample_tokens", "sample_temperature", "layout", "stream")  # fmt: skip
 
 
 def train(
@@ -79,6 +79,7 @@ def train(
         )
     loader = make_loader(config, world, tokens, "train")
     steps = total_steps(config, loader.sequences_per_epoch)
+    check_length(config, loader, steps)
     compute = resolve(
         config, steps * config.tokens_per_step() * flops_per_token(network.config, config.sequence_length)
     )
@@ -223,6 +224,16 @@ def total_steps(config: TrainConfig, sequences_per_epoch: int) -> int:
     except ValueError as error:
         raise UserError(str(error)) from None
     return steps
+
+
+def check_length(config: TrainConfig, loader: TokenLoader | PreferenceLoader, steps: int) -> None:
+    """Raise UserError where a mixture's parts, all limited by their `epochs`, have fewer sequences than the run."""
+    total = loader.total if isinstance(loader, TokenLoader) else None
+    if total is not None and steps * config.batch_size >= total + config.batch_size:
+        raise UserError(
+            f"{steps} steps of {config.batch_size} sequences are asked for, the mixture has {total} within the epochs "
+            "of its parts: train for fewer steps, or raise (or leave out) the epochs of a part"
+        )
 
 
 def check_tokens(config: TrainConfig, tokens: Path, index: dict[str, Any], tokenizer: Tokenizer) -> None:
