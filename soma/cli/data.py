@@ -54,3 +54,35 @@ def catalogue(
             )
         typer.echo("")
     typer.echo(known.block(one), nl=False)
+
+
+@data_app.command("packing")
+def packing(
+    tokens: str = typer.Argument(..., help="A tokens folder, such as runs/NAME/tokens, or its URL."),
+    length: int = typer.Option(2048, "--length", min=2, help="Tokens of a sequence."),
+    split: str = typer.Option("train", "--split", help="The split that is looked at."),
+    buffer: list[int] = typer.Option(
+        None, "--buffer", min=1, help="Also packed so many documents at a time; repeat it."
+    ),
+) -> None:
+    """What each way of packing wastes on a split: padding, documents cut, and cut without need."""
+    from soma.data.packed import waste_table
+
+    typer.echo(waste_table(tokens, split, length, buffer or []))
+
+
+@data_app.command("mix")
+def mix(
+    out: Path = typer.Argument(..., help="The mixture's folder, made new."),
+    part: list[str] = typer.Option(
+        ..., "--part", metavar="NAME=TOKENS[,weight=W][,epochs=E]", help="A tokens folder or URL; repeat it."
+    ),
+) -> None:
+    """Make one tokens folder of several, by weights and epochs, to be trained on as any other."""
+    from soma.base.artefact import building
+    from soma.data.mixture import read_part, write_mixture
+
+    parts = [read_part(text) for text in part]
+    with building(out) as folder:
+        write_mixture(folder, parts, home=out.absolute())
+    typer.echo(f"{out}: {len(parts)} parts")

@@ -128,6 +128,25 @@ def write_mixture(out: Path, parts: Sequence[dict[str, Any]], home: Path | None 
     )
 
 
+def read_part(text: str) -> dict[str, Any]:
+    """A part as the command line has it: `NAME=TOKENS[,weight=W][,epochs=E]`. UserError where it is another form."""
+    name, _, rest = text.partition("=")
+    tokens, *options = rest.split(",")
+    part: dict[str, Any] = {"name": name, "weight": None, "epochs": None}
+    part["tokens"] = tokens if URL.match(tokens) else Path(tokens).absolute()
+    for option in options:
+        key, _, value = option.partition("=")
+        try:
+            part[key] = float(value)
+        except ValueError:
+            key = ""
+        if key not in ("weight", "epochs") or not part[key] > 0:
+            raise UserError(f"--part {text}: {option!r} is neither weight= nor epochs= with a number above 0")
+    if not name or not tokens:
+        raise UserError(f"--part {text}: expected NAME=TOKENS, for example wiki=runs/wiki/tokens,weight=2,epochs=3")
+    return part
+
+
 def part_index(ref: str | Path) -> dict[str, Any]:
     """index.json of a tokens folder, here or at a URL."""
     return remote_index(str(ref)) if URL.match(str(ref)) else read_index(Path(ref))

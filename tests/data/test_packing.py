@@ -149,3 +149,27 @@ def test_waste_of_the_worked_example() -> None:
     assert (concat.sequences, concat.padding, concat.cut, concat.needless) == (3, 0.25, 2, 2)
     whole = waste(Blocks(lambda one: WholePacker(pairs[one], 4, True), *everything, 4), pairs)
     assert (whole.sequences, whole.padding, whole.cut, whole.needless) == (3, 0.25, 0, 0)
+
+
+def test_the_command_shows_and_mixes(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from soma.cli import app
+
+    folder = write(tmp_path / "t", numbered([4, 4, 4]))
+    run = CliRunner().invoke(app, ["data", "packing", str(folder), "--length", "5", "--buffer", "2"])
+    rows = {line[:26].strip(): line[26:].split() for line in run.output.splitlines()[2:]}
+    assert rows == {
+        "concat": ["3", "20.000%", "66.67%", "66.67%", "0"], "whole": ["3", "20.000%", "0.00%", "0.00%", "0"],
+        "whole, 2 at a time": ["3", "20.000%", "0.00%", "0.00%", "0"],
+    }  # fmt: skip
+    parts = ["--part", f"a={folder},weight=2", "--part", f"b=file://{folder},epochs=1"]
+    assert CliRunner().invoke(app, ["data", "mix", str(tmp_path / "mixed"), *parts]).exit_code == 0
+    index = json.loads((tmp_path / "mixed" / "index.json").read_text())
+    assert [(part["tokens"], part["weight"], part["epochs"]) for part in index["parts"]] == [
+        ("../t", 2.0, None), (f"file://{folder}", None, 1.0)
+    ]  # fmt: skip
+    assert TokenLoader(tmp_path / "mixed", "train", 4, 2).sequences_per_epoch == 6
+    wrong = CliRunner().invoke(app, ["data", "mix", str(tmp_path / "x"), "--part", f"a={folder},weight=no"])
+    assert "'weight=no' is neither weight= nor epochs=" in str(wrong.exception)
+    assert not (tmp_path / "x").exists()
