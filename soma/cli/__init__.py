@@ -8,6 +8,7 @@ import typer
 from soma.base.errors import UserError
 from soma.cli import (
     annotation,
+    feedback,
     gateway,
     graphs,
     models,
@@ -65,6 +66,7 @@ app.command("search")(retrieval.search)
 app.command("schedule")(schedules.schedule)
 app.command("doctor")(upkeep.doctor)
 app.add_typer(annotation.data_app, name="data")
+app.add_typer(feedback.feedback_app, name="feedback")
 app.add_typer(graphs.graph_app, name="graph")
 app.add_typer(gateway.keys_app, name="keys")
 app.add_typer(gateway.ledger_app, name="ledger")

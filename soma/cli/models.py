@@ -73,6 +73,15 @@ def serve(
     prompts: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="Prompts that requests may name: see `soma prompt`.")
     ] = None,
+    request_log: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Keep what is asked and answered there, in Parquet; takes feedback too."),
+    ] = None,
+    request_log_sample: Annotated[float, typer.Option(help="Share of the requests that is kept.", min=0, max=1)] = 1.0,
+    request_log_raw: Annotated[
+        bool, typer.Option("--request-log-raw", help="Keep personal data and secrets as they came, not masked.")
+    ] = False,
+    request_log_seconds: Annotated[float, typer.Option(help="What one file of the log holds at most.")] = 60.0,
     in_process: Annotated[
         bool, typer.Option("--in-process", help="Run the engine in this process, to debug it.")
     ] = False,
@@ -88,7 +97,9 @@ def serve(
             cache_dtype=cache_dtype, replicas=replicas, speculate=speculate, draft_tokens=draft_tokens,
             tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel, in_process=in_process,
             adapters=parse_adapters(adapter or []), allow_adapter_loading=allow_adapter_loading,
-            keys=keys, prices=prices, admin_port=admin_port, admin_host=admin_host,
+            keys=keys, prices=prices, admin_port=admin_port, admin_host=admin_host, request_log=request_log,
+            request_log_sample=request_log_sample, request_log_redact=not request_log_raw,
+            request_log_seconds=request_log_seconds,
             grpc_port=grpc_port, grpc_compression=grpc_compression, models=models,
             allow_model_control=allow_model_control, limits=limits, trusted_proxies=trusted_proxy or (),
             prompts=prompts,

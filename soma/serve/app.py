@@ -28,6 +28,7 @@ from soma.serve.keys.routes import PUBLIC
 from soma.serve.metrics import Metrics
 from soma.serve.prompts import TokenNames
 from soma.serve.protocol import ChatRequest, CompletionRequest, Sampling, read_body
+from soma.serve.requestlog import feedback
 from soma.serve.templates.library import Library
 from soma.serve.tool_calls import ToolChatFormat, with_calls
 from soma.serve.tools import read_tools
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from soma.engine.embed import Embedder
     from soma.engine.engine import Engine
     from soma.serve.keys.door import Guard
+    from soma.serve.requestlog.gate import RequestLog
 
     AnyEngine = Engine | EngineProcess | Replicas
 
@@ -117,7 +119,7 @@ def create_app(
     engine: "AnyEngine", tokenizer: Tokenizer, model_name: str, *, max_body_bytes: int = MAX_BODY_BYTES,
     embedder: "Embedder | None" = None, allow_adapter_loading: bool = False, gates: Gates | None = None,
     guard: "Guard | None" = None, repository: Repository | None = None, allow_model_control: bool = False,
-    prompts: Library | None = None,
+    prompts: Library | None = None, request_log: "RequestLog | None" = None,
 ) -> FastAPI:  # fmt: skip
     """The application. `app.state.service` is its `Service`; who runs it closes the engine afterwards.
 
@@ -125,7 +127,8 @@ def create_app(
     `allow_adapter_loading`: clients may load adapters from folders of this machine, and unload them. `gates`: what
     every request that uses the model passes. `guard`: who asks for keys at the door of every route.
     `repository`: further models for the Open Inference Protocol; `allow_model_control`: clients may load and unload
-    those. `app.state.v2` is that protocol's front. `prompts`: what requests may name.
+    those. `app.state.v2` is that protocol's front. `prompts`: what requests may name. `request_log`: one of the gates,
+    which takes feedback too.
     """
     app = FastAPI(title="Soma", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.service = service = Service(engine, tokenizer, model_name, max_body_bytes, embedder, gates)
@@ -142,8 +145,13 @@ def create_app(
     adapters.install(app, service, allowed=allow_adapter_loading)
     app.state.v2 = v2 = v2_front(service, repository or Repository(), allow_control=allow_model_control)
     rest.install(app, v2)
+    feedback.install(app, request_log)
+    if request_log is not None:
+        request_log.register(service.metrics.registry)
     openapi.install(app, asks_for_keys=guard is not None, public=PUBLIC)
     page = files("soma.serve").joinpath("page.html").read_text(encoding="utf-8")
+    if request_log is not None:
+        page = page.replace('data-feedback="off"', 'data-feedback="on"')
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
@@ -248,6 +256,18 @@ def encode_all(tokenizer: Tokenizer, prompts: list[str] | list[list[int]]) -> li
     return [encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
 
 
+def asked(tokenizer: Tokenizer, body: Sampling) -> dict[str, Any]:
+    """What a body asks, for the request log."""
+    found: dict[str, Any] = {"n": body.n or 1, "stream": bool(body.stream)}
+    if isinstance(body, CompletionRequest):
+        texts = [each if isinstance(each, str) else tokenizer.decode(each) for each in body.prompts]
+        return {**found, "prompts": texts}
+    if isinstance(body, ChatRequest):
+        return {**found, "messages": [message.for_template(place) for place, message in enumerate(body.messages)]}
+    assert isinstance(body, responses.ResponsesRequest)
+    return {**found, "messages": body.messages}
+
+
 async def answer(
     service: Service, request: Request, body: Sampling, prompts: list[list[int]], params: SamplingParams,
     shape: ChatFormat, adapter: str | None,
@@ -263,7 +283,9 @@ async def answer(
     passage = await service.gates.enter(call)
     try:
         options = {**body.scheduling, "adapter": adapter}
-        generation = Generation(engine, service.metrics, prompts, params, n, call.meter, **options)
+        if call.record is not None:
+            call.record.asked(**asked(service.tokenizer, body))
+        generation = Generation(engine, service.metrics, prompts, params, n, call.meter, call.record, **options)
     except BaseException:
         await passage.leave(Usage(outcome="refused"))
         raise

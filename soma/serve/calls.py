@@ -11,12 +11,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from starlette.requests import Request
 
 from soma.serve.errors import ApiError
 from soma.serve.graphs.trace import CallSpan
+
+if TYPE_CHECKING:
+    from soma.serve.requestlog.record import Record
 
 log = logging.getLogger("soma.serve")
 
@@ -72,6 +75,7 @@ class Call:
     meter: Meter | None = None  # set by the ledger's gate
     is_foreign: bool = False  # goes to an upstream: what comes back of it are events, which are not quite tokens
     timeout: float | None = None  # seconds that the client gives it
+    record: "Record | None" = None  # set by the request log's gate, filled by who answers
 
 
 @dataclass(slots=True)

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from soma.engine.engine import Engine
 from soma.engine.handover import threadsafe
@@ -16,21 +16,25 @@ from soma.serve.calls import Meter, Usage
 from soma.serve.errors import ApiError
 from soma.serve.metrics import Metrics
 
+if TYPE_CHECKING:
+    from soma.serve.requestlog.record import Record
+
 
 class Generation:
     """`n` answers to each of several prompts; choice `i` is answer `i % n` to prompt `i // n`.
 
     With a seed answer k draws from seed + k, so that the n answers differ and all can be had again.
-    meter: told of every token when it comes, on the engine's thread.
+    meter: told of every token when it comes, on the engine's thread. record: of the request log, told of every text
+    that was read.
     options: further ones of `Engine.submit_all`. Raises what that raises, before anything runs.
     """
 
     def __init__(
         self, engine: Engine, metrics: Metrics, prompts: Sequence[list[int]], params: SamplingParams, n: int,
-        meter: Meter | None = None, **options: Any,
+        meter: Meter | None = None, record: "Record | None" = None, **options: Any,
     ) -> None:  # fmt: skip
         loop = asyncio.get_running_loop()
-        self.metrics = metrics
+        self.metrics, self.record = metrics, record
         self.started = time.monotonic()
         self.events: asyncio.Queue[tuple[int, float, TokenEvent]] = asyncio.Queue()
 
@@ -68,6 +72,8 @@ class Generation:
         while self.open:
             index, when, event = await self.events.get()
             self._observe(index, when, event)
+            if self.record is not None:
+                self.record.said(index, event.text, event.finish_reason)
             yield index, event
 
     def _observe(self, index: int, when: float, event: TokenEvent) -> None:

@@ -15,6 +15,7 @@ import soma
 from soma.serve.adapters import LoadRequest, UnloadRequest
 from soma.serve.embeddings import EmbeddingRequest
 from soma.serve.protocol import ChatRequest, CompletionRequest
+from soma.serve.requestlog.feedback import FeedbackRequest
 from soma.serve.rerank import RerankRequest, ScoreRequest
 from soma.serve.responses import ResponsesRequest
 from soma.serve.tokens import DetokenizeRequest, TokenizeRequest
@@ -23,7 +24,7 @@ BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatRequest, "/v1/completions": CompletionRequest, "/v1/embeddings": EmbeddingRequest,
     "/v1/responses": ResponsesRequest, "/v1/rerank": RerankRequest, "/v1/score": ScoreRequest,
     "/tokenize": TokenizeRequest, "/detokenize": DetokenizeRequest, "/v1/load_lora_adapter": LoadRequest,
-    "/v1/unload_lora_adapter": UnloadRequest,
+    "/v1/unload_lora_adapter": UnloadRequest, "/v1/feedback": FeedbackRequest,
 }  # fmt: skip
 STREAMS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 TEXTS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/metrics")

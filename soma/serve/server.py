@@ -27,6 +27,7 @@ from soma.serve.addresses import Addresses, TrustedProxies
 from soma.serve.calls import Gates
 from soma.serve.limits.config import read_limits
 from soma.serve.limits.gate import LimitsGate
+from soma.serve.requestlog.config import request_log_config
 from soma.serve.templates.request import load as load_prompts
 from soma.serve.v2.config import add_models, read_models
 from soma.serve.v2.repository import Repository
@@ -91,7 +92,9 @@ def serve(
     grpc_port: int | None = None, grpc_compression: str = "none", models: str | Path | None = None,
     allow_model_control: bool = False, limits: Path | None = None, trusted_proxies: Sequence[str] = (),
     prices: str | None = None, admin_port: int | None = None, admin_host: str = "127.0.0.1",
-    prompts: str | None = None, ready: Callable[[str], None] | None = None,
+    prompts: str | None = None, request_log: str | Path | None = None, request_log_sample: float = 1.0,
+    request_log_redact: bool = True, request_log_seconds: float = 60.0,
+    ready: Callable[[str], None] | None = None,
 ) -> None:  # fmt: skip
     """Serve a model until SIGTERM or SIGINT.
 
@@ -110,7 +113,10 @@ def serve(
     clients may load and unload others. `grpc_port`: the Open Inference Protocol over gRPC as well, on the same host;
     `grpc_compression` of its answers. `models`: a file with further models for that protocol (`soma.serve.v2.config`),
     which clients may load and unload with `allow_model_control`. `prompts`: a folder of prompts that requests may name
-    (`soma.serve.templates`). `ready` is called with the base URL once requests are answered; without it a note says so.
+    (`soma.serve.templates`). `request_log`: a folder for what is asked and answered (`soma.serve.requestlog`), of which
+    the share `request_log_sample` is kept, personal data masked unless `request_log_redact` is false, a file for
+    `request_log_seconds` at most. `ready` is called with the base URL once requests are answered; without it a note
+    says so.
     Raises UserError: no such model, a public host without `keys` or `allow_public`, a port in use, no replicas, an
     adapter or model that cannot be loaded, limits that make no sense, a database that cannot be opened.
     """
@@ -123,8 +129,11 @@ def serve(
     check_host(host, allow_public=allow_public or keys is not None)
     proxies = TrustedProxies(trusted_proxies)
     limiter = None if limits is None else LimitsGate(read_limits(Path(limits)))
+    log_config = request_log_config(
+        request_log, sample=request_log_sample, redact=request_log_redact, rotate=request_log_seconds
+    )  # fmt: skip
     listener = listen(host, port)
-    gateway = None
+    gateway = kept = None
     repository = Repository()
     try:
         if models is not None:
@@ -135,6 +144,10 @@ def serve(
             from soma.serve.gateway import Gateway
 
             gateway = Gateway(keys, prices)
+        if log_config is not None:
+            from soma.serve.requestlog.gate import RequestLog
+
+            kept = RequestLog(log_config)
         launched = [] if in_process else [launch(replicas * world) for _ in range(replicas)]
         from soma.serve.app import create_app  # heavy: the engine process imports its parts meanwhile
 
@@ -152,10 +165,12 @@ def serve(
                 gateway.check_models(names)
             limiters = [] if limiter is None else [limiter]
             library = load_prompts(prompts, tokenizer)
+            last = [] if kept is None else [kept]
             app = create_app(
                 engine, tokenizer, name or own_name, embedder=embedder, allow_adapter_loading=allow_adapter_loading,
                 repository=repository, allow_model_control=allow_model_control, prompts=library,
-                gates=Gates(gateway.gates(limiters) if gateway else limiters), guard=gateway.guard if gateway else None,
+                gates=Gates([*(gateway.gates(limiters) if gateway else limiters), *last]),
+                guard=gateway.guard if gateway else None, request_log=kept,
             )  # fmt: skip
             app.add_middleware(Addresses, proxies=proxies)  # before the door, which counts failures by address
             if limiter is not None:
@@ -177,6 +192,8 @@ def serve(
             repository.close()
             engine.close()
     finally:
+        if kept is not None:
+            kept.close()
         if gateway is not None:
             gateway.close()
         listener.close()

@@ -22,6 +22,9 @@ from soma.serve.calls import Call, Gate, Gates, called, check_allowed, may_use
 from soma.serve.errors import ApiError
 from soma.serve.limits.gate import LimitsGate
 from soma.serve.protocol import read_json
+from soma.serve.requestlog import feedback
+from soma.serve.requestlog.gate import RequestLog
+from soma.serve.requestlog.record import asked_of
 from soma.serve.templates import request as prompts
 from soma.serve.upstreams.config import GatewayConfig
 from soma.serve.upstreams.pool import Pool
@@ -60,10 +63,14 @@ class Front:
         self.limits = LimitsGate(config.limits)
         self.admission = AdmissionGate({name: model.admission for name, model in config.models.items()})
         others: list[Gate] = [self.admission, self.limits]
-        self.gates = Gates(gateway.gates(others) if gateway else others)
+        self.request_log = None if config.request_log is None else RequestLog(config.request_log)
+        last = [] if self.request_log is None else [self.request_log]
+        self.gates = Gates([*(gateway.gates(others) if gateway else others), *last])
         self.pools = {name: Pool(name, model) for name, model in config.models.items()}
         self.limits.register(self.metrics.registry)
         self.metrics.registry.register(self.admission.refused)
+        if self.request_log is not None:
+            self.request_log.register(self.metrics.registry)
         self.waking: dict[str, asyncio.Task[None]] = {}
         self.tasks: dict[str, asyncio.Task[None]] = {}
 
@@ -81,6 +88,8 @@ class Front:
             task.cancel()
         await self.limits.close()
         await self.session.close()
+        if self.request_log is not None:
+            await asyncio.to_thread(self.request_log.close)
 
     async def replace(self, config: GatewayConfig) -> None:
         """Other models, prompts and limits from now on. Requests that run go on with what they have."""
@@ -185,6 +194,8 @@ class Forward:
     async def _pass(self, exchange: Exchange, pool: Pool) -> None:
         front, begun = self.front, time.monotonic()
         passage = await front.gates.enter(exchange.call)
+        if exchange.call.record is not None:
+            exchange.call.record.asked(**asked_of(exchange.value))
         exchange.tell(passage.headers)
         try:
             await exchange.run(pool)
@@ -257,6 +268,7 @@ def create_gateway_app(config: GatewayConfig, gateway: "Gateway | None" = None) 
     errors.install(app)
     forward = Forward(front)
     app.router.routes += [Route(path, forward, methods=["POST"]) for path in ROUTES]
+    feedback.install(app, front.request_log)
 
     def entry(name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": front.created, "owned_by": "soma"}

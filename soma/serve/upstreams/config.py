@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from soma.base.errors import UserError
 from soma.serve.admission import AdmissionConfig
 from soma.serve.limits.config import LimitsConfig, Span, Strict, read_yaml, validated
+from soma.serve.requestlog.config import RequestLogConfig
 
 
 class UpstreamConfig(Strict):
@@ -96,7 +97,7 @@ class ModelConfig(Strict):
 
 
 class GatewayConfig(Strict):
-    """The file. Everything but `keys`, `prices` and the admin's place is taken anew at SIGHUP."""
+    """The file. Everything but `keys`, `prices`, `request_log` and the admin's place is taken anew at SIGHUP."""
 
     models: dict[str, ModelConfig] = Field(min_length=1)
     limits: LimitsConfig = LimitsConfig()
@@ -106,6 +107,7 @@ class GatewayConfig(Strict):
     admin_port: int | None = Field(None, ge=0, le=65535, description="Admin API and page; with `keys`.")
     admin_host: str = "127.0.0.1"
     trusted_proxies: list[str] = Field([])
+    request_log: RequestLogConfig | None = Field(None, description="What was asked and answered, in Parquet.")
     max_body_bytes: int = Field(4 << 20, ge=1)
     grace: Span | None = Field(None, description="For running answers after SIGTERM; left out, the longest `whole`.")
 

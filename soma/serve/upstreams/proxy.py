@@ -193,7 +193,7 @@ class Exchange:
         self, upstream: Upstream, answer: aiohttp.ClientResponse, first: asyncio.Timeout, between: float
     ) -> None:
         """Pass events on. Before the first the upstream may still be given up for another."""
-        loop, meter, seen = asyncio.get_running_loop(), self.call.meter, 0
+        loop, meter, record, seen = asyncio.get_running_loop(), self.call.meter, self.call.record, 0
         async for data in self._chunks(answer):
             first.reschedule(None)  # a client that reads slowly is not the upstream's fault
             ready = self.reader.feed(data)
@@ -203,6 +203,8 @@ class Exchange:
             if not ready:
                 first.reschedule(loop.time() + between)
                 continue
+            if record is not None:
+                record.heard(ready)
             await self._begin()
             self.only_heartbeats = False
             if self.reader.is_done:
@@ -234,6 +236,8 @@ class Exchange:
             raise BadStreamError from None
         if self.call.meter is not None and isinstance(self.told, dict):
             self.call.meter.made(usage_of(self.told, "ok", 0, 0).completion_tokens)
+        if self.call.record is not None:
+            self.call.record.heard(b"data: " + body.replace(b"\n", b" ") if self.is_stream else body)
         self.outcome = "ok"
         if self.begun:  # it was held as a stream
             await self._body(b"data: " + body + b"\n\ndata: [DONE]\n\n", last=True)

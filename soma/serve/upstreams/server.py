@@ -17,7 +17,8 @@ from soma.serve.upstreams.app import Front, create_gateway_app
 from soma.serve.upstreams.config import read_config
 
 log = logging.getLogger("soma.serve")
-FIXED = ("keys", "prices", "admin_port", "admin_host", "trusted_proxies")  # what a reload leaves as it is
+# What a reload leaves as it is.
+FIXED = ("keys", "prices", "admin_port", "admin_host", "trusted_proxies", "request_log")
 
 
 class GatewayServer(Server):

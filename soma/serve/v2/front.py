@@ -162,7 +162,7 @@ class Front:
             )  # fmt: skip
             passage = await self.host.gates.enter(call)
             try:
-                job.meter = call.meter
+                job.meter, job.record = call.meter, call.record
                 if call.meter is not None:
                     call.meter.sent()
                 job.begin()

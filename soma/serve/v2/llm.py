@@ -176,8 +176,11 @@ class Answers(Job):
 
     def begin(self) -> None:
         engine: Any = self.service.engine
+        if self.record is not None:
+            texts = [self.service.tokenizer.decode(prompt) for prompt in self.prompts]
+            self.record.asked(prompts=texts, n=self.n, stream=self.streamed)
         self.generation = Generation(
-            engine, self.service.metrics, self.prompts, self.params, self.n, self.meter, **self.scheduling
+            engine, self.service.metrics, self.prompts, self.params, self.n, self.meter, self.record, **self.scheduling
         )  # fmt: skip
 
     async def answers(self) -> AsyncGenerator[Tensors, None]:

@@ -4,13 +4,16 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from soma.serve.calls import Caller, Meter, Usage
 from soma.serve.errors import ApiError
 from soma.serve.v2.datatypes import DTYPES, Tensors, as_objects
+
+if TYPE_CHECKING:
+    from soma.serve.requestlog.record import Record
 
 Parameters = Mapping[str, Any]
 
@@ -61,11 +64,12 @@ class Options:
 
 class Job(ABC):
     """One request, ready to run. `prompt_tokens` and `max_tokens`: what it may use at most, for the gates. `meter`: who
-    counts its tokens while it runs."""
+    counts its tokens while it runs. `record`: where the request log wants to know what was asked and said."""
 
     prompt_tokens = 0
     max_tokens = 0
     meter: Meter | None = None
+    record: "Record | None" = None
 
     def begin(self) -> None:  # noqa: B027  (most have nothing to do)
         """The gates are passed. Raises QueueFullError and the like."""
