@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from soma.data.instruct.checks import RowError
+from soma.data.instruct.schemas import schema_of
 from soma.data.readers import READ_ERRORS, Dropped, decompress, json_rows
-from soma.data.shapes import RowError, shape_of
 from soma.data.sources import Item, list_items
 from soma.recipe import Recipe, Source, merge, read_overrides, validate
 
@@ -38,7 +39,7 @@ def data_kind(data: str) -> Kind:
                 for _, row in json_rows(item, decompress(raw, item.compression)):
                     if isinstance(row, Dropped) or not isinstance(row, dict):
                         continue
-                    return "preference" if shape_of(row) == "preference" else "instruct"
+                    return "preference" if schema_of(row) == "preference" else "instruct"
         except (*READ_ERRORS, RowError):
             return "text"
     return "text"

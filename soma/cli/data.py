@@ -4,7 +4,10 @@ from pathlib import Path
 
 import typer
 
+from soma.cli import instruct
+
 data_app = typer.Typer(no_args_is_help=True, help="Work on corpora outside of a run.")
+instruct.add_commands(data_app)
 
 
 @data_app.command("index")

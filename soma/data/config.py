@@ -275,10 +275,10 @@ class InstructConfig(Block):
 
     sources: Sources = Field(
         default_factory=list,
-        description="JSON or JSONL files in Alpaca, messages, ShareGPT or prompt/chosen/rejected shape. "
-        "Empty: docstring → function pairs from the corpus.",
+        description="JSON or JSONL files in Alpaca, messages, ShareGPT, prompt/chosen/rejected, "
+        "prompt/completion/label (KTO) or Self-Instruct's shape. Empty: docstring → function pairs from the corpus.",
     )
-    shape: Literal["auto", "alpaca", "messages", "sharegpt", "preference"] = Field(
+    shape: Literal["auto", "alpaca", "alpaca_text", "messages", "sharegpt", "preference", "kto", "seeds"] = Field(
         "auto", description="Shape of the rows; `auto` tells by the fields of the first row."
     )
     system: str | None = Field(None, description="A system message put before every conversation that has none.")

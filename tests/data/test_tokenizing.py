@@ -13,8 +13,10 @@ from soma.data.config import DataConfig, InstructConfig, TokenizerConfig
 from soma.data.corpus import build_corpus, read_corpus
 from soma.data.docstrings import function_pairs
 from soma.data.instruct import build_instruct, instruct_fingerprint
+from soma.data.instruct.checks import RowError
+from soma.data.instruct.samples import read_samples
+from soma.data.instruct.schemas import schema_of
 from soma.data.loader import IGNORE, PreferenceLoader, TokenLoader
-from soma.data.shapes import RowError, read_row, shape_of
 from soma.data.store import TokenStore
 from soma.data.tokenizer import SPECIALS, train_tokenizer
 from soma.data.tokens import tokenize_corpus, tokenize_instruct
@@ -327,7 +329,7 @@ def test_broken_json_and_wrong_files_are_named(tmp_path: Path) -> None:
 )
 def test_row_errors_name_the_field(row: dict[str, object], field: str) -> None:
     with pytest.raises(RowError) as caught:
-        read_row(row, shape_of(row), None)
+        read_samples(row, schema_of(row), None)
     assert caught.value.field == field
 
 
@@ -337,7 +339,7 @@ def test_preference_with_message_lists() -> None:
         "chosen": [ask, {"role": "assistant", "content": "yes"}],
         "rejected": [ask, {"role": "assistant", "content": "no"}],
     }
-    sample = read_row(row, "preference", None)
+    (sample,) = read_samples(row, "preference", None)
     assert (sample.messages, sample.chosen, sample.rejected) == ([ask], "yes", "no")
 
 

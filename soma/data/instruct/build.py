@@ -23,8 +23,10 @@ from soma.data.config import DedupConfig, InstructConfig
 from soma.data.corpus import SPLITS, read_corpus, text_id, write_dropped, write_shards
 from soma.data.dedup import exact_key, near_duplicates
 from soma.data.docstrings import function_pairs
+from soma.data.instruct.checks import RowError, text_of
+from soma.data.instruct.samples import Sample, read_samples
+from soma.data.instruct.schemas import schema_of
 from soma.data.readers import READ_ERRORS, Dropped, decompress, json_rows
-from soma.data.shapes import RowError, Sample, read_row, shape_of
 from soma.data.sources import Item, list_items, source_fingerprint
 from soma.data.split import held_out
 
@@ -46,17 +48,17 @@ class Row:
         """What is learned: the chosen answer, or all that the assistant says."""
         if self.sample.chosen is not None:
             return self.sample.chosen
-        return "\n".join(m["content"] for m in self.sample.messages if m["role"] == "assistant")
+        return "\n".join(text_of(m) for m in self.sample.messages if m["role"] == "assistant")
 
     @property
     def prompt(self) -> str:
         """What is asked: everything that is not the assistant's."""
-        return "\n".join(m["content"] for m in self.sample.messages if m["role"] != "assistant")
+        return "\n".join(text_of(m) for m in self.sample.messages if m["role"] != "assistant")
 
     @property
     def text(self) -> str:
         """All of it, to compare and to count."""
-        parts = [m["content"] for m in self.sample.messages]
+        parts = [text_of(m) for m in self.sample.messages]
         return "\n".join([*parts, self.sample.chosen or "", self.sample.rejected or ""]).rstrip("\n")
 
 
@@ -167,8 +169,12 @@ def _read_files(config: InstructConfig, dropped: list[Dropped]) -> tuple[str, li
                 try:
                     if not isinstance(value, dict):
                         raise RowError("row", "an object expected")
-                    shape = shape or shape_of(value)
-                    rows.append(_row(read_row(value, shape, config.system), place, shape, {}))
+                    shape = shape or schema_of(value)
+                    found = read_samples(value, shape, config.system)
+                    rows += [_row(sample, place, shape, {}) for sample in found]
+                    if not found:
+                        detail = "an answer that is not wanted (label: false)"
+                        dropped.append(Dropped(place, "undesired", detail, profile.excerpt(json.dumps(value))))
                 except RowError as error:
                     _set_aside(config, dropped, place, "bad_row", str(error), profile.excerpt(json.dumps(value)))
                 task.advance(1)
@@ -210,7 +216,8 @@ def _split_files(config: InstructConfig, rows: Sequence[Row]) -> None:
 
 
 def _row(sample: Sample, source: str, kind: str, meta: dict[str, Any], split: str = "") -> Row:
-    content = json.dumps([sample.messages, sample.chosen, sample.rejected], ensure_ascii=False, sort_keys=True)
+    parts = [sample.messages, sample.chosen, sample.rejected, *([sample.tools] if sample.tools else [])]
+    content = json.dumps(parts, ensure_ascii=False, sort_keys=True)
     return Row(text_id(content), sample, source, kind, meta, split)
 
 
@@ -239,6 +246,8 @@ def _write_split(out: Path, split: str, rows: Sequence[Row], preference: bool) -
         columns["rejected"] = [row.sample.rejected for row in rows]
     else:
         columns["messages"] = messages
+    if any(row.sample.tools for row in rows):
+        columns["tools"] = [json.dumps(row.sample.tools or [], ensure_ascii=False) for row in rows]
     columns["source"] = [row.source for row in rows]
     columns["meta"] = [json.dumps(row.meta, sort_keys=True) for row in rows]
     columns["kind"] = [row.kind for row in rows]
