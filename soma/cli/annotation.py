@@ -81,3 +81,34 @@ def agreement(
         write_json(out, measured.without_nan(report))
     if adjudicate is not None:
         write_text(adjudicate, measured.adjudication_lines(report))
+
+
+@data_app.command("annotate")
+def annotate(
+    file: Annotated[Path, typer.Argument(help="Texts: a file of doccano, Prodigy or Praat, or a text a line (.txt).")],
+    out: Annotated[Path, typer.Option("--out", help="Where each decision goes at once (.jsonl); resumed if there.")],
+    labels: Annotated[str, typer.Option("--labels", metavar="A,B,…", help="Classes, or labels of spans.")] = "",
+    relation_labels: Annotated[str, typer.Option("--relation-labels", metavar="A,B,…", help="Of relations.")] = "",
+    work: Annotated[
+        str, typer.Option("--work", help="classification, multilabel, spans, relations or seq2seq.")
+    ] = "classification",
+    to: Annotated[str, typer.Option("--to", help="What is written: prodigy or doccano.")] = "prodigy",
+    form: Form = None,
+    annotator: Annotated[str | None, typer.Option("--annotator", help="Who decides: kept with every decision.")] = None,
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8100,
+) -> None:
+    """Label texts on a page on this machine: classes, spans, relations, texts that answer."""
+    from soma.base import progress
+    from soma.data.annotation.files import FORMATS
+    from soma.serve.annotate.app import serve_annotate
+    from soma.serve.annotate.session import WORK, Session
+
+    def split(text: str) -> list[str]:
+        return [label.strip() for label in text.split(",")] if text.strip() else []
+
+    session = Session(
+        file, out, one_of("--work", work, WORK), split(labels), split(relation_labels),
+        form=one_of("--to", to, FORMATS[:2]), read_as=one_of("--from", form, FORMATS), annotator=annotator,
+    )  # fmt: skip
+    with progress.use(progress.choose()):
+        serve_annotate(session, port=port)

@@ -62,7 +62,7 @@ def write_task(record: Record, options: Sequence[Name] = ()) -> dict[str, Any]:
     elif own.get("view") == "textcat" and len(record.labels) == 1:
         found["label"] = record.labels[0]
         said.append("labels")
-    elif own.get("view") == "choice" or record.labels or options:
+    elif own.get("view") == "choice" or record.labels or options or (record.options and not own):
         found |= {"options": _options(record, options), "accept": record.labels}
         said.append("labels")
         always.append("accept")
