@@ -176,7 +176,7 @@ def corpus_stage(config: DataConfig, suffix: str = "") -> Stage:
     def fingerprint() -> str:
         return " ".join(filter(None, ["" if inputs else source_fingerprint(config), outside_fingerprint(config)]))
 
-    return Stage(f"corpus{suffix}", config.content(), build, inputs, fingerprint, metrics, format_version=2)
+    return Stage(f"corpus{suffix}", config.content(), build, inputs, fingerprint, metrics, format_version=3)
 
 
 def tokenizer_stage(config: TokenizerConfig) -> Stage:

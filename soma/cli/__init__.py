@@ -12,6 +12,7 @@ from soma.cli import (
     gateway,
     graphs,
     models,
+    profiles,
     prompts,
     recipes,
     retrieval,

@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 
 from soma.base import progress
-from soma.base.artefact import hash_lines, read_json, write_json
+from soma.base.artefact import hash_lines, read_json, write_json, write_text
 from soma.base.errors import UserError
 from soma.data import profile
 from soma.data.attributes import AttributeFiles, drop_filtered, read_attributes
@@ -45,6 +45,7 @@ from soma.data.duplicates import drop_exact, drop_known, drop_near, drop_semanti
 from soma.data.index import Index
 from soma.data.partitions import Partition, disk_may_be_full, make_partitions
 from soma.data.partitions import text_id as text_id
+from soma.data.profile.card import data_card
 from soma.data.readers import Dropped
 from soma.data.repeats import Repeats
 from soma.data.shards import DropLog, ShardWriter
@@ -107,7 +108,7 @@ def build_corpus(
     documents: Path | None = None,
     scorer: Scorer | None = None,
 ) -> None:
-    """Fill the directory `out` with `<split>-00000.parquet`…, `dropped.parquet` and `report.json`.
+    """Fill the directory `out` with `<split>-00000.parquet`…, `dropped.parquet`, `report.json` and the data card.
 
     The bytes depend on the input files' names and contents and on `config` alone. `state`: a folder that survives a
     kill; partitions that lie there are not made again. `documents`: a folder of `build_documents` with these
@@ -145,7 +146,9 @@ def build_corpus(
             _kept_step(steps, "substring", index)
         split_N = _split(config, index, clusters_N)
         counted = _write(out, work, index, repeats, clusters_N, split_N, dropped)
-        write_json(out / "report.json", _report(index, steps, sections, counted, dropped))
+        report = _report(index, steps, sections, counted, dropped)
+        write_json(out / "report.json", report)
+        write_text(out / "README.md", data_card(config, report))
 
 
 @contextmanager

@@ -6,13 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import ChainableUndefined, Environment, PackageLoader, Undefined
 from markupsafe import Markup, escape
 
 from soma.base.artefact import write_text
-from soma.base.axes import finite, number, percent, time_span
+from soma.base.axes import number, percent, time_span
 from soma.base.charts import (
-    STYLE,
     Series,
     bar_chart,
     histogram,
@@ -20,11 +18,10 @@ from soma.base.charts import (
     percentile_strip,
     share_bar,
 )
-from soma.base.units import human_bytes
+from soma.base.page import HALF, NARROW, WIDE, known, page_environment, page_style, responsive, size
 from soma.evaluate.facts import Evaluation, Json, ReportFacts, Training, collect
 from soma.evaluate.lineage import lineage_chart
 
-WIDE, HALF, NARROW = 1000, 480, 358  # widths of charts: the whole page, half of it, a phone
 TITLES = {
     "train": "Pretraining",
     "tune": "Instruction tuning",
@@ -56,23 +53,10 @@ def write_report(folder: Path, artefacts: Mapping[str, Path]) -> Path:
 
 def render(facts: ReportFacts) -> str:
     """The report as HTML. Everything that comes from the run is escaped; nothing is loaded from elsewhere."""
-    loader = PackageLoader("soma.evaluate", ".")
-    # What an artefact of another version does not say is left blank, as deep as it is missing.
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=ChainableUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    shown: dict[str, Callable[..., str]] = {
-        "number": number,
-        "bytes": size,
-        "span": time_span,
-        "percent": percent,
-        "flops": flops,
-    }
-    environment.filters |= {name: known(show) for name, show in shown.items()}
-    environment.filters |= {"stage_title": stage_title, "yaml": yaml}
-    source, _, _ = loader.get_source(environment, "report.css")
+    environment = page_environment("soma.evaluate")
+    environment.filters |= {"flops": known(flops), "stage_title": stage_title, "yaml": yaml}
     return environment.get_template("report.html.jinja").render(
-        facts=facts, style=Markup(STYLE + source), headlines=list(headlines(facts)), provenance=provenance(facts),
+        facts=facts, style=page_style(), headlines=list(headlines(facts)), provenance=provenance(facts),
         result=result_charts(facts), data=data_charts(facts.corpus), pairs=pair_charts(facts.pairs),
         training=[(one, training_charts(one)) for one in facts.training], exchanges=exchanges(facts.evaluations),
         answers=answer_tables(facts.answers),
@@ -80,24 +64,9 @@ def render(facts: ReportFacts) -> str:
     )  # fmt: skip
 
 
-def known(show: Callable[..., str]) -> Callable[..., str]:
-    """A filter that takes what the facts do not say as None."""
-
-    def filter(value: Any, *arguments: Any) -> str:
-        return show(None if isinstance(value, Undefined) else value, *arguments)
-
-    return filter
-
-
 def stage_title(name: str) -> str:
     """`evaluate_tuned` → `Tuned model`."""
     return TITLES.get(name, name.replace("_", " ").capitalize())
-
-
-def size(count: float | None) -> str:
-    """Bytes, or a dash where they are not known."""
-    value = finite(count)
-    return "–" if value is None else human_bytes(value)
 
 
 def flops(rate: float | None) -> str:
@@ -164,13 +133,6 @@ def headlines(facts: ReportFacts) -> Iterator[Headline]:
     peaks = [(stage.peak_memory_bytes, stage.stage) for stage in facts.stages if stage.peak_memory_bytes]
     if peaks:
         yield Headline("Peak memory", size(max(peaks)[0]), f"in {stage_title(max(peaks)[1]).lower()}")
-
-
-def responsive(draw: Callable[[int], str], width: int = WIDE) -> Markup:
-    """A chart drawn twice, for a wide and for a narrow screen; the style sheet shows the one that fits."""
-    return Markup('<div class="wide">{}</div><div class="narrow">{}</div>').format(
-        Markup(draw(width)), Markup(draw(NARROW))
-    )
 
 
 # --- The parts ---

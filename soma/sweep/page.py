@@ -2,25 +2,23 @@
 
 import json
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from soma.base.artefact import write_text
 from soma.base.axes import esc, number
-from soma.base.charts import STYLE, Series, line_chart, percentile_strip
+from soma.base.charts import Series, line_chart, percentile_strip
+from soma.base.page import HALF, page_style
 from soma.sweep.space import Range, Space
 
 if TYPE_CHECKING:
     from soma.sweep.search import Outcome
 
-HALF = 480
 CURVES = 24  # learning curves that are drawn: the best ones
 
 
 def write_page(path: Path, name: str, objective: str, space: Space, outcome: "Outcome") -> None:
     """One self-contained HTML file."""
-    style = STYLE + (resources.files("soma.evaluate") / "report.css").read_text(encoding="utf-8")
     parts = [
         f"<p class='mark'>Soma <span>sweep</span></p><h1>{esc(name)}</h1>",
         *(f"<p>{esc(line)}</p>" for line in outcome.headline()[:-1]),
@@ -29,7 +27,7 @@ def write_page(path: Path, name: str, objective: str, space: Space, outcome: "Ou
         _section("The winner", [seeds(outcome.seeds, objective)] if outcome.verdict else []),
         _section("Trials", [table(outcome.trials, list(space), objective)]),
     ]
-    write_text(path, PAGE.format(title=esc(name), style=style, body="\n".join(parts)))
+    write_text(path, PAGE.format(title=esc(name), style=page_style(), body="\n".join(parts)))
 
 
 PAGE = """<!doctype html>
