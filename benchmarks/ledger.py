@@ -1,9 +1,10 @@
-"""What it costs that every call is on the disk before it runs, and that every token is counted where a kill leaves it.
+"""What it costs that every call is written down before it runs, and that every token is counted where a kill leaves it.
 
     python benchmarks/ledger.py --json
 
-Calls enter and leave the ledger's gate, so many at once. Group commit (ours) against a commit, so an fsync, for each
-call; against SQLite without any fsync, which loses calls with the power; and the count of a token against nothing.
+Calls enter and leave the ledger's gate, so many at once. A row in mapped memory (ours) against one that a shared sync
+has put on the disk (durability `power`), and against a row in the database, committed for all that wait (what calls
+under a budget have); and the count of a token against nothing.
 """
 
 import asyncio
@@ -13,13 +14,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import sqlalchemy as sa
-
 from benchmarks.common import compare, finish, parser
 from soma.serve.calls import Call, Caller, Usage
 from soma.serve.database import Database
 from soma.serve.keys.keyring import Keyring
-from soma.serve.ledger import book
+from soma.serve.keys.store import KeyStore
 from soma.serve.ledger.gate import Ledger
 from soma.serve.ledger.journal import Journal
 
@@ -27,16 +26,16 @@ CALLS = {1: 200, 64: 2000}
 TOKENS = 200_000
 
 
-def gate_run(folder: Path, at_once: int, *, gather: int = book.GATHER, synchronous: str = "FULL") -> float:
+def gate_run(folder: Path, at_once: int, durability: str = "process", has_budget: bool = False) -> float:
     """Calls per second through the gate, entered and left."""
     where = folder / f"{time.monotonic_ns()}.db"
     database = Database(str(where))
-    sa.event.listen(database.engine, "connect", lambda link, _: link.execute(f"PRAGMA synchronous={synchronous}"))
-    database.engine.dispose()
+    if has_budget:
+        KeyStore(database).create("benchmark", team="team")
+        KeyStore(database).set_budget("team:team", "day", 2**50, None)
     keyring = Keyring(database)
-    ledger = Ledger(database, keyring, None)
-    before, book.GATHER = book.GATHER, gather
-    total = CALLS[at_once] if gather > 1 else CALLS[at_once] // 4
+    ledger = Ledger(database, keyring, None, durability)
+    total = CALLS[at_once]
 
     async def worker(number: int) -> None:
         for _ in range(number):
@@ -51,7 +50,6 @@ def gate_run(folder: Path, at_once: int, *, gather: int = book.GATHER, synchrono
     try:
         return asyncio.run(everybody())
     finally:
-        book.GATHER = before
         ledger.close()
         keyring.close()
         database.close()
@@ -79,7 +77,7 @@ def main() -> None:
         folder = Path(name)
         for at_once in CALLS:
             run = partial(gate_run, folder, at_once)
-            peers = {"a commit each": partial(run, gather=1), "no fsync": partial(run, synchronous="OFF")}
+            peers = {"on the disk first": partial(run, "power"), "in the database first": partial(run, has_budget=True)}
             cases += compare(f"{at_once} at once", "calls/s", run, peers, **options)
         nothing = {"an empty function": lambda: loop(lambda tokens: None)}
         cases += compare("a token", "ns", partial(count_run, folder), nothing, higher_is_better=False, **options)

@@ -66,6 +66,9 @@ def serve(
     prices: Annotated[
         str | None, typer.Option(metavar="FILE", help="YAML: what a million tokens of each model cost; with --keys.")
     ] = None,
+    durability: Annotated[
+        str, typer.Option(help="What the ledger's row of a call outlives from the call's start: process or power.")
+    ] = "process",
     admin_port: Annotated[
         int | None, typer.Option(help="Admin API and page on this port as well; with --keys.", min=0)
     ] = None,
@@ -97,8 +100,8 @@ def serve(
             cache_dtype=cache_dtype, replicas=replicas, speculate=speculate, draft_tokens=draft_tokens,
             tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel, in_process=in_process,
             adapters=parse_adapters(adapter or []), allow_adapter_loading=allow_adapter_loading,
-            keys=keys, prices=prices, admin_port=admin_port, admin_host=admin_host, request_log=request_log,
-            request_log_sample=request_log_sample, request_log_redact=not request_log_raw,
+            keys=keys, prices=prices, durability=durability, admin_port=admin_port, admin_host=admin_host,
+            request_log=request_log, request_log_sample=request_log_sample, request_log_redact=not request_log_raw,
             request_log_seconds=request_log_seconds,
             grpc_port=grpc_port, grpc_compression=grpc_compression, models=models,
             allow_model_control=allow_model_control, limits=limits, trusted_proxies=trusted_proxy or (),

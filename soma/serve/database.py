@@ -134,8 +134,10 @@ class Database:
 
         @sa.event.listens_for(engine, "begin")
         def begun(connection: sa.Connection) -> None:
-            writes = connection.get_execution_options().get("writes")
-            connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+            options = connection.get_execution_options()
+            if options.get("writes"):
+                connection.exec_driver_sql(f"PRAGMA synchronous={'NORMAL' if options['relaxed'] else 'FULL'}")
+            connection.exec_driver_sql("BEGIN IMMEDIATE" if options.get("writes") else "BEGIN")
 
         return engine
 
@@ -153,9 +155,16 @@ class Database:
             yield connection
 
     @contextmanager
-    def write(self) -> Iterator[sa.Connection]:
-        """One transaction that writes: whole or not at all. SQLite takes its write lock at the beginning."""
-        with self.engine.connect().execution_options(writes=True) as connection, connection.begin():
+    def write(self, *, relaxed: bool = False) -> Iterator[sa.Connection]:
+        """One transaction that writes: whole or not at all. SQLite takes its write lock at the beginning.
+
+        relaxed: the commit does not wait for the disk. Everybody sees it and no killed process undoes it; a loss of
+        power does (PostgreSQL: also a crash of its server), unless a commit that is not relaxed came after it.
+        """
+        options = {"writes": True, "relaxed": relaxed}
+        with self.engine.connect().execution_options(**options) as connection, connection.begin():
+            if relaxed and self.path is None:
+                connection.execute(sa.text("SET LOCAL synchronous_commit = off"))
             yield connection
 
     def migrate(self, last: int = len(MIGRATIONS)) -> None:

@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 class Gateway:
     """The database of keys and ledger, and what works on it while the service runs.
 
-    prices: a price file; without it tokens are counted and money is not. Raises UserError.
+    prices: a price file; without it tokens are counted and money is not. durability: see `Ledger`. Raises UserError.
     """
 
-    def __init__(self, database: str, prices: str | None = None) -> None:
+    def __init__(self, database: str, prices: str | None = None, durability: str = "process") -> None:
         self.prices = None if prices is None else load_prices(prices)
         self.database = Database(database, create=False)
         self.keyring = Keyring(self.database)
         self.guard = Guard(self.keyring)
         self.admin: AdminServer | None = None
         try:
-            self.ledger = Ledger(self.database, self.keyring, self.prices)
+            self.ledger = Ledger(self.database, self.keyring, self.prices, durability)
         except BaseException:
             self.keyring.close()
             self.database.close()

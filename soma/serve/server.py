@@ -91,15 +91,17 @@ def serve(
     adapters: Mapping[str, str] | None = None, allow_adapter_loading: bool = False, keys: str | None = None,
     grpc_port: int | None = None, grpc_compression: str = "none", models: str | Path | None = None,
     allow_model_control: bool = False, limits: Path | None = None, trusted_proxies: Sequence[str] = (),
-    prices: str | None = None, admin_port: int | None = None, admin_host: str = "127.0.0.1",
+    prices: str | None = None, durability: str = "process", admin_port: int | None = None,
+    admin_host: str = "127.0.0.1",
     prompts: str | None = None, request_log: str | Path | None = None, request_log_sample: float = 1.0,
     request_log_redact: bool = True, request_log_seconds: float = 60.0,
     ready: Callable[[str], None] | None = None,
 ) -> None:  # fmt: skip
     """Serve a model until SIGTERM or SIGINT.
 
-    port 0 takes a free one. `keys`: the database of keys (`soma keys`), which requests are then asked for,
-    and of the ledger; `prices`: what tokens cost (`soma.serve.ledger.prices`). `admin_port`, `admin_host`: where the
+    port 0 takes a free one. `keys`: the database of keys (`soma keys`), which requests are then asked for, and of the
+    ledger; `prices`: what tokens cost (`soma.serve.ledger.prices`); `durability`: what the ledger's row of a call
+    outlives from its start, `process` or `power` (`soma.serve.ledger.gate`). `admin_port`, `admin_host`: where the
     admin API and page listen, which ask for keys of their own.
     `allow_public` lets `host` be reachable from other machines without keys: whoever reaches the port uses the model.
     `limits`: a file of rate limits (`soma.serve.limits`). `trusted_proxies`: addresses and networks whose
@@ -143,7 +145,7 @@ def serve(
         if keys is not None:
             from soma.serve.gateway import Gateway
 
-            gateway = Gateway(keys, prices)
+            gateway = Gateway(keys, prices, durability)
         if log_config is not None:
             from soma.serve.requestlog.gate import RequestLog
 

@@ -4,14 +4,13 @@ import asyncio
 import http.client
 import json
 import os
-import random
-import signal
-import subprocess
+import resource
+import struct
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -21,18 +20,19 @@ import pytest
 import sqlalchemy as sa
 from gateway_tools import Scripted, running_gateway
 from http_tools import JSON, wait_for
+from ledger_tools import CRASHING, check_against, check_balances, kill_at_random, rows_of, start_python, with_budget
 from postgres import new_database
 
 from soma.base.errors import UserError
 from soma.serve.calls import Call, Caller, Gates, Passage, Usage
-from soma.serve.database import Database, balances, ledger
+from soma.serve.database import Database, ledger
 from soma.serve.errors import ApiError
 from soma.serve.gateway import Gateway
 from soma.serve.keys.store import KeyStore
 from soma.serve.ledger import book as book_module
 from soma.serve.ledger import journal as journal_module
-from soma.serve.ledger.book import Book, seconds_left
-from soma.serve.ledger.journal import DeadJournal, Journal
+from soma.serve.ledger.book import Book, new_row, seconds_left
+from soma.serve.ledger.journal import CHUNK, HEAD, ID_BYTES, SLOT, DeadJournal, Journal
 from soma.serve.ledger.prices import load_prices
 from soma.serve.ledger.recover import journals_of, recover
 from soma.serve.ledger.report import as_csv, as_json, as_table, report
@@ -77,31 +77,8 @@ def a_call(prompt: int = 10, most: int = 20, caller: Caller | None = None, model
     return Call("/v1/completions", model, "127.0.0.1", caller, prompt, most)
 
 
-def rows_of(database: Database) -> dict[str, Any]:
-    with database.read() as connection:
-        return {row.id: row for row in connection.execute(sa.select(ledger))}
-
-
 def settled(database: Database, number: int) -> bool:
     return wait_for(lambda: sum(row.settled_at is not None for row in rows_of(database).values()) == number)
-
-
-def check_balances(database: Database) -> None:
-    """The balances are the ledger's own sums."""
-    expected: dict[tuple[str, str], list[int]] = {}
-    for row in rows_of(database).values():
-        owners = [f"key:{row.key_id}"] * (row.key_id is not None) + [f"team:{row.team}"] * (row.team is not None)
-        for name in [(owner, period) for owner in owners for period in (row.day, row.day[:7])]:
-            sums = expected.setdefault(name, [0, 0, 0, 0])
-            if row.settled_at is None:
-                sums[2] += row.reserved_prompt + row.reserved_completion
-                sums[3] += row.reserved_nano or 0
-            else:
-                sums[0] += row.prompt_tokens + row.completion_tokens
-                sums[1] += row.nano or 0
-    with database.read() as connection:
-        found = {(row.owner, row.period): list(row[2:]) for row in connection.execute(sa.select(balances))}
-    assert {name: sums for name, sums in found.items() if any(sums)} == {k: v for k, v in expected.items() if any(v)}
 
 
 def test_written_before_it_runs_and_settled_after(gateway: Gateway) -> None:
@@ -110,6 +87,9 @@ def test_written_before_it_runs_and_settled_after(gateway: Gateway) -> None:
 
     async def run() -> None:
         passage = await Gates(gateway.gates()).enter(call)
+        assert [path.suffix for path in journals_of(gateway.database).iterdir()] == [".slots"]
+        assert call.id.encode() in next(journals_of(gateway.database).iterdir()).read_bytes()
+        assert await asyncio.to_thread(wait_for, lambda: rows_of(gateway.database))
         row = rows_of(gateway.database)[call.id]
         assert (row.settled_at, row.reserved_prompt, row.reserved_completion) == (None, 10, 20)
         assert row.reserved_nano == 10 * 150 + 20 * 600
@@ -272,8 +252,10 @@ def test_a_killed_gateway_before_an_upstream(tmp_path: Path, prices: str) -> Non
     again.close()
 
 
-def test_who_leaves_while_the_row_is_written(local: Gateway) -> None:
-    call = a_call(caller=Caller("k"))
+def test_who_leaves_while_the_row_is_written(tmp_path: Path, prices: str) -> None:
+    call = a_call(caller=Caller("k0"))
+    with_budget(where := str(tmp_path / "keys.db")).close()
+    local = Gateway(where, prices)
 
     async def run() -> None:
         with local.database.write():  # nobody else can write meanwhile
@@ -289,6 +271,7 @@ def test_who_leaves_while_the_row_is_written(local: Gateway) -> None:
     assert (row.outcome, row.prompt_tokens, row.nano) == ("refused", 0, 0)
     assert report(local.database) == []
     check_balances(local.database)
+    local.close()
 
 
 def test_a_database_that_fails(local: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,10 +280,10 @@ def test_a_database_that_fails(local: Gateway, monkeypatch: pytest.MonkeyPatch) 
     real = book_module.write_batch
     broken = threading.Event()
 
-    def fails(connection: sa.Connection, *arguments: Any) -> None:
+    def fails(connection: sa.Connection, *arguments: Any, **options: Any) -> None:
         if broken.is_set():
             raise sa.exc.OperationalError("", {}, Exception("disk"))
-        real(connection, *arguments)
+        real(connection, *arguments, **options)
 
     monkeypatch.setattr(book_module, "write_batch", fails)
     call = a_call()
@@ -309,6 +292,7 @@ def test_a_database_that_fails(local: Gateway, monkeypatch: pytest.MonkeyPatch) 
         passage = await gates.enter(call)
         broken.set()
         await passage.leave(Usage(10, 7))
+        assert await asyncio.to_thread(wait_for, lambda: local.ledger.book.is_away)
         with pytest.raises(ApiError) as caught:
             await gates.enter(a_call())
         assert (caught.value.status, caught.value.code) == (503, "ledger_unavailable")
@@ -318,6 +302,150 @@ def test_a_database_that_fails(local: Gateway, monkeypatch: pytest.MonkeyPatch) 
     assert settled(local.database, 1)
     assert rows_of(local.database)[call.id].completion_tokens == 7
     assert wait_for(lambda: not local.ledger.book.waiting)
+
+
+def test_a_commit_that_came_through_and_said_it_failed(local: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is tried again, and nothing counts twice."""
+    real, failures = local.database.write, [True]
+
+    @contextmanager
+    def breaks(**options: Any) -> Iterator[sa.Connection]:
+        with real(**options) as connection:
+            yield connection
+        if failures and failures.pop():
+            raise ConnectionError
+
+    monkeypatch.setattr(local.database, "write", breaks)
+    calls = [a_call(caller=Caller("k")) for _ in range(3)]
+
+    async def run() -> None:
+        passages = [await Gates(local.gates()).enter(call) for call in calls]
+        await passages[0].leave(Usage(10, 7))
+        assert await asyncio.to_thread(wait_for, lambda: not failures and len(rows_of(local.database)) == 3)
+        await passages[1].leave(Usage(10, 8))
+
+    asyncio.run(run())
+    assert settled(local.database, 2)
+    assert [rows_of(local.database)[call.id].completion_tokens for call in calls] == [7, 8, 0]
+    check_balances(local.database)
+
+
+def test_far_behind(local: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A database that does not keep up is not owed more than so many rows."""
+    monkeypatch.setattr(book_module, "MOST_BEHIND", 5)
+
+    async def run() -> None:
+        gates = Gates(local.gates())
+        with local.database.write():  # nobody else can write meanwhile
+            for _ in range(6):
+                await gates.enter(a_call())
+            with pytest.raises(ApiError, match="cannot be written"):
+                await gates.enter(a_call())
+
+    asyncio.run(run())
+    assert wait_for(lambda: len(rows_of(local.database)) == 6)
+
+
+def test_a_full_disk(local: Gateway) -> None:
+    """No slot, no call; those that run go on, and new ones come when there is room again. A limit on the size of files
+    stands for the disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    async def run() -> None:
+        gates = Gates(local.gates())
+        first = [await gates.enter(a_call()) for _ in range(CHUNK // SLOT)]
+        assert await asyncio.to_thread(wait_for, lambda: len(rows_of(local.database)) == len(first))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (HEAD + CHUNK, before[1]))
+        try:
+            with pytest.raises(ApiError, match="cannot be written") as caught:
+                await gates.enter(a_call())
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert caught.value.status == 503
+        last = await gates.enter(a_call())
+        for passage in (*first, last):
+            await passage.leave(Usage(1, 1))
+        assert await asyncio.to_thread(settled, local.database, len(first) + 1)
+
+    asyncio.run(run())
+
+
+def test_a_journal_that_cannot_be_synced(tmp_path: Path, prices: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With durability `power` every call waits for the disk, and none runs whose row is not on it."""
+    Database(where := str(tmp_path / "keys.db")).close()
+    gateway = Gateway(where, prices, "power")
+    syncs = []
+
+    def fails() -> None:
+        syncs.append(1)
+        raise OSError(5, "Input/output error")
+
+    async def run() -> None:
+        gates = Gates(gateway.gates())
+        passage = await gates.enter(a_call())
+        await passage.leave(Usage(1, 1))
+        monkeypatch.setattr(gateway.ledger.journal, "sync", fails)
+        with pytest.raises(ApiError, match="cannot be written"):
+            await gates.enter(a_call())
+        assert syncs
+        monkeypatch.undo()
+        passages = await asyncio.gather(*(gates.enter(a_call()) for _ in range(20)))
+        for each in passages:
+            await each.leave(Usage(1, 1))
+
+    asyncio.run(run())
+    assert settled(gateway.database, 21)
+    assert len(rows_of(gateway.database)) == 21
+    gateway.close()
+    with pytest.raises(UserError, match="durability 'disk': expected process or power"):
+        Gateway(where, prices, "disk")
+
+
+def test_a_row_too_long_for_its_slot(local: Gateway) -> None:
+    """It goes to the database before its call runs."""
+    call = a_call()
+    call.tags["graph"] = "x" * 2000
+
+    async def run() -> None:
+        passage = await Gates(local.gates()).enter(call)
+        assert call.id in rows_of(local.database)
+        await passage.leave(Usage(1, 1))
+
+    asyncio.run(run())
+    assert settled(local.database, 1)
+
+
+def test_a_torn_row_is_none(tmp_path: Path) -> None:
+    """Half a row, a row of another call, a byte that turned: the checksum sees it."""
+    journal = Journal(tmp_path, "host-1")
+    slots = [journal.open(f"call-{number}", 1) for number in range(4)]
+    for slot in slots:
+        assert slot.write(b"a row of the ledger")
+    slots[1].text[ID_BYTES + 12] ^= 1
+    slots[2].text[:6] = b"call-9"
+    slots[3].forget()
+    journal.close(remove=False)
+    dead = DeadJournal.take(journal.path)
+    assert dead is not None
+    whole = {"call-0": b"a row of the ledger", "call-1": None, "call-9": None, "call-3": None}
+    assert {name: counts.row for name, counts in dead.counts.items()} == whole
+    dead.close(remove=True)
+
+
+def test_a_journal_of_the_first_format(tmp_path: Path, prices: str) -> None:
+    """A service from before rows stood in slots was killed: its counts settle its rows all the same."""
+    database = Database(str(tmp_path / "keys.db"))
+    row = new_row(a_call(), "host-old", 100, "USD")
+    with database.write() as connection:
+        connection.execute(ledger.insert().values(**row))
+    folder = journals_of(database)
+    folder.mkdir()
+    words = struct.pack("<6Q", 2, 10, 3, 0, 0, 0)  # sent: 10 tokens in, 3 out so far
+    head = (b"SOMASLT1" + journal_module.boot_id()).ljust(HEAD, b"\0")
+    (folder / "host-old.slots").write_bytes(head + words + row["id"].encode().ljust(80, b"\0"))
+    assert recover(database, folder, load_prices(prices)) == 1
+    after = rows_of(database)[row["id"]]
+    assert (after.prompt_tokens, after.completion_tokens, after.outcome, after.estimated) == (10, 3, "killed", 0)
 
 
 def test_settling_twice_counts_once(local: Gateway) -> None:
@@ -335,91 +463,12 @@ def test_settling_twice_counts_once(local: Gateway) -> None:
     check_balances(local.database)
 
 
-# What a service does that will be killed: calls that make tokens, each of which it also writes to a witness first.
-DOOMED = """
-import asyncio, os, random, sys
-from soma.serve.calls import Call, Caller, Gates, Usage
-from soma.serve.gateway import Gateway
-where, prices, witness, seed = sys.argv[1:]
-dice = random.Random(int(seed))
-out = os.open(witness, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-gateway = Gateway(where, prices)
-gates = Gates(gateway.gates())
-async def one(number):
-    call = Call("/v1/completions", "tiny", "", Caller(f"k{number % 3}", "red"), 10, 1000)
-    os.write(out, f"begins {call.id}\\n".encode())
-    passage = await gates.enter(call)
-    os.write(out, f"runs {call.id}\\n".encode())
-    call.meter.sent()
-    made = 0
-    for _ in range(dice.randrange(200)):
-        os.write(out, f"makes {call.id}\\n".encode())
-        call.meter.made(1)
-        os.write(out, f"made {call.id}\\n".encode())
-        made += 1
-        if dice.random() < 0.2:
-            await asyncio.sleep(0.002)
-    await passage.leave(Usage(10, made))
-    os.write(out, f"ends {call.id}\\n".encode())
-async def main():
-    running = set()
-    for number in range(10**6):
-        running.add(asyncio.ensure_future(one(number)))
-        if len(running) >= 8:
-            done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-print("ready", flush=True)
-asyncio.run(main())
-"""
-
-
-def kill_at_random(where: str, prices: str, witness: Path, seed: int) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", DOOMED, where, prices, str(witness), str(seed)], stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-    )  # fmt: skip
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"ready\n"
-    count = witness.read_bytes().count(b"\n") if witness.exists() else 0
-    more = random.Random(seed).randrange(50, 2000)
-    assert wait_for(lambda: witness.exists() and witness.read_bytes().count(b"\n") > count + more)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-
-
-def check_against(witness: Path, database: Database) -> int:
-    """The ledger has every call that ran, once, with every token: exactly, but for one that was being made at the
-    moment of the kill. Returns how many calls the kills cut off."""
-    seen: dict[str, dict[str, int]] = {}
-    for line in witness.read_text().splitlines():
-        what, _, call_id = line.partition(" ")
-        counts = seen.setdefault(call_id, {"begins": 0, "runs": 0, "makes": 0, "made": 0, "ends": 0})
-        counts[what] += 1
-    rows = rows_of(database)
-    assert set(rows) <= set(seen)
-    cut = 0
-    for call_id, counts in seen.items():
-        if call_id not in rows:
-            assert not counts["runs"]
-            continue
-        row = rows[call_id]
-        assert row.settled_at is not None
-        assert not row.estimated
-        assert counts["made"] <= row.completion_tokens <= counts["makes"] <= counts["made"] + 1
-        if counts["ends"]:
-            assert (row.completion_tokens, row.prompt_tokens, row.outcome) == (counts["made"], 10, "ok")
-        else:
-            cut += 1
-            assert row.prompt_tokens in ((10,) if counts["makes"] else (0, 10))
-            assert row.outcome in ("killed", "ok")
-    check_balances(database)
-    return cut
-
-
 def test_killed_at_random_the_ledger_equals_truth(where: str, prices: str, tmp_path: Path) -> None:
-    Database(where).close()
+    """Twice one service, then two on one database, of which the first is killed and settled while the other runs."""
+    with_budget(where).close()
     witness = tmp_path / "witness"
-    for seed in range(3):
-        kill_at_random(where, prices, witness, seed)
+    for seed, services in ((0, 1), (1, 1), (2, 2)):
+        kill_at_random(where, prices, witness, seed, services)
     gateway = Gateway(where, prices)
     assert check_against(witness, gateway.database) >= 1
     line = report(gateway.database, ["team"])[0]
@@ -428,10 +477,39 @@ def test_killed_at_random_the_ledger_equals_truth(where: str, prices: str, tmp_p
     assert list(journals_of(Database(where)).iterdir()) == []
 
 
+def crash_at_lines(tmp_path: Path, prices: str, first: int, step: int) -> int:
+    """Kill a service when it has run `first`, `first + step`… lines of the ledger's code, until it comes to its end;
+    after each the next start makes the ledger equal to what a witness saw. The number of kills."""
+    template = tmp_path / "template.db"
+    with_budget(str(template)).close()
+    for number in range(first, 4000, step):  # children open copies: no schema is made under the tracer's eyes
+        (tmp_path / f"{number}.db").write_bytes(template.read_bytes())
+    process = start_python(CRASHING, tmp_path, prices, first, step)
+    assert process.wait(600) == 0
+    cut = kills = 0
+    for witness in tmp_path.glob("*.witness"):
+        gateway = Gateway(str(witness.with_suffix(".db")), prices)
+        cut += check_against(witness, gateway.database)
+        gateway.close()
+        assert list(journals_of(gateway.database).iterdir()) == []
+        kills += 1
+    assert cut >= 1
+    return kills - 1
+
+
+def test_killed_at_any_line(tmp_path: Path, prices: str) -> None:
+    assert crash_at_lines(tmp_path, prices, first=150 + os.getpid() % 301, step=301) >= 2
+
+
+@pytest.mark.slow
+def test_killed_at_every_line(tmp_path: Path, prices: str) -> None:
+    assert crash_at_lines(tmp_path, prices, first=1, step=7) >= 50
+
+
 def test_without_the_journal_it_is_an_estimate(prices: str, tmp_path: Path) -> None:
     """The control of the test before: no counts, no truth. Nothing is dropped all the same."""
     where = str(tmp_path / "keys.db")
-    Database(where).close()
+    with_budget(where, "team:red").close()  # all rows are in the database before their calls run
     kill_at_random(where, prices, tmp_path / "witness", 7)
     database = Database(where)
     opened = [row.id for row in rows_of(database).values() if row.settled_at is None]
@@ -449,14 +527,17 @@ def test_without_the_journal_it_is_an_estimate(prices: str, tmp_path: Path) -> N
 
 def test_another_boot_makes_counts_estimates(tmp_path: Path, prices: str, monkeypatch: pytest.MonkeyPatch) -> None:
     where = str(tmp_path / "keys.db")
-    Database(where).close()
+    with_budget(where).close()
     kill_at_random(where, prices, tmp_path / "witness", 8)
     monkeypatch.setattr(journal_module, "boot_id", lambda: b"x" * 36)
     database = Database(where)
     opened = [row.id for row in rows_of(database).values() if row.settled_at is None]
-    assert recover(database, journals_of(database), load_prices(prices)) == len(opened) > 0
+    before = set(rows_of(database))
+    assert recover(database, journals_of(database), load_prices(prices)) >= max(1, len(opened))
     rows = rows_of(database)
-    assert all(rows[call_id].estimated for call_id in opened)
+    assert all(row.settled_at is not None for row in rows.values())
+    assert all(rows[call_id].estimated for call_id in {*opened, *(set(rows) - before)})
+    check_balances(database)
 
 
 def test_a_service_that_lives_is_left_alone(local: Gateway, tmp_path: Path, prices: str) -> None:
@@ -467,6 +548,7 @@ def test_a_service_that_lives_is_left_alone(local: Gateway, tmp_path: Path, pric
         passage = await Gates(local.gates()).enter(call)
         other = Gateway(str(tmp_path / "keys.db"), prices)
         assert other.ledger.recovered == 0
+        assert await asyncio.to_thread(wait_for, lambda: rows_of(local.database))
         assert rows_of(local.database)[call.id].settled_at is None
         other.close()
         await passage.leave(Usage(1, 2))

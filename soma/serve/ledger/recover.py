@@ -1,20 +1,40 @@
 """Settling the calls of services that were killed, from the counts that they left."""
 
 import hashlib
+import json
 import logging
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 
 from soma.serve.calls import Usage
 from soma.serve.database import Database, ledger
 from soma.serve.ledger.book import BATCH, Settlement, write_batch
-from soma.serve.ledger.journal import SUFFIX, Counts, DeadJournal
+from soma.serve.ledger.journal import MAGIC, SUFFIX, Counts, DeadJournal
 from soma.serve.ledger.prices import Prices
 
 log = logging.getLogger("soma.serve")
+
+IN_SLOT = (
+    "id", "instance", "key_id", "team", "model", "route", "tags", "day", "opened_at", "reserved_prompt",
+    "reserved_completion", "reserved_nano", "currency",
+)  # fmt: skip
+assert MAGIC == b"SOMASLT2"  # other columns in a slot's row are another format
+
+
+def as_bytes(row: dict[str, Any]) -> bytes:
+    """What a slot keeps of a row: all that is known of a call before it runs."""
+    return json.dumps([row[name] for name in IN_SLOT], ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def row_of(text: bytes) -> dict[str, Any]:
+    """The open row again."""
+    nothing = dict.fromkeys(("estimated", "prompt_tokens", "cached_tokens", "completion_tokens"), 0)
+    return {**dict(zip(IN_SLOT, json.loads(text), strict=True)), **nothing, "settled_at": None, "outcome": None,
+            "nano": None}  # fmt: skip
 
 
 def journals_of(database: Database) -> Path:
@@ -59,10 +79,13 @@ def instances(database: Database, host: str) -> list[str]:
 
 
 def settle_all(database: Database, names: list[str], counts: dict[str, Counts], prices: Prices | None) -> int:
-    """Settle every open call of these services by what is known of it, in one transaction; their number."""
+    """Settle every open call of these services by what is known of it, in one transaction; their number. Rows that
+    only a slot has are written first."""
     if not names:
         return 0
     with database.write() as connection:
+        kept = [row_of(each.row) for each in counts.values() if each.row is not None]
+        write_batch(connection, (), (), kept, again=True)
         open_rows = connection.execute(
             sa.select(ledger).where(ledger.c.instance.in_(names), ledger.c.settled_at.is_(None))
         ).all()

@@ -97,13 +97,17 @@ class ModelConfig(Strict):
 
 
 class GatewayConfig(Strict):
-    """The file. Everything but `keys`, `prices`, `request_log` and the admin's place is taken anew at SIGHUP."""
+    """The file. Everything but `keys`, `prices`, `durability`, `request_log` and the admin's place is taken anew at
+    SIGHUP."""
 
     models: dict[str, ModelConfig] = Field(min_length=1)
     limits: LimitsConfig = LimitsConfig()
     keys: str | None = Field(None, description="The database of keys and ledger (`soma keys`).")
     prices: str | None = None
     prompts: str | None = Field(None, description="Folder of prompts that requests may name.")
+    durability: Literal["process", "power"] = Field(
+        "process", description="What the ledger's row of a call outlives from the call's start."
+    )
     admin_port: int | None = Field(None, ge=0, le=65535, description="Admin API and page; with `keys`.")
     admin_host: str = "127.0.0.1"
     trusted_proxies: list[str] = Field([])

@@ -18,7 +18,7 @@ from soma.serve.upstreams.config import read_config
 
 log = logging.getLogger("soma.serve")
 # What a reload leaves as it is.
-FIXED = ("keys", "prices", "admin_port", "admin_host", "trusted_proxies", "request_log")
+FIXED = ("keys", "prices", "durability", "admin_port", "admin_host", "trusted_proxies", "request_log")
 
 
 class GatewayServer(Server):
@@ -69,7 +69,7 @@ def serve_gateway(
         if config.keys is not None:
             from soma.serve.gateway import Gateway
 
-            gateway = Gateway(config.keys, config.prices)
+            gateway = Gateway(config.keys, config.prices, config.durability)
             gateway.check_models(config.models)
         elif config.prices is not None or config.admin_port is not None:
             raise UserError(f"{path}: prices and admin_port go with the database of keys: say which (keys)")
