@@ -24,6 +24,9 @@ def serve(
         str | None, typer.Option(metavar="DATABASE", help="Ask for keys: a file or postgresql://… of `soma keys`.")
     ] = None,
     prices: Annotated[str | None, typer.Option(metavar="FILE", help="What tokens cost, for the ledger.")] = None,
+    limits: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="YAML: rate limits beside those of the nodes.")
+    ] = None,
     allow_public: Annotated[
         bool,
         typer.Option("--allow-public", help="Let other machines reach the service though it asks nobody for a key."),
@@ -35,21 +38,41 @@ def serve(
     with progress.use(progress.choose()):
         serve_graphs(
             file, host, port, grpc_port=grpc_port, keys=keys, prices=prices, allow_public=allow_public,
-            allow_control=allow_model_control,
+            allow_control=allow_model_control, limits=limits,
         )  # fmt: skip
 
 
 @graph_app.command()
 def show(
-    file: File,
-    url: Annotated[str | None, typer.Option(help="A service that runs these graphs: shows its latencies.")] = None,
-    key: Annotated[str | None, typer.Option(help="Its key.", envvar="SOMA_API_KEY")] = None,
+    graph: Annotated[str, typer.Argument(metavar="FILE|URL", help="A file with graphs, or a service that runs some.")],
+    url: Annotated[str | None, typer.Option(help="With a file: a service that runs its graphs.")] = None,
+    key: Annotated[str | None, typer.Option(help="The service's key.", envvar="SOMA_API_KEY")] = None,
 ) -> None:
-    """Draw the graphs of a file."""
+    """Draw graphs; those of a service with the latency of each node."""
     from rich.console import Console
 
     from soma.serve.graphs.config import read_graphs
-    from soma.serve.graphs.show import draw, live
+    from soma.serve.graphs.show import all_live, draw, draw_described, live
 
-    for name, graph in read_graphs(file).graphs.items():
-        Console(highlight=False).print(draw(name, graph, live(url, name, key) if url else None))
+    console = Console(highlight=False)
+    if graph.startswith(("http://", "https://")):
+        for described in all_live(graph, key):
+            console.print(draw_described(described))
+        return
+    for name, config in read_graphs(Path(graph)).graphs.items():
+        console.print(draw(name, config, live(url, name, key) if url else None))
+
+
+@graph_app.command()
+def deploy(
+    url: Annotated[str, typer.Argument(help="A service of graphs that was started with --allow-model-control.")],
+    node: Annotated[str, typer.Argument(metavar="GRAPH.NODE", help="The node, or a model of the file.")],
+    key: Annotated[str | None, typer.Option(help="The service's key.", envvar="SOMA_API_KEY")] = None,
+) -> None:
+    """Take one node anew from the file; streams that run end on the old one."""
+    from urllib.parse import quote
+
+    from soma.serve.graphs.show import ask
+
+    ask(url, f"/v2/repository/models/{quote(node, safe='')}/load", key, "POST")
+    typer.echo(f"{node} is deployed")

@@ -24,6 +24,7 @@ from soma.serve.disconnect import CLIENT_CLOSED_REQUEST, unless_disconnected
 from soma.serve.errors import ApiError
 from soma.serve.formats import ChatFormat, CompletionFormat
 from soma.serve.generation import Generation, check
+from soma.serve.graphs.trace import Continued
 from soma.serve.keys.routes import PUBLIC
 from soma.serve.metrics import Metrics
 from soma.serve.prompts import TokenNames
@@ -138,6 +139,7 @@ def create_app(
 
         app.add_middleware(Door, guard=guard)
         service.metrics.registry.register(guard.refused)
+    app.add_middleware(Continued)
     errors.install(app)
     embeddings.install(app, service)
     rerank.install(app, service)

@@ -21,6 +21,7 @@ model's `label` there as `topic`. The graph's outputs are what lies there in the
 module of its own: `kinds.py`.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from soma.base.errors import UserError
 from soma.serve.graphs.kinds import KINDS as FURTHER
 from soma.serve.graphs.kinds import NodeKind, read_kind
+from soma.serve.limits.config import Rule
 from soma.serve.v2.config import Model, Tensor, explain
 
 EDGES = ("sequence", "switch", "ensemble", "splitter")
@@ -76,6 +78,7 @@ class Node(BaseModel):
     )
     inputs: dict[str, str] = Field({}, description="the model's input: the board's tensor")
     outputs: dict[str, str] = Field({}, description="the model's output: the board's tensor")
+    limits: list[Rule] = Field([], description="of this node alone: rates, tokens, concurrency (`soma.serve.limits`)")
     further: NodeKind | None = Field(None, exclude=True, description="what stands under the name of its kind")
     further_kind: str | None = Field(None, exclude=True, description="the name of that kind")
 
@@ -117,6 +120,8 @@ class Node(BaseModel):
             raise ValueError(f"a {self.kind} has no model of its own")
         if self.splitter and not any(share.weight for share in self.splitter):
             raise ValueError("no share of the splitter has a weight")
+        if self.limits and self.kind in EDGES:
+            raise ValueError("limits are for a node that computes; put them on those that it leads to")
         if (self.combine and not self.ensemble) or (self.by and not self.splitter):
             raise ValueError("combine is for an ensemble, by for a splitter")
         return self
@@ -168,6 +173,22 @@ class GraphsFile(BaseModel):
                 if node.kind == "model" and node.model not in self.models.keys() | self.graphs.keys():
                     raise ValueError(f"graphs.{name}.nodes.{node_name}: model {node.model} is not in this file")
         return self
+
+
+def rules_of(file: GraphsFile) -> list[Rule]:
+    """The limits of all nodes as rules over everything, named GRAPH.NODE.RULE. What a node has of its own is limited
+    on all ways to it, a model that it shares only on the way through the graph. Raises UserError for names that clash.
+    """
+    found: dict[str, Rule] = {}
+    for graph, config in file.graphs.items():
+        for name, node in config.nodes.items():
+            own = {"route": [f"/graphs/{graph}/{name}"]} if node.kind == "model" else {"model": [f"{graph}.{name}"]}
+            for rule in node.limits:
+                called = re.sub(r"[^A-Za-z0-9._-]", "-", f"{graph}.{name}.{rule.name}")[-64:].lstrip(".-_")
+                if called in found:
+                    raise UserError(f"graphs.{graph}.nodes.{name}.limits: two rules are named {called!r}")
+                found[called] = rule.model_copy(update={"name": called, "only": {**rule.only, **own}})
+    return list(found.values())
 
 
 def read_graphs(path: Path) -> GraphsFile:

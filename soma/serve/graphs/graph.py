@@ -22,6 +22,7 @@ from soma.base.errors import UserError
 from soma.serve.calls import Usage
 from soma.serve.errors import ApiError, as_api_error
 from soma.serve.graphs.config import EDGES, GraphConfig, Node
+from soma.serve.graphs.metrics import GraphMetrics
 from soma.serve.graphs.trace import span
 from soma.serve.v2.callables import find
 from soma.serve.v2.datatypes import Tensors
@@ -56,8 +57,10 @@ class Graph(V2Model):
     platform = "soma_graph"
     decoupled = True
 
-    def __init__(self, name: str, config: GraphConfig, front: Front, folder: Any) -> None:
-        self.name, self.config, self.front = name, config, front
+    def __init__(
+        self, name: str, config: GraphConfig, front: Front, folder: Any, metrics: GraphMetrics | None = None
+    ) -> None:
+        self.name, self.config, self.front, self.metrics = name, config, front, metrics
         self.inputs = [tensor.spec for tensor in config.inputs]
         self.outputs = [tensor.spec for tensor in config.outputs]
         self.seen = {node: Seen() for node in config.nodes}
@@ -89,11 +92,12 @@ class Graph(V2Model):
 
     def described(self) -> dict[str, Any]:
         """Nodes, where they lead, and what they have done, as JSON."""
-        nodes = {}
-        for name, node in self.config.nodes.items():
-            nodes[name] = {"kind": node.kind, "model": model_of(self.name, name, node) if is_model(node) else None,
-                           "targets": node.targets, **self.seen[name].described()}  # fmt: skip
-        return {"name": self.name, "start": self.config.start, "nodes": nodes}
+        from soma.serve.graphs.show import describe
+
+        made = describe(self.name, self.config)
+        for name, node in made["nodes"].items():
+            node |= self.seen[name].described()
+        return made
 
 
 def is_model(node: Node) -> bool:
@@ -142,7 +146,9 @@ class GraphJob(Job):
         finally:
             seen.count += 1
             seen.failed += not ok
-            seen.latencies.append(time.monotonic() - started)
+            seen.latencies.append(took := time.monotonic() - started)
+            if self.graph.metrics is not None:
+                self.graph.metrics.observe(self.graph.name, name, took, ok=ok)
 
     async def one(self, name: str, board: Tensors) -> Tensors:
         """The board behind a node that must give one answer."""
@@ -237,7 +243,8 @@ class GraphJob(Job):
     async def compute(self, name: str, node: Node, board: Tensors, streamed: bool) -> AsyncGenerator[Tensors, None]:
         """A model: through the gates, as `GRAPH/NODE`, for whoever asked the graph."""
         model = model_of(self.graph.name, name, node)
-        loaded = present(self.graph.front.repository.get(model, node.version))
+        version = node.version if node.kind == "model" else ""
+        loaded = present(self.graph.front.repository.get(model, version))
         await loaded.prepare()
         specs = {spec.name: spec for spec in loaded.inputs}
         sources = {key: node.inputs.get(key, key) for key in specs}
@@ -245,7 +252,7 @@ class GraphJob(Job):
         if "stream" in specs and streamed:
             given.setdefault("stream", np.ones(1, bool))
         request = InferRequest(
-            model, node.version, inputs=given, parameters=self.parameters(node),
+            model, version, inputs=given, parameters=self.parameters(node),
             datatypes={key: spec.datatype for key, spec in specs.items()},
         )  # fmt: skip
         running = await self.graph.front.start(request, self.origin(name), stream=streamed)

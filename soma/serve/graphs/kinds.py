@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from soma.serve.v2.front import Front
     from soma.serve.v2.model import Options, V2Model
 
-KINDS: dict[str, str] = {}
+KINDS: dict[str, str] = {
+    "llm": "soma.serve.graphs.llm:LLM",
+}
 
 
 @dataclass(frozen=True)

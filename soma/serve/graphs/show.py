@@ -5,6 +5,7 @@ import urllib.error
 import urllib.request
 from typing import Any
 
+from rich.markup import escape
 from rich.tree import Tree
 
 from soma.base.errors import UserError
@@ -12,43 +13,89 @@ from soma.serve.graphs.config import GraphConfig, Node
 from soma.serve.graphs.graph import is_model, model_of
 
 WORDS = {"sequence": "one after another", "switch": "the first that holds", "ensemble": "side by side",
-         "splitter": "by weight"}  # fmt: skip
+         "splitter": "by weight", "guard": "what it says is checked"}  # fmt: skip
+
+
+def ask(url: str, path: str, key: str | None, method: str = "GET") -> Any:
+    """The JSON that a service answers. Raises UserError."""
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    request = urllib.request.Request(f"{url.rstrip('/')}{path}", headers=headers, method=method)
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=600) as answer:
+            return json.loads(answer.read() or b"null")
+    except urllib.error.HTTPError as error:
+        raise UserError(f"{url}: it answers {error.code} for {path}{said_in(error)}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{url}: no graph service answers there ({error})") from None
+
+
+def said_in(error: urllib.error.HTTPError) -> str:
+    """The message of an error in either protocol's form."""
+    try:
+        told = json.loads(error.read())["error"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return f": {told['message'] if isinstance(told, dict) else told}"
 
 
 def live(url: str, name: str, key: str | None) -> dict[str, Any]:
     """What the service at `url` says of its graph's nodes. Raises UserError."""
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    request = urllib.request.Request(f"{url.rstrip('/')}/graphs/{name}", headers=headers)
-    try:
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10) as answer:
-            nodes: dict[str, Any] = json.load(answer)["nodes"]
-            return nodes
-    except urllib.error.HTTPError as error:
-        raise UserError(f"{url}: it answers {error.code} for the graph {name}") from None
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{url}: no graph service answers there ({error})") from None
+    return nodes_of(url, ask(url, f"/graphs/{name}", key))
+
+
+def all_live(url: str, key: str | None) -> list[dict[str, Any]]:
+    """What the service at `url` says of all of its graphs that the key may use. Raises UserError."""
+    found = ask(url, "/graphs", key)
+    if not isinstance(found, dict) or not isinstance(found.get("data"), list):
+        raise UserError(f"{url}: no graph service answers there")
+    return [graph for graph in found["data"] if nodes_of(url, graph)]
+
+
+def nodes_of(url: str, graph: Any) -> dict[str, Any]:
+    """The nodes of what a service says of a graph."""
+    if not isinstance(graph, dict) or not isinstance(graph.get("nodes"), dict):
+        raise UserError(f"{url}: no graph service answers there")
+    return graph["nodes"]
+
+
+def describe(name: str, graph: GraphConfig) -> dict[str, Any]:
+    """A graph as JSON: nodes, what they are and where they lead."""
+    inputs, outputs = ([tensor.name for tensor in side] for side in (graph.inputs, graph.outputs))
+    nodes = {
+        each: {
+            "kind": node.kind, "model": model_of(name, each, node) if is_model(node) else None,
+            "at": node.v2 or node.openai, "version": node.version or None,
+            "targets": node.targets, "edges": [list(edge) for edge in edges(node)],
+        }
+        for each, node in graph.nodes.items()
+    }  # fmt: skip
+    return {"name": name, "start": graph.start, "inputs": inputs, "outputs": outputs, "nodes": nodes}
 
 
 def draw(name: str, graph: GraphConfig, nodes: dict[str, Any] | None = None) -> Tree:
     """The tree from the first node down. nodes: what a running service says of them."""
-    tree = Tree(f"[bold]{name}[/]  {sides(graph)}")
-    add(tree, name, graph, graph.start, "", nodes)
+    described = describe(name, graph)
+    for each, node in described["nodes"].items():
+        node |= (nodes or {}).get(each, {})
+    return draw_described(described)
+
+
+def draw_described(described: dict[str, Any]) -> Tree:
+    """The tree of what `describe`, or a service that runs, says."""
+    inputs, outputs = (escape(", ".join(described[side])) for side in ("inputs", "outputs"))
+    tree = Tree(f"[bold]{escape(described['name'])}[/]  {inputs} → {outputs}")
+    add(tree, described["nodes"], described["start"], "")
     return tree
 
 
-def sides(graph: GraphConfig) -> str:
-    inputs, outputs = (", ".join(tensor.name for tensor in side) for side in (graph.inputs, graph.outputs))
-    return f"{inputs} → {outputs}"
-
-
-def add(tree: Tree, graph_name: str, graph: GraphConfig, name: str, edge: str, nodes: dict[str, Any] | None) -> None:
+def add(tree: Tree, nodes: dict[str, Any], name: str, edge: str) -> None:
     """A node, and below it those that it leads to."""
-    node = graph.nodes[name]
-    does = f"{node.kind} {model_of(graph_name, name, node)}" if is_model(node) else WORDS[node.kind]
-    where = f" at {node.v2 or node.openai}" if node.kind in ("v2", "openai") else ""
-    branch = tree.add(f"{edge}[bold]{name}[/]  {does}{where}{figures(nodes, name)}")
-    for target, words in edges(node):
-        add(branch, graph_name, graph, target, words, nodes)
+    node = nodes[name]
+    does = f"{node['kind']} {node['model']}" if node["model"] else WORDS[node["kind"]]
+    where = (f" version {node['version']}" if node["version"] else "") + (f" at {node['at']}" if node["at"] else "")
+    branch = tree.add(f"{escape(edge)}[bold]{escape(name)}[/]  {escape(does + where)}{figures(node)}")
+    for target, words in node["edges"]:
+        add(branch, nodes, target, words)
 
 
 def edges(node: Node) -> list[tuple[str, str]]:
@@ -65,11 +112,10 @@ def condition(when: dict[str, Any]) -> str:
     return " and ".join(f"{tensor} = {value}" for tensor, value in when.items()) or "else"
 
 
-def figures(nodes: dict[str, Any] | None, name: str) -> str:
+def figures(seen: dict[str, Any]) -> str:
     """Latency and counts of a node that has run."""
-    if nodes is None or name not in nodes:
+    if "count" not in seen:
         return ""
-    seen = nodes[name]
     if not seen["count"]:
         return "  [dim]no requests yet[/]"
     failed = f", [red]{seen['failed']} failed[/]" if seen["failed"] else ""

@@ -1,17 +1,20 @@
 """OpenTelemetry spans, where its packages are installed and a provider is set; nothing otherwise."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 try:
-    from opentelemetry import propagate, trace
+    from opentelemetry import context, propagate, trace
 except ImportError:  # the gateway extra is not installed
-    trace = propagate = None  # type: ignore[assignment]
-
+    context = trace = propagate = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
     from soma.serve.calls import Call, Usage
+
+HEADERS = ("traceparent", "tracestate")  # W3C Trace Context
 
 
 class CallSpan:
@@ -20,7 +23,7 @@ class CallSpan:
 
     def __init__(self, call: "Call") -> None:
         self.span = None
-        if trace is None or isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
+        if not is_on():
             return
         tags = {f"soma.{name}": value for name, value in call.tags.items()}
         told = {"gen_ai.request.model": call.model, "soma.route": call.route, "soma.request_id": call.id, **tags}
@@ -38,6 +41,40 @@ class CallSpan:
         if usage.outcome == "error":
             self.span.set_status(trace.StatusCode.ERROR)
         self.span.end()
+
+
+def is_on() -> bool:
+    """Whether somebody traces."""
+    return trace is not None and not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
+
+
+@contextmanager
+def continued(headers: Iterable[tuple[str, str]]) -> Iterator[None]:
+    """Spans inside belong to the trace that a request's headers name, if they do."""
+    given = {name: value for name, value in headers if name in HEADERS}
+    if not given:
+        yield
+        return
+    token = context.attach(propagate.extract(given))
+    try:
+        yield
+    finally:
+        context.detach(token)
+
+
+class Continued:
+    """ASGI middleware: a request's `traceparent` is the parent of the spans that it makes."""
+
+    def __init__(self, app: "ASGIApp") -> None:
+        self.app = app
+
+    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
+        if scope["type"] != "http" or not is_on():
+            await self.app(scope, receive, send)
+            return
+        headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
+        with continued(headers):
+            await self.app(scope, receive, send)
 
 
 @contextmanager

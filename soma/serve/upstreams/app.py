@@ -20,6 +20,7 @@ from soma.serve.addresses import Addresses, TrustedProxies
 from soma.serve.admission import AdmissionGate
 from soma.serve.calls import Call, Gate, Gates, called, check_allowed, may_use
 from soma.serve.errors import ApiError
+from soma.serve.graphs.trace import Continued
 from soma.serve.limits.gate import LimitsGate
 from soma.serve.protocol import read_json
 from soma.serve.requestlog import feedback
@@ -265,6 +266,7 @@ def create_gateway_app(config: GatewayConfig, gateway: "Gateway | None" = None) 
         app.add_middleware(Door, guard=gateway.guard)
         front.metrics.registry.register(gateway.guard.refused)
     app.add_middleware(Addresses, proxies=TrustedProxies(config.trusted_proxies))
+    app.add_middleware(Continued)
     errors.install(app)
     forward = Forward(front)
     app.router.routes += [Route(path, forward, methods=["POST"]) for path in ROUTES]

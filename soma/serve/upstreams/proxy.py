@@ -14,6 +14,7 @@ from starlette.types import Send
 from soma.serve import errors
 from soma.serve.calls import Call, Usage
 from soma.serve.errors import ApiError
+from soma.serve.graphs.trace import is_on, propagated
 from soma.serve.upstreams.pool import Pool, Upstream, prompt_bytes
 from soma.serve.upstreams.stream import BadStreamError, EventReader, usage_of
 
@@ -146,7 +147,7 @@ class Exchange:
         timeout = aiohttp.ClientTimeout(total=limits.whole / 1000, sock_connect=limits.connect / 1000)
         self.reader = EventReader(self.wants_usage)
         url = upstream.config.url + self.call.route.removeprefix("/v1")
-        headers = {**upstream.headers, "X-Request-Id": self.call.id}
+        headers = {**upstream.headers, "X-Request-Id": self.call.id, **(propagated() if is_on() else {})}
         try:
             if self.call.meter is not None:
                 self.call.meter.sent()

@@ -10,6 +10,7 @@ from soma.base import progress
 from soma.serve import errors
 from soma.serve.addresses import TrustedProxies
 from soma.serve.calls import Gates
+from soma.serve.graphs.trace import Continued
 from soma.serve.server import GRACE, Server, base_url, check_host, grpc_maker, listen
 from soma.serve.v2 import rest
 from soma.serve.v2.front import Alone, Front
@@ -30,6 +31,7 @@ def create_app(
         from soma.serve.keys.door import Door
 
         app.add_middleware(Door, guard=guard)
+    app.add_middleware(Continued)
     errors.install(app)
     rest.install(app, front)
 
