@@ -4,8 +4,9 @@
 * `dpo.jsonl`: {"prompt": […], "chosen", "rejected"} for every correction and the answer that it corrects, and for an
   answer with a thumb up beside one with a thumb down to the same conversation.
 
-Both are what `soma adapt` reads (`soma.data.shapes`). Of several feedbacks for one answer the last counts, part by
-part: a later thumb leaves the correction as it is. Feedback counts if the key that gave it is the one that asked.
+Both are what `soma adapt` reads (`soma.data.instruct.schemas`). Of several feedbacks for one answer the last counts,
+part by part: a later thumb leaves the correction as it is. Feedback counts if the key that gave it is the one that
+asked.
 """
 
 import json
@@ -17,7 +18,9 @@ from typing import Any
 
 from soma.base.artefact import write_text
 from soma.base.errors import UserError
-from soma.data.shapes import RowError, read_row
+from soma.data.instruct.checks import RowError
+from soma.data.instruct.samples import read_samples
+from soma.data.instruct.schemas import Schema
 
 REQUEST_COLUMNS = ["request_id", "choice", "key_id", "messages", "prompt", "completion", "outcome", "time"]
 
@@ -79,10 +82,10 @@ def _rated_pairs(answers: list[Answer]) -> Iterator[dict[str, Any]]:
                 yield _pair(json.loads(key), chosen, rejected)
 
 
-def _add(rows: list[dict[str, Any]], row: dict[str, Any], shape: Any, left_out: Counter[str]) -> None:
+def _add(rows: list[dict[str, Any]], row: dict[str, Any], schema: Schema, left_out: Counter[str]) -> None:
     """A row, if it is one that training takes."""
     try:
-        read_row(row, shape, None)
+        read_samples(row, schema, None)
     except RowError as error:
         left_out[str(error)] += 1
         return
