@@ -61,6 +61,17 @@ class SubstringConfig(Block):
     )
 
 
+class LinesConfig(Block):
+    """Lines that stand in many documents, such as menus, notices and licences."""
+
+    documents: int = Field(10, ge=2, description="Lines that stand in at least so many documents are repeated.")
+    min_chars: int = Field(
+        20, ge=1, description="Shorter lines are left alone (of source code `return None` stands everywhere)."
+    )
+    keep_first: bool = Field(False, description="The first document, by id, keeps its line.")
+    action: Literal["remove", "count"] = Field("remove", description="Take repeated lines out, or only count them.")
+
+
 class SemanticConfig(Block):
     """Documents that say the same in other words, by their embeddings (SemDeDup)."""
 
@@ -106,6 +117,7 @@ class DedupConfig(Block):
     )
     semantic: SemanticConfig | None = Field(None, description="Also drop documents that say the same in other words.")
     substring: SubstringConfig | None = Field(None, description="Also remove, or count, repeated substrings.")
+    lines: LinesConfig | None = Field(None, description="Also remove, or count, lines that stand in many documents.")
 
     @model_validator(mode="after")
     def _ordered(self) -> "DedupConfig":

@@ -8,7 +8,7 @@ the sort goes through buckets on disk.
 
 * `python`, `corpus_hash` (over the sorted ids of all rows): print both beside every figure taken on this corpus.
 * `steps`: [{step, documents, bytes}] after `read`, `clean`, `filters` (where there are some), `exact`, `near`,
-  and where they are asked for `semantic`, `decontaminate`, `substring`.
+  and where they are asked for `semantic`, `decontaminate`, `substring` (`lines` where repeated lines go too).
 * `splits`: {train, validation: {documents, bytes, chars, lines}}.
 * `document_chars`, `line_bytes`: {edges, counts, median, p90, max}; counts[i] values lie in [edges[i], edges[i+1]).
 * `characters`: {class: count}. `kinds`: {kind: {documents, bytes}}. `sources`: the 20 largest, [{source, documents,
@@ -20,6 +20,8 @@ the sort goes through buckets on disk.
   matches are in `contamination.parquet` (see `soma.data.decontaminate.corpus`).
 * `repeated_text`, where substrings are looked for: {unit, length, action, documents, spans, units, bytes, examples:
   [{source, left, characters}]}.
+* `repeated_lines`, where they are looked for: {in_documents, action, distinct, documents, lines, bytes, examples:
+  [{line, documents}]}, the most frequent first.
 """
 
 import platform
@@ -141,9 +143,9 @@ def build_corpus(
             sections["contamination"] = drop_contaminated(config, index, work / "near", out)
             _kept_step(steps, "decontaminate", index)
         repeats = Repeats(config, index, work / "near")
-        if repeats.section:
-            sections["repeated_text"] = repeats.section
-            _kept_step(steps, "substring", index)
+        if repeats.sections:
+            sections |= repeats.sections
+            _kept_step(steps, "substring" if config.dedup.lines is None else "lines", index)
         split_N = _split(config, index, clusters_N)
         counted = _write(out, work, index, repeats, clusters_N, split_N, dropped)
         report = _report(index, steps, sections, counted, dropped)

@@ -142,6 +142,15 @@ def corpus_report() -> dict[str, Any]:
             "bytes": 5600,
             "examples": [{"source": long, "left": EVIL, "characters": 431}],
         },
+        "repeated_lines": {
+            "in_documents": 10,
+            "action": "remove",
+            "distinct": 3,
+            "documents": 40,
+            "lines": 77,
+            "bytes": 2900,
+            "examples": [{"line": EVIL, "documents": 31}],
+        },
     }
 
 
