@@ -38,6 +38,7 @@ class TokenEvent:
     error: str | None = None
     is_end: bool = False  # the token is an end-of-text or stop id: it has no text of its own
     is_lost: bool = False  # the engine itself went away; it comes back, and the request can be sent again
+    cached_tokens: int = 0  # with the first token: how many of the prompt's came from the prefix cache
 
 
 @dataclass
@@ -146,6 +147,7 @@ class Request(Sequence):
         """Take the next token; its event, with a finish reason if it is the last."""
         self.tokens.append(chosen.id)
         self.sampling.take(chosen.id)
+        cached = 0 if self.first_token else self.cached
         self.first_token = self.first_token or time.monotonic()
         is_end = chosen.id in self.end_ids
         text, reason = "", None
@@ -162,7 +164,7 @@ class Request(Sequence):
             reason = "stop" if self.scanner.stopped else reason
         if reason is not None:
             self.finish_reason, self.ended = reason, time.monotonic()
-        return TokenEvent(chosen.id, text, chosen.logprob, chosen.top, reason, is_end=is_end)
+        return TokenEvent(chosen.id, text, chosen.logprob, chosen.top, reason, is_end=is_end, cached_tokens=cached)
 
     def rest(self) -> str:
         """The text held back until now, up to a stop string that its last bytes may complete."""

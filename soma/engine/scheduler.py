@@ -52,6 +52,7 @@ class Sequence:
         self.ticket = -1  # place in the order among those of its key
         self.turn = 0  # prompt tokens since it took its ticket
         self.preemptions = 0
+        self.cached = 0  # tokens of the prompt that came from the prefix cache
 
     @property
     def wanted(self) -> int:
@@ -267,6 +268,7 @@ class Scheduler(Generic[S]):
     def _count(self, sequence: S, hits: int) -> None:
         if sequence.preemptions == 0:  # after that it finds what it has computed itself
             self.prefix_hits += hits
+            sequence.cached += hits
 
     def _may_adopt(self, sequence: S) -> bool:
         size, computed = self.pool.block_size, sequence.computed

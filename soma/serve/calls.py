@@ -56,6 +56,9 @@ class Meter(Protocol):
     def sent(self) -> None:
         """The call has gone to the engine or upstream: its prompt counts."""
 
+    def cached(self, tokens: int) -> None:
+        """So many tokens more of the prompt were in the engine's cache."""
+
     def made(self, tokens: int) -> None:
         """So many tokens more have come back."""
 

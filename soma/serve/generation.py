@@ -40,12 +40,23 @@ class Generation:
 
         total = len(prompts) * n
         self.made = [0] * total  # tokens of each choice that have come, whether or not they were read from `events`
+        self.cached_tokens = 0  # of the prompts, that no choice had to compute
+        cached: list[list[int]] = [[] for _ in prompts]  # by prompt, what its choices found in the cache
+
+        def found(prompt: int, tokens: int) -> None:
+            cached[prompt].append(tokens)
+            if len(cached[prompt]) == n and (tokens := min(cached[prompt])):
+                self.cached_tokens += tokens
+                if meter is not None:
+                    meter.cached(tokens)
 
         def put(index: int) -> Callable[[TokenEvent], None]:
             hand_over = threadsafe(loop, lambda event: self.events.put_nowait((index, time.monotonic(), event)))
 
             def arrived(event: TokenEvent) -> None:
                 if event.id is not None:
+                    if not self.made[index]:
+                        found(index // n, event.cached_tokens)
                     self.made[index] += 1
                     if meter is not None:
                         meter.made(1)
@@ -100,16 +111,17 @@ class Generation:
         self.open.clear()
 
     @property
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         """OpenAI's usage object."""
         return {
             "prompt_tokens": self.prompt_tokens, "completion_tokens": self.generated,
             "total_tokens": self.prompt_tokens + self.generated,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }  # fmt: skip
 
     def used(self, outcome: str) -> Usage:
         """What the gates are told at the end."""
-        return Usage(self.prompt_tokens, sum(self.made), outcome=outcome)
+        return Usage(self.prompt_tokens, sum(self.made), self.cached_tokens, outcome)
 
 
 def nth(params: SamplingParams, k: int) -> SamplingParams:

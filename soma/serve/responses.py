@@ -108,13 +108,13 @@ class ResponsesFormat(ChatFormat):
         return {"type": "message", "id": self.message_id, "status": status, "role": "assistant", "content": content}
 
     def response(
-        self, status: str, text: str | None = None, usage: dict[str, int] | None = None, reason: str | None = None,
+        self, status: str, text: str | None = None, usage: dict[str, Any] | None = None, reason: str | None = None,
         error: dict[str, Any] | None = None,
     ) -> dict[str, Any]:  # fmt: skip
         """The object."""
         body = self.body
         told: dict[str, Any] | None = usage and {
-            "input_tokens": usage["prompt_tokens"], "input_tokens_details": {"cached_tokens": 0},
+            "input_tokens": usage["prompt_tokens"], "input_tokens_details": usage["prompt_tokens_details"],
             "output_tokens": usage["completion_tokens"], "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": usage["total_tokens"],
         }  # fmt: skip
@@ -128,7 +128,7 @@ class ResponsesFormat(ChatFormat):
             "user": body.user, "metadata": {},
         }  # fmt: skip
 
-    def ended(self, text: str, finish_reason: str | None, usage: dict[str, int]) -> dict[str, Any]:
+    def ended(self, text: str, finish_reason: str | None, usage: dict[str, Any]) -> dict[str, Any]:
         """The object at the end: cut short at max_output_tokens it is incomplete."""
         if finish_reason == "length":
             return self.response("incomplete", text, usage, "max_output_tokens")

@@ -27,7 +27,7 @@ from soma.serve.ledger.recover import journals_of
 from soma.serve.protocol import CompletionRequest, read_body
 from soma.serve.server import running_service, serve
 
-PRICES = "currency: USD\nmodels: {tiny: {prompt: 1, completion: 2}}\n"
+PRICES = "currency: USD\nmodels: {tiny: {prompt: 1, cached: 0.25, completion: 2}}\n"
 CANARY = "canary-7391-of-a-prompt"
 
 
@@ -149,6 +149,51 @@ def test_what_is_answered_is_what_is_booked(kept: Kept) -> None:
     assert left.events <= rows[left.call_id].completion_tokens < 4000
 
 
+def told_usage(data: bytes) -> Any:
+    """Of an answer, whole or streamed."""
+    if not data.startswith((b"data:", b"event:")):
+        return json.loads(data)["usage"]
+    events = [json.loads(line[5:]) for line in data.splitlines() if line.startswith(b"data: {")]
+    return next(found for event in reversed(events) if (found := event.get("response", event).get("usage")))
+
+
+def test_cached_tokens_are_told_and_cost_less(kept: Kept) -> None:
+    """A prompt that came before is in the prefix cache but for its last token, in blocks of 16. Every route says so,
+    whole and streamed, and the ledger counts it at its price."""
+    ids = [3 + (7 * number) % 90 for number in range(80)]
+    chat = [{"role": "user", "content": "one two three four five six seven eight nine ten " * 4}]
+    usage = {"include_usage": True}
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("/v1/completions", {"prompt": ids, "max_tokens": 2}),
+        ("/v1/completions", {"prompt": [ids, ids], "n": 2, "max_tokens": 2}),
+        ("/v1/completions", {"prompt": ids, "max_tokens": 2, "stream": True, "stream_options": usage}),
+        ("/v1/chat/completions", {"messages": chat, "max_tokens": 2}),
+        ("/v1/chat/completions", {"messages": chat, "max_tokens": 2, "stream": True, "stream_options": usage}),
+        ("/v1/responses", {"input": chat, "max_output_tokens": 2}),
+        ("/v1/responses", {"input": chat, "max_output_tokens": 2, "stream": True}),
+    ]
+    seen, told = set(), {}
+    for path, body in cases:
+        status, headers, data = kept.post(path, {"model": "tiny", **body})
+        assert status == 200, data
+        found = told_usage(data)
+        prompt = found.get("prompt_tokens", found.get("input_tokens"))
+        cached = found.get("prompt_tokens_details", found.get("input_tokens_details"))["cached_tokens"]
+        what = json.dumps(body.get("prompt") or "chat")[:12]
+        each = prompt if len(body.get("prompt", ())) != 2 else prompt // 2
+        assert cached == ((each - 1) // 16 * 16) * (prompt // each) if what in seen or prompt > each else cached == 0
+        seen |= {what, json.dumps(ids)[:12]}
+        told[headers["x-request-id"]] = (prompt, cached, found.get("completion_tokens", found.get("output_tokens")))
+    v2 = {"text_input": "x" * 200, "parameters": {"max_tokens": 2, "return_num_cached_tokens": True}}
+    answers = [json.loads(kept.post("/v2/models/tiny/generate", v2)[2]) for _ in range(2)]
+    assert answers[0]["num_cached_tokens"] == 0 < answers[1]["num_cached_tokens"]
+    assert wait_for(lambda: all_settled(kept, told))
+    for call_id, (prompt, cached, made) in told.items():
+        row = kept.rows()[call_id]
+        assert (row.prompt_tokens, row.cached_tokens, row.completion_tokens) == (prompt, cached, made)
+        assert row.nano == (prompt - cached) * 1000 + cached * 250 + made * 2000
+
+
 def test_a_killed_engine(kept: Kept) -> None:
     """The front lives and books what it got; nothing waits for a restart of it."""
     (engine,) = front_of(kept.url).children()
@@ -184,7 +229,8 @@ def test_a_killed_service(tiny_folder: Path, tmp_path: Path) -> None:
         assert (row.outcome, row.estimated) == ("killed", 0)
         assert client.events <= row.completion_tokens < 4000
         assert row.prompt_tokens > 0
-        assert row.nano == row.prompt_tokens * 1000 + row.completion_tokens * 2000
+        dear = row.prompt_tokens - row.cached_tokens
+        assert row.nano == dear * 1000 + row.cached_tokens * 250 + row.completion_tokens * 2000
     gateway.close()
     assert list(journals_of(kept.database).iterdir()) == []
     service.close()  # type: ignore[attr-defined]

@@ -80,6 +80,11 @@ class Slot:
             if self.runs:
                 self.words[STATE] = SENT
 
+    def cached(self, tokens: int) -> None:
+        with self.lock:
+            if self.runs:
+                self.words[CACHED] += tokens
+
     def made(self, tokens: int) -> None:
         with self.lock:
             if self.runs:

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from soma.serve.app import Service
 
 FLAGS = ("exclude_input_in_output", "return_finish_reason", "return_cumulative_logprob", "return_logprobs",
-         "return_num_input_tokens", "return_num_output_tokens", "return_output_ids")  # fmt: skip
+         "return_num_input_tokens", "return_num_output_tokens", "return_output_ids",
+         "return_num_cached_tokens")  # fmt: skip
 FLOATS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "timeout")
 WHOLE = ("max_tokens", "n", "best_of", "seed", "top_k", "logprobs", "priority")
 NOT_SAMPLING = ("timeout", "priority", "binary_data_output", "triton_enable_empty_final_response", "headers")
@@ -51,6 +52,7 @@ class LanguageModel(V2Model):
         TensorSpec("cumulative_logprob", "FP32", (-1,), optional=True),
         TensorSpec("logprobs", "BYTES", (-1,), optional=True),
         TensorSpec("num_input_tokens", "UINT32", (1,), optional=True),
+        TensorSpec("num_cached_tokens", "UINT32", (1,), optional=True),  # of them; vLLM's backend has no such output
         TensorSpec("num_output_tokens", "UINT32", (-1,), optional=True),
         TensorSpec("output_ids", "INT64", (-1,), optional=True),
     )
@@ -217,6 +219,7 @@ class Answers(Job):
             "logprobs": [json.dumps([self.described(event) for event in each if event.id is not None])
                          for each in events],
             "num_input_tokens": [self.prompt_tokens],
+            "num_cached_tokens": [self.generation.cached_tokens if self.generation else 0],
             "num_output_tokens": [len(each) for each in ids],
             "output_ids": ids[0],
         }  # fmt: skip
