@@ -1,6 +1,7 @@
 """`soma index` and `soma search`."""
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -64,7 +65,11 @@ def index(
 
 def search(
     index: Annotated[str, typer.Argument(metavar="INDEX", help="What `soma index --to` was given.")],
-    question: Annotated[str, typer.Argument(metavar="QUESTION")],
+    question: Annotated[str, typer.Argument(metavar="QUESTION")] = "",
+    evaluate: Annotated[
+        Path | None,
+        typer.Option(metavar="PAIRS", help="JSONL with question and sources: print recall and nDCG instead."),
+    ] = None,
     limit: Annotated[int, typer.Option(help="Hits.")] = 5,
     mode: Annotated[str, typer.Option(help="hybrid, dense or bm25.")] = "hybrid",
     where: Annotated[
@@ -82,6 +87,7 @@ def search(
     encoder_key: EncoderKey = None,
 ) -> None:
     """Search an index: by meaning and by words together."""
+    from soma.serve.retrieval import measure
     from soma.serve.retrieval.search import open_retriever, read_where, show
 
     filters = read_where(where or [])
@@ -90,6 +96,10 @@ def search(
         rerank_key=rerank_key,
     )  # fmt: skip
     try:
+        if evaluate is not None:
+            pairs = measure.read_pairs(evaluate)
+            typer.echo(measure.table(measure.evaluate(retriever, pairs), len(pairs)))
+            return
         hits = retriever.search(question, limit, mode, filters)  # type: ignore[arg-type]
         for place, hit in enumerate(hits, start=1):
             typer.echo(json.dumps(hit.as_json(), ensure_ascii=False) if as_json else show(place, hit))

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 KINDS: dict[str, str] = {
     "llm": "soma.serve.graphs.llm:LLM",
+    "retrieve": "soma.serve.retrieval.nodes:Retrieve",
+    "answer": "soma.serve.retrieval.nodes:AnswerKind",
 }
 
 

@@ -68,15 +68,12 @@ class Report:
         return told + (f", {len(self.problems)} problems" if self.problems else "")
 
 
-def open_index(store: Store, encoder: TextEncoder, shown: str, cutting: Cutting | None = None) -> Description:
-    """What the index was made with; with `cutting` it is made where it is not there. Raises UserError: another
-    encoder, no index."""
+def open_index(store: Store, encoder: TextEncoder, shown: str, cutting: Cutting) -> Description:
+    """What the index was made with; where it is not there it is made. Raises UserError: another encoder."""
     description = store.describe()
     if description is not None:
         check_same(description, encoder, shown)
         return description
-    if cutting is None:
-        raise UserError(f"{shown}: there is no index; make one with `soma index`")
     description = describe(encoder, WORDS_PER_TOKEN * cutting.chunk_tokens)
     store.create(description)
     progress.current().note(

@@ -18,7 +18,7 @@ import numpy as np
 from soma.base.errors import UserError
 from soma.base.secrets import redact_url
 from soma.serve.retrieval.chunks import Chunk
-from soma.serve.retrieval.store import Description, Entry, Found, Held, Where
+from soma.serve.retrieval.store import Description, Entry, Found, Held, InputError, Where
 
 if TYPE_CHECKING:
     from qdrant_client import models
@@ -168,13 +168,13 @@ class QdrantStore:
         return [Found(str(point.id), read_chunk(point.payload or {}), float(point.score)) for point in answer.points]
 
     def filter(self, where: Where | None) -> "models.Filter | None":
-        """Raises UserError for a field that cannot be asked for."""
+        """Raises InputError for a field that cannot be asked for."""
         if not where:
             return None
         m, must = self.models, []
         for key, value in where.items():
             if key not in FILTERS and not key.startswith("meta."):
-                raise UserError(f"filter {key!r}: expected one of {', '.join(FILTERS)}, or meta.KEY")
+                raise InputError(f"filter {key!r}: expected one of {', '.join(FILTERS)}, or meta.KEY")
             several = list(value) if isinstance(value, list | tuple) else [value]
             conditions: list[Any] = [self.condition("paths" if key == "source" else key, each) for each in several]
             must.append(conditions[0] if len(conditions) == 1 else m.Filter(should=conditions))
@@ -185,7 +185,7 @@ class QdrantStore:
         if isinstance(value, float):
             return m.FieldCondition(key=key, range=m.Range(gte=value, lte=value))
         if not isinstance(value, str | int):
-            raise UserError(f"filter {key}: {value!r} is no text, number or true or false")
+            raise InputError(f"filter {key}: {value!r} is no text, number or true or false")
         return m.FieldCondition(key=key, match=m.MatchValue(value=value))
 
     def count(self) -> int:

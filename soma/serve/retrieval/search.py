@@ -1,15 +1,16 @@
 """Search: by meaning (vectors), by words (BM25), by both, and again by a reranker."""
 
 import json
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 from soma.base.errors import UserError
 from soma.serve.retrieval.chunks import Chunk
 from soma.serve.retrieval.encoders import TextEncoder
 from soma.serve.retrieval.http import ask
-from soma.serve.retrieval.store import Found, Store, Where
+from soma.serve.retrieval.store import Found, InputError, Store, Where
 from soma.serve.retrieval.words import query_weights
 
 Mode = Literal["hybrid", "dense", "bm25"]
@@ -76,20 +77,24 @@ class Reranker:
 class Retriever:
     """Questions in, hits out."""
 
-    def __init__(self, store: Store, encoder: TextEncoder, reranker: Reranker | None = None) -> None:
-        self.store, self.encoder, self.reranker = store, encoder, reranker
+    def __init__(
+        self, store: Store, encoder: TextEncoder, reranker: Reranker | None = None,
+        check: Callable[[], object] | None = None,
+    ) -> None:  # fmt: skip
+        """check: of the encoder, at the first search that needs it; a service need not be there before."""
+        self.store, self.encoder, self.reranker, self.check = store, encoder, reranker, check
 
     def search(
         self, question: str, limit: int = 5, mode: Mode = "hybrid", where: Where | None = None, *, rerank: bool = True,
     ) -> list[Hit]:  # fmt: skip
         """The best chunks, best first. `where`: see `store.Where`. `rerank`: by the reranker, where there is one.
-        Raises UserError: a question without words, a filter that cannot be asked for."""
+        Raises InputError: a question without words, a filter that cannot be asked for."""
         if not question.strip():
-            raise UserError("the question is empty")
+            raise InputError("the question is empty")
         if not 1 <= limit <= MOST:
-            raise UserError(f"limit is {limit}; expected 1 to {MOST}")
+            raise InputError(f"limit is {limit}; expected 1 to {MOST}")
         if mode not in MODES:
-            raise UserError(f"mode {mode!r}: expected one of {', '.join(MODES)}")
+            raise InputError(f"mode {mode!r}: expected one of {', '.join(MODES)}")
         reranker = self.reranker if rerank else None
         first = max(limit, RERANKED) if reranker else limit
         hits = self.ranked(question, first, mode, where)
@@ -100,6 +105,9 @@ class Retriever:
         depth = max(limit, DEPTH) if mode == "hybrid" else limit
         found: dict[str, list[Found]] = {}
         if mode != "bm25":
+            if self.check is not None:
+                self.check()
+                self.check = None
             found["dense"] = self.store.dense(self.encoder.encode([question])[0], depth, where)
         if mode != "dense":
             found["bm25"] = self.store.sparse(query_weights(question), depth, where)
@@ -133,8 +141,7 @@ def open_retriever(
     encoder_key: str | None = None, rerank: str | None = None, rerank_key: str | None = None,
 ) -> Retriever:  # fmt: skip
     """The retriever of an index. `encoder`: left out, the one that the index was made with. Raises UserError."""
-    from soma.serve.retrieval.encoders import load_encoder
-    from soma.serve.retrieval.index import open_index
+    from soma.serve.retrieval.encoders import check_same, load_encoder
     from soma.serve.retrieval.qdrant import QdrantStore
 
     reranker = None if rerank is None else Reranker(rerank, rerank_key)
@@ -144,11 +151,13 @@ def open_retriever(
         if description is None:
             raise UserError(f"{store.shown}: there is no index {collection}; make one with `soma index`")
         loaded = load_encoder(encoder or description.encoder, encoder_key)
-        open_index(store, loaded, store.shown)
+        check = partial(check_same, description, loaded, store.shown)
+        if loaded.hash:
+            check()
     except BaseException:
         store.close()
         raise
-    return Retriever(store, loaded, reranker)
+    return Retriever(store, loaded, reranker, None if loaded.hash else check)
 
 
 def read_where(given: Sequence[str]) -> dict[str, Any]:

@@ -6,9 +6,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from soma.base.errors import UserError
 from soma.serve.retrieval.chunks import Chunk
 
 Where = Mapping[str, Any]  # `source` (a file, or a folder above it), `kind`, `origin`, `meta.KEY`; a list: one of these
+
+
+class InputError(UserError):
+    """What was asked is wrong, not what answers: no question, no such filter."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,8 @@ class Store(Protocol):
         """By origin and file: the content hashes that are there."""
 
     def dense(self, vector: np.ndarray, limit: int, where: Where | None = None) -> list[Found]:
-        """The chunks whose vectors have the largest cosine with this one, best first."""
+        """The chunks whose vectors have the largest cosine with this one, best first. Raises InputError for a
+        filter that cannot be asked for, as `sparse` does."""
 
     def sparse(self, weights: Mapping[int, float], limit: int, where: Where | None = None) -> list[Found]:
         """The chunks with the largest BM25 score above 0, best first."""
