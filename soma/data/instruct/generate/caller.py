@@ -119,9 +119,7 @@ class Caller:
                         found[index] = known
                         continue
                     worst = (len(question.prompt.encode()) + OVERHEAD, self.settings.max_tokens)
-                    while running and (len(running) >= self.settings.concurrency or not self._fits(worst, running)):
-                        self._collect(running, found)
-                    if not self._fits(worst, running):
+                    if not self._admitted(worst, running, found):
                         self.over = True
                         break
                     running[pool.submit(self._asked, question)] = (index, *worst)
@@ -133,6 +131,14 @@ class Caller:
                 raise
         first = next((index for index, answer in enumerate(found) if answer is None), len(found))
         return found[:first] + [None] * (len(found) - first)
+
+    def _admitted(self, worst: tuple[int, int], running: Running, found: list[Answer | None]) -> bool:
+        """Wait until another request may be sent; False where the budget does not allow it, with none in flight."""
+        while len(running) >= self.settings.concurrency or not self._fits(worst, running):
+            if not running:
+                return False
+            self._collect(running, found)
+        return True
 
     def _collect(self, running: Running, found: list[Answer | None]) -> None:
         done, _ = wait(running, return_when=FIRST_COMPLETED)
