@@ -65,6 +65,7 @@ def stages_of(recipe: Recipe) -> list[Stage]:
         if sources.filters is not None:
             stages.append(documents_stage(sources))
         stages.append(corpus_stage(sources))
+        stages += expect_stages(sources)
     if recipe.tokenizer is not None:
         stages.append(tokenizer_stage(recipe.tokenizer))
     base = _base_model(recipe.base)
@@ -179,6 +180,18 @@ def corpus_stage(config: DataConfig, suffix: str = "") -> Stage:
     return Stage(f"corpus{suffix}", config.content(), build, inputs, fingerprint, metrics, format_version=3)
 
 
+def expect_stages(config: DataConfig, suffix: str = "") -> list[Stage]:
+    """corpus → what it was expected to be, where the recipe says so; a figure out of its bounds stops the run"""
+
+    def build(job: Build) -> None:
+        from soma.data.profile.expect import check_expectations
+
+        check_expectations(config.expect, job.inputs["corpus"], job.out, job.state)
+
+    bounds = {name: list(sides) for name, sides in config.expect.items()}
+    return [Stage(f"expect{suffix}", bounds, build, {"corpus": f"corpus{suffix}"})] if bounds else []
+
+
 def tokenizer_stage(config: TokenizerConfig) -> Stage:
     """corpus → tokenizer"""
 
@@ -211,7 +224,8 @@ def mixture_stages(recipe: Recipe, tokenizer: Mapping[str, str], base: StartMode
         if part.data is not None:
             sources, suffix = _seeded(part.data, recipe), f"_{part.name}"
             stages += [] if sources.filters is None else [documents_stage(sources, suffix)]
-            stages += [corpus_stage(sources, suffix), tokens_stage(tokenizer, base, suffix)]
+            stages += [corpus_stage(sources, suffix), *expect_stages(sources, suffix)]
+            stages += [tokens_stage(tokenizer, base, suffix)]
             inputs[part.name] = f"tokens_{part.name}"
         elif part.tokens is None:
             inputs[part.name] = "tokens"

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from soma.data.expect import Bounds, read_expectations
 from soma.data.signals.config import Filters, Signal
 
 
@@ -197,6 +198,11 @@ class DataConfig(Block):
         default_factory=list, description="Signals to measure and write beside the corpus, whether a filter needs them."
     )
     decontaminate: DecontaminateConfig | None = Field(None, description="Evaluation sets to keep out.")
+    expect: Annotated[dict[str, Bounds], BeforeValidator(read_expectations)] = Field(
+        default_factory=dict,
+        description="Figures of the corpus with [least, most]; one that is not met stops the run: mean_length, "
+        "duplicates, languages.en, attributes.words.p50 … (docs/profile.md).",
+    )
     validation_fraction: float = Field(
         0.05, ge=0, lt=1, description="Share of the documents that is held out for validation."
     )
@@ -214,7 +220,7 @@ class DataConfig(Block):
 
     def content(self) -> dict[str, Any]:
         """The settings that the corpus depends on, as JSON."""
-        return self.model_dump(mode="json", exclude={"workers", "runner"})
+        return self.model_dump(mode="json", exclude={"workers", "runner", "expect"})
 
     @property
     def signals(self) -> list[str]:

@@ -69,6 +69,7 @@ class ReportFacts(Part):
     started: str = ""
     stages: list[Stage] = []
     corpus: Json | None = None
+    expectations: Json | None = None
     tokens: Json | None = None
     pairs: dict[str, Json] = {}
     training: list[Training] = []
@@ -89,6 +90,7 @@ def collect(folder: Path, artefacts: Mapping[str, Path]) -> ReportFacts:
     return ReportFacts(
         name=record.get("name", folder.name), description=(record.get("recipe") or {}).get("description") or "",
         started=str(record.get("started", "")), stages=stages, corpus=collect_json(artefacts, "corpus", "report.json"),
+        expectations=collect_json(artefacts, "expect", "expectations.json"),
         tokens=collect_json(artefacts, "tokens", "index.json"),
         pairs={name: facts for name in ("instruct", "preferences")
                if (facts := collect_json(artefacts, name, "report.json"))},
