@@ -93,6 +93,13 @@ def parse(path: Path) -> SentencePiece:
     return model
 
 
+def special_roles(path: Path) -> dict[str, str]:
+    """The control symbols that a SentencePiece model has under their usual names, by role."""
+    usual = {"<s>": "bos_token", "</s>": "eos_token", "<pad>": "pad_token", "<unk>": "unk_token"}
+    pieces = [piece for piece in parse(path).pieces if piece.kind in (CONTROL, UNKNOWN)]
+    return {usual[piece.text]: piece.text for piece in pieces if piece.text in usual}
+
+
 def bpe_merges(scores: dict[str, float], ids: dict[str, int]) -> list[tuple[str, str]]:
     """The merges that make each piece out of two others, best piece first."""
     merges = []

@@ -12,7 +12,7 @@ import tokenizers
 
 from soma.base.artefact import read_json
 from soma.base.errors import UserError
-from soma.model import chat, sentencepiece_model
+from soma.model import chat, tokenizer_files
 from soma.model.folder import local_folder
 
 Messages = list[dict[str, Any]]
@@ -22,7 +22,7 @@ BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 class Tokenizer:
-    """A tokenizer folder: `tokenizer.json` (or a SentencePiece `tokenizer.model`), its special tokens and template.
+    """A tokenizer: what `tokenizer_files` reads, its special tokens and template.
 
     `encode` takes the names of special tokens in a text for these tokens, as transformers does. Documents and messages
     are data: `as_text` and the chat methods take the names in them for the characters that they are.
@@ -54,23 +54,17 @@ class Tokenizer:
 
     @classmethod
     def load(cls, ref: str | Path) -> "Tokenizer":
-        """The tokenizer of a folder, `hf:…` or `registry:…`. UserError if there is none or it is broken."""
-        directory = local_folder(ref)
+        """The tokenizer of a folder, `hf:…` or `registry:…`, or of one file (soma/model/tokenizer_files.py has the
+        forms). UserError if there is none or it is broken.
+        """
+        place = Path(ref) if Path(ref).is_file() else local_folder(ref)
+        directory = place.parent if place.is_file() else place
         settings = read_object(directory / "tokenizer_config.json")
-        if (directory / "tokenizer.json").is_file():
-            content = (directory / "tokenizer.json").read_bytes()
-            try:
-                inner = tokenizers.Tokenizer.from_buffer(content)
-            except Exception as error:  # noqa: BLE001  (the library raises bare Exception)
-                raise UserError(f"{directory / 'tokenizer.json'}: not a valid tokenizer ({error})") from None
-        elif (directory / "tokenizer.model").is_file():
-            content = (directory / "tokenizer.model").read_bytes()
-            inner = sentencepiece_model.load(directory / "tokenizer.model", bool(settings.get("legacy", True)))
-        else:
-            raise UserError(f"{directory}: no tokenizer there (neither tokenizer.json nor tokenizer.model)")
+        source = tokenizer_files.read(place, settings)
+        inner, content = source.inner, source.content
         inner.no_padding()
         inner.no_truncation()
-        special = read_special_tokens(directory, settings)
+        special = source.special_tokens | read_special_tokens(directory, settings)
         add_declared_tokens(inner, settings)
         return cls(inner, special, read_templates(directory, settings), read_eos_ids(directory), content)
 
