@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from soma.base.artefact import content_hash, json_hash, read_json, write_json
+from soma.base.artefact import content_hash, file_hash, json_hash, read_json, write_json
 from soma.base.fetch import fetch
 from soma.base.secrets import URL
 from soma.data.config import DataConfig, InstructConfig, MixturePart, TokenizerConfig
@@ -193,14 +193,25 @@ def expect_stages(config: DataConfig, suffix: str = "") -> list[Stage]:
 
 
 def tokenizer_stage(config: TokenizerConfig) -> Stage:
-    """corpus → tokenizer"""
+    """corpus → tokenizer, or a tokenizer that is there"""
 
-    def build(job: Build) -> None:
-        from soma.data.tokenizer import train_tokenizer
+    def build(job: Build) -> str | None:
+        from soma.data.tokenizer import load_tokenizer, train_tokenizer
 
-        train_tokenizer(config, job.inputs["corpus"], job.out)
+        if config.load is None:
+            return train_tokenizer(config, job.inputs["corpus"], job.out)
+        load_tokenizer(config, job.out)
+        return None
 
-    return Stage("tokenizer", _json(config), build, {"corpus": "corpus"})
+    def outside() -> str:
+        if config.load is not None:
+            from soma.model.tokenizer import Tokenizer
+
+            return Tokenizer.load(config.load).hash
+        return "" if config.dictionary is None else file_hash(fetch(config.dictionary, "file"))
+
+    inputs = {} if config.load is not None else {"corpus": "corpus"}
+    return Stage("tokenizer", _json(config), build, inputs, outside)
 
 
 def tokens_stage(tokenizer: Mapping[str, str], base: StartModel | None, suffix: str = "") -> Stage:

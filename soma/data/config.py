@@ -268,24 +268,67 @@ class MixturePart(Block):
 
 
 class TokenizerConfig(Block):
-    """The tokenizer to train."""
+    """The tokenizer: trained on the corpus, or one that is there (`load`)."""
 
-    type: Literal["bpe"] = Field("bpe", description="Byte-level BPE.")
+    type: Literal["bpe", "unigram", "wordpiece", "word", "char", "byte"] = Field(
+        "bpe",
+        description="bpe: byte-level BPE. unigram: SentencePiece's, with bytes for what is rare (▁ is its "
+        "space). Both give back every text. wordpiece: BERT's. word: whole words, cut by `split`. char, byte: one character, one byte a token.",
+    )
+    load: str | None = Field(
+        None,
+        min_length=1,
+        description="Take this tokenizer in place of training one: a folder, hf:ID, or a file (tokenizer.json, a "
+        "SentencePiece .model, .tiktoken, vocab.txt). Where it has no end of text or chat template, they are added.",
+    )
     vocab_size: int = Field(
-        4096, ge=300, le=1_000_000, description="Entries of the vocabulary, special tokens among them."
+        4096, ge=16, le=1_000_000, description="Entries of the vocabulary, special tokens among them."
     )
     pattern: Literal["code", "gpt4", "gpt2"] = Field(
-        "code", description="How text is cut before merging: `code` keeps a line end and its indentation together."
+        "code", description="bpe: how text is cut before merging: `code` keeps a line end and its indentation together."
     )
     digits: Literal["single", "three"] = Field(
-        "three", description="Numbers are cut into single digits or into groups of up to three."
+        "three", description="bpe: numbers are cut into single digits or into groups of up to three."
     )
-    min_frequency: int = Field(2, ge=1, description="A pair must be seen this often to be merged.")
+    split: Literal["whitespace", "punctuation", "regex", "dictionary"] = Field(
+        "whitespace",
+        description="word: at white space; there and around punctuation; what `regex` matches; or the longest words of "
+        "`dictionary` from left to right (for scripts without spaces), single characters between them.",
+    )
+    regex: str | None = Field(None, min_length=1, description="word with split regex: what a word is.")
+    dictionary: str | None = Field(
+        None, min_length=1, description="word with split dictionary: a file with one word a line."
+    )
+    lowercase: bool = Field(False, description="wordpiece, word: all letters small, accents off (as BERT's uncased).")
+    min_frequency: int = Field(
+        2,
+        ge=1,
+        description="bpe, wordpiece: a pair must be seen this often to be merged; word, char: an entry to stay.",
+    )
     max_bytes: int = Field(
         200_000_000,
         ge=1,
         description="Train on at most this many bytes of the corpus, documents taken in order of their id.",
     )
+
+    @model_validator(mode="after")
+    def _fits_its_type(self) -> "TokenizerConfig":
+        given = self.model_fields_set
+        of = {"pattern": "bpe", "digits": "bpe", "split": "word", "regex": "word", "dictionary": "word"}
+        for name, kind in of.items():
+            if name in given and getattr(self, name) is not None and self.type != kind:
+                raise ValueError(f"{name} is a setting of type {kind}, not of {self.type}")
+        if self.lowercase and self.type not in ("wordpiece", "word"):
+            raise ValueError(f"lowercase is a setting of the types wordpiece and word, not of {self.type}")
+        if self.type == "byte" and "vocab_size" in given:
+            raise ValueError("the type byte has 256 entries and the special tokens: leave vocab_size out")
+        if self.type in ("bpe", "unigram") and self.vocab_size < 300:
+            raise ValueError(f"vocab_size {self.vocab_size} is less than 300: bytes and special tokens take 260")
+        if (self.split == "regex") != (self.regex is not None):
+            raise ValueError("split: regex and a `regex` go together")
+        if (self.split == "dictionary") != (self.dictionary is not None):
+            raise ValueError("split: dictionary and a `dictionary` go together")
+        return self
 
 
 class InstructConfig(Block):
