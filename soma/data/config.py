@@ -272,8 +272,9 @@ class TokenizerConfig(Block):
 
     type: Literal["bpe", "unigram", "wordpiece", "word", "char", "byte"] = Field(
         "bpe",
-        description="bpe: byte-level BPE. unigram: SentencePiece's, with bytes for what is rare (▁ is its "
-        "space). Both give back every text. wordpiece: BERT's. word: whole words, cut by `split`. char, byte: one character, one byte a token.",
+        description="bpe: byte-level BPE. unigram: SentencePiece's, with bytes for what is rare (▁ is its space). Both "
+        "give back every text. wordpiece: BERT's. word: whole words, cut by `split`. char, byte: one character, one "
+        "byte a token.",
     )
     load: str | None = Field(
         None,
