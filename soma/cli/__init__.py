@@ -8,6 +8,7 @@ import typer
 from soma.base.errors import UserError
 from soma.cli import (
     annotation,
+    features,
     feedback,
     gateway,
     graphs,
@@ -73,6 +74,7 @@ app.add_typer(feedback.feedback_app, name="feedback")
 app.add_typer(graphs.graph_app, name="graph")
 app.add_typer(gateway.keys_app, name="keys")
 app.add_typer(gateway.ledger_app, name="ledger")
+app.add_typer(features.features_app, name="features")
 app.add_typer(prompts.prompt_app, name="prompt")
 app.add_typer(upkeep.runs_app, name="runs")
 app.add_typer(upkeep.cache_app, name="cache")

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from soma.serve.v2.model import Options, V2Model
 
 KINDS: dict[str, str] = {
+    "features": "soma.serve.features.config:Lookup",
     "llm": "soma.serve.graphs.llm:LLM",
     "retrieve": "soma.serve.retrieval.nodes:Retrieve",
     "answer": "soma.serve.retrieval.nodes:AnswerKind",
