@@ -203,8 +203,12 @@ def create_app(
         if not tokenizer.has_chat_template:
             raise ApiError(400, f"the model `{model_name}` has no chat template; use /v1/completions", "input",
                            "no_chat_template")  # fmt: skip
-        prompt = await asyncio.to_thread(tokenizer.encode_chat, body.messages, True, None)
-        shape = responses.ResponsesFormat(service.names, body.model, body)
+        parallel = body.parallel_tool_calls is not False
+        use = await asyncio.to_thread(read_tools, body.functions, body.chosen, parallel, tokenizer)
+        params = with_calls(params, use)
+        shown = None if use is None else use.for_template
+        prompt = await asyncio.to_thread(tokenizer.encode_chat, body.messages, True, shown)
+        shape = responses.ResponsesFormat(service.names, body.model, body, use)
         return await answer(service, request, body, [prompt], params, shape, adapter)
 
     @app.get("/v1/models")

@@ -1,13 +1,13 @@
-"""/v1/responses: OpenAI's newer shape over the same engine. Nothing is stored, so `previous_response_id` is refused;
-tools go through /v1/chat/completions.
+"""/v1/responses: OpenAI's newer shape over the same engine. Nothing is stored, so `previous_response_id` is refused: a
+client sends the calls that it got, and what its functions returned, as items of the next input.
 """
 
 import json
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import ValidationError
 
 from soma.engine.params import SamplingParams
 from soma.engine.request import Request as EngineRequest
@@ -18,6 +18,8 @@ from soma.serve.formats import ChatFormat
 from soma.serve.generation import Generation, check
 from soma.serve.prompts import TokenNames
 from soma.serve.protocol import Message, Sampling
+from soma.serve.response_items import Items
+from soma.serve.tools import Tool, ToolUse
 
 if TYPE_CHECKING:
     from soma.serve.app import Service
@@ -35,10 +37,10 @@ class ResponsesRequest(Sampling):
     text: dict[str, Any] | None = None
     previous_response_id: str | None = None
     background: Literal[False] | None = None
-    tools: list[dict[str, Any]] | None = Field(None, max_length=0)
-    tool_choice: Literal["none", "auto"] | None = None
-    # Taken and left alone: they change nothing about the answer here.
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
+    # Taken and left alone: they change nothing about the answer here.
     include: list[str] | None = None
     reasoning: dict[str, Any] | None = None
     truncation: Literal["auto", "disabled"] | None = None
@@ -66,26 +68,76 @@ class ResponsesRequest(Sampling):
         return self.sampling(**more)
 
     @property
+    def functions(self) -> list[Tool]:
+        """The tools, in the form of chat completions. Raises ApiError for those that are no functions."""
+        found = []
+        for place, tool in enumerate(self.tools or ()):
+            where = f"tools.{place}"
+            if tool.get("type") != "function":
+                raise ApiError(400, f"{where}: only tools of type function are supported, got {tool.get('type')!r}",
+                               "tools", "unsupported_parameter")  # fmt: skip
+            given = {name: tool[name] for name in ("name", "description", "parameters", "strict") if name in tool}
+            try:
+                found.append(Tool.model_validate({"type": "function", "function": given}))
+            except ValidationError as error:
+                wrong = error.errors(include_url=False, include_context=False)[0]
+                place_in = ".".join(map(str, wrong["loc"][1:]))
+                raise ApiError(400, f"{where}.{place_in}: {wrong['msg'].lower()}", "tools") from None
+        return found
+
+    @property
+    def chosen(self) -> str | dict[str, Any] | None:
+        """`tool_choice` in the form of chat completions."""
+        match self.tool_choice:
+            case {"type": "function", "name": str(name)}:
+                return {"type": "function", "function": {"name": name}}
+        return self.tool_choice
+
+    @property
     def messages(self) -> list[dict[str, Any]]:
-        """What the chat template gets. Raises ApiError for items that are no messages of text."""
+        """What the chat template gets: calls that follow each other are one turn of the assistant. Raises ApiError for
+        items that are neither messages of text, nor calls, nor what came of them."""
         given = [{"role": "user", "content": self.input}] if isinstance(self.input, str) else self.input
-        turns = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
+        turns: list[dict[str, Any]] = []
+        if self.instructions is not None:
+            turns.append({"role": "system", "content": self.instructions})
         for place, item in enumerate(given):
-            where = f"input.{place}"
-            if item.get("type", "message") != "message" or not isinstance(item.get("role"), str):
-                raise ApiError(400, f"{where}: only messages are supported, got {item.get('type')!r}", "input")
-            content = item.get("content")
-            if isinstance(content, list):
-                if not all(isinstance(part, dict) and part.get("type") in PARTS and isinstance(part.get("text"), str)
-                           for part in content):  # fmt: skip
-                    raise ApiError(400, f"{where}.content: only parts of text are supported", "input")
-                content = "".join(part["text"] for part in content)
-            if not isinstance(content, str):
-                raise ApiError(400, f"{where}.content: expected text", "input")
-            turns.append({"role": item["role"], "content": content})
+            where, kind = f"input.{place}", item.get("type", "message")
+            if kind == "function_call":
+                if not turns or turns[-1]["role"] != "assistant":
+                    turns.append({"role": "assistant", "content": ""})
+                turns[-1].setdefault("tool_calls", []).append(call_of(item, where))
+            elif kind == "function_call_output" and isinstance(item.get("call_id"), str):
+                content = text_of(item.get("output"), f"{where}.output")
+                turns.append({"role": "tool", "tool_call_id": item["call_id"], "content": content})
+            elif kind == "message" and isinstance(item.get("role"), str):
+                turns.append({"role": item["role"], "content": text_of(item.get("content"), f"{where}.content")})
+            else:
+                raise ApiError(400, f"{where}: only messages, function_call and function_call_output are supported, "
+                               f"got {kind!r}", "input")  # fmt: skip
         if not turns:
             raise ApiError(400, "input is an empty list", "input")
         return [Message(**turn).for_template(place) for place, turn in enumerate(turns)]
+
+
+def text_of(content: Any, where: str) -> str:
+    """A text, or parts of text as one. Raises ApiError."""
+    if isinstance(content, list):
+        if not all(isinstance(part, dict) and part.get("type") in PARTS and isinstance(part.get("text"), str)
+                   for part in content):  # fmt: skip
+            raise ApiError(400, f"{where}: only parts of text are supported", "input")
+        return "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise ApiError(400, f"{where}: expected text", "input")
+    return content
+
+
+def call_of(item: dict[str, Any], where: str) -> dict[str, Any]:
+    """An earlier call in the form of chat completions. Raises ApiError."""
+    call_id, name, arguments = (item.get(key) for key in ("call_id", "name", "arguments"))
+    if not (isinstance(call_id, str) and isinstance(name, str) and isinstance(arguments, str)):
+        raise ApiError(400, f"{where}: a function_call has a call_id, a name and arguments", "input")
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 class ResponsesFormat(ChatFormat):
@@ -93,25 +145,20 @@ class ResponsesFormat(ChatFormat):
 
     whole_object, prefix = "response", "resp"
 
-    def __init__(self, names: TokenNames, model: str, body: ResponsesRequest) -> None:
+    def __init__(self, names: TokenNames, model: str, body: ResponsesRequest, use: ToolUse | None) -> None:
         super().__init__(names, model, logprobs=False)
-        self.body = body
-        self.id, self.message_id = f"resp_{uuid.uuid4().hex}", f"msg_{uuid.uuid4().hex}"
+        self.body, self.use = body, use
+        self.id = f"resp_{uuid.uuid4().hex}"
 
-    def part(self, text: str) -> dict[str, Any]:
-        """A piece of an answer."""
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-
-    def message(self, text: str | None, status: str) -> dict[str, Any]:
-        """The one item of an answer."""
-        content = [] if text is None else [self.part(text)]
-        return {"type": "message", "id": self.message_id, "status": status, "role": "assistant", "content": content}
+    def items(self) -> Items:
+        """For a new answer."""
+        return Items(None if self.use is None else self.use.parser())
 
     def response(
-        self, status: str, text: str | None = None, usage: dict[str, Any] | None = None, reason: str | None = None,
+        self, status: str, output: Sequence[dict[str, Any]] = (), usage: dict[str, Any] | None = None,
         error: dict[str, Any] | None = None,
     ) -> dict[str, Any]:  # fmt: skip
-        """The object."""
+        """The object. An answer that is incomplete was cut short at max_output_tokens."""
         body = self.body
         told: dict[str, Any] | None = usage and {
             "input_tokens": usage["prompt_tokens"], "input_tokens_details": usage["prompt_tokens_details"],
@@ -120,25 +167,34 @@ class ResponsesFormat(ChatFormat):
         }  # fmt: skip
         return {
             "id": self.id, "object": "response", "created_at": self.created, "status": status, "error": error,
-            "incomplete_details": None if reason is None else {"reason": reason}, "instructions": body.instructions,
-            "max_output_tokens": body.max_output_tokens, "model": self.model, "parallel_tool_calls": False,
-            "output": [] if text is None else [self.message(text, status)], "previous_response_id": None,
-            "store": False, "temperature": body.temperature, "top_p": body.top_p, "tool_choice": "none", "tools": [],
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "instructions": body.instructions, "max_output_tokens": body.max_output_tokens, "model": self.model,
+            "parallel_tool_calls": body.parallel_tool_calls is not False, "output": list(output),
+            "previous_response_id": None, "store": False, "temperature": body.temperature, "top_p": body.top_p,
+            "tool_choice": body.tool_choice or "auto", "tools": [shown(tool) for tool in body.tools or ()],
             "text": body.text or {"format": {"type": "text"}}, "truncation": "disabled", "usage": told,
             "user": body.user, "metadata": {},
         }  # fmt: skip
 
-    def ended(self, text: str, finish_reason: str | None, usage: dict[str, Any]) -> dict[str, Any]:
-        """The object at the end: cut short at max_output_tokens it is incomplete."""
-        if finish_reason == "length":
-            return self.response("incomplete", text, usage, "max_output_tokens")
-        return self.response("completed", text, usage)
-
     def choice(self, index: int, events: "list[TokenEvent]", request: EngineRequest) -> dict[str, Any]:  # type: ignore[override]
-        return {"text": "".join(event.text for event in events), "finish_reason": events[-1].finish_reason}
+        items = self.items()
+        for event in events:
+            items.take(event)
+        status = status_of(events[-1].finish_reason)
+        items.end(status)
+        return {"status": status, "output": items.items}
 
     def envelope(self, object_: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        return self.ended(choices[0]["text"], choices[0]["finish_reason"], more["usage"])
+        return self.response(choices[0]["status"], choices[0]["output"], more["usage"])
+
+
+def shown(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool as OpenAI tells it back."""
+    return {"strict": None, "parameters": None, "description": None, **tool}
+
+
+def status_of(finish_reason: str | None) -> str:
+    return "incomplete" if finish_reason == "length" else "completed"
 
 
 async def stream(service: "Service", generation: Generation, shape: ResponsesFormat) -> AsyncIterator[bytes]:
@@ -151,26 +207,20 @@ async def stream(service: "Service", generation: Generation, shape: ResponsesFor
         number += 1
         return f"event: {kind}\ndata: {json.dumps(value, ensure_ascii=False)}\n\n".encode()
 
-    where = {"item_id": shape.message_id, "output_index": 0, "content_index": 0}
     yield say("response.created", response=shape.response("in_progress"))
     yield say("response.in_progress", response=shape.response("in_progress"))
-    yield say("response.output_item.added", output_index=0, item=shape.message(None, "in_progress"))
-    yield say("response.content_part.added", **where, part=shape.part(""))
-    text, reason = "", None
+    items, reason = shape.items(), None
     try:
         async for _, event in generation:
             check(service.engine, event)
             reason = event.finish_reason
-            if event.text:
-                text += event.text
-                yield say("response.output_text.delta", **where, delta=event.text, logprobs=[])
-        whole = shape.ended(text, reason, generation.usage)
-        yield say("response.output_text.done", **where, text=text, logprobs=[])
-        yield say("response.content_part.done", **where, part=shape.part(text))
-        yield say("response.output_item.done", output_index=0, item=whole["output"][0])
-        yield say(f"response.{whole['status']}", response=whole)
+            if said := b"".join(say(kind, **more) for kind, more in items.take(event)):
+                yield said
+        status = status_of(reason)
+        yield b"".join(say(kind, **more) for kind, more in items.end(status))
+        yield say(f"response.{status}", response=shape.response(status, items.items, generation.usage))
     except Exception as error:  # noqa: BLE001  (the status line is gone: an event is all that can still be said)
         errors.log_unknown(error)
         known = errors.as_api_error(error)
         told = {"code": known.code or "server_error", "message": known.message}
-        yield say("response.failed", response=shape.response("failed", text or None, error=told))
+        yield say("response.failed", response=shape.response("failed", items.items, error=told))
