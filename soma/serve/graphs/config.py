@@ -31,10 +31,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from soma.base.errors import UserError
 from soma.serve.graphs.kinds import KINDS as FURTHER
 from soma.serve.graphs.kinds import NodeKind, read_kind
+from soma.serve.guards.config import Guarded
 from soma.serve.limits.config import Rule
 from soma.serve.v2.config import Model, Tensor, explain
 
-EDGES = ("sequence", "switch", "ensemble", "splitter")
+EDGES = ("sequence", "switch", "ensemble", "splitter", "guarded")
 KINDS = (*EDGES, "openai", "v2", "further", "model")
 
 
@@ -56,8 +57,8 @@ class Share(BaseModel):
 
 
 class Node(BaseModel):
-    """Exactly one of: an edge (sequence, switch, ensemble, splitter) or something that computes (model, v2, openai, a
-    kind of `kinds.KINDS`)."""
+    """Exactly one of: an edge (sequence, switch, ensemble, splitter, guarded) or something that computes (model, v2,
+    openai, a kind of `kinds.KINDS`)."""
 
     model_config = ConfigDict(extra="forbid")
     sequence: list[str] = Field([], description="nodes, one after another")
@@ -66,6 +67,7 @@ class Node(BaseModel):
     combine: str | None = Field(None, description="of an ensemble: python function of {node: outputs} giving outputs")
     splitter: list[Share] = Field([], description="one of the nodes, by weight")
     by: str | None = Field(None, description="of a splitter: the parameter whose equal values go the same way")
+    guarded: Guarded | None = Field(None, description="a node whose text is checked as it comes (docs/guardrails.md)")
     v2: str | None = Field(None, description="URL of another Open Inference Protocol server")
     openai: str | None = Field(None, description="URL of an OpenAI-like endpoint, as http://host:8000/v1")
     model: str | None = Field(None, description="model of this file, or of the remote endpoint")
@@ -105,7 +107,7 @@ class Node(BaseModel):
     @property
     def targets(self) -> list[str]:
         """Nodes that it leads to."""
-        branches = [branch.node for branch in self.switch]
+        branches = [branch.node for branch in self.switch] + ([self.guarded.node] if self.guarded else [])
         return [*self.sequence, *self.ensemble, *branches, *(share.node for share in self.splitter)]
 
     @model_validator(mode="after")

@@ -22,10 +22,13 @@ from soma.base.errors import UserError
 from soma.serve.calls import Usage
 from soma.serve.errors import ApiError, as_api_error
 from soma.serve.graphs.config import EDGES, GraphConfig, Node
+from soma.serve.graphs.kinds import Place
 from soma.serve.graphs.metrics import GraphMetrics
 from soma.serve.graphs.trace import span
+from soma.serve.guards.checks import judge, judged
+from soma.serve.guards.node import asking, texts_of
 from soma.serve.v2.callables import find
-from soma.serve.v2.datatypes import Tensors
+from soma.serve.v2.datatypes import Tensors, as_objects
 from soma.serve.v2.front import Front, InferRequest, present
 from soma.serve.v2.model import Job, Options, Origin, V2Model
 
@@ -60,7 +63,7 @@ class Graph(V2Model):
     def __init__(
         self, name: str, config: GraphConfig, front: Front, folder: Any, metrics: GraphMetrics | None = None
     ) -> None:
-        self.name, self.config, self.front, self.metrics = name, config, front, metrics
+        self.name, self.config, self.front, self.folder, self.metrics = name, config, front, folder, metrics
         self.inputs = [tensor.spec for tensor in config.inputs]
         self.outputs = [tensor.spec for tensor in config.outputs]
         self.seen = {node: Seen() for node in config.nodes}
@@ -131,7 +134,8 @@ class GraphJob(Job):
     async def run(self, name: str, board: Tensors, *, streamed: bool) -> AsyncGenerator[Tensors, None]:
         """Boards behind a node: one, or one for every piece of a stream."""
         node, seen = self.graph.config.nodes[name], self.graph.seen[name]
-        ways = {"sequence": self.sequence, "switch": self.switch, "ensemble": self.ensemble, "splitter": self.splitter}
+        ways = {"sequence": self.sequence, "switch": self.switch, "ensemble": self.ensemble,
+                "splitter": self.splitter, "guarded": self.guarded}  # fmt: skip
         started, ok = time.monotonic(), False
         try:
             with span(f"node {name}", graph=self.graph.name, node=name, kind=node.kind):
@@ -181,7 +185,7 @@ class GraphJob(Job):
         self, name: str, node: Node, board: Tensors, streamed: bool
     ) -> AsyncGenerator[Tensors, None]:  # fmt: skip
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self.guarded(each, board)) for each in node.ensemble]
+            tasks = [group.create_task(self.caught(each, board)) for each in node.ensemble]
         results = [task.result() for task in tasks]
         for result in results:
             if isinstance(result, ApiError):
@@ -202,7 +206,7 @@ class GraphJob(Job):
             merged |= outputs
         yield merged
 
-    async def guarded(self, name: str, board: Tensors) -> Tensors | ApiError:
+    async def caught(self, name: str, board: Tensors) -> Tensors | ApiError:
         """An error as a value, so that a task group gives it as it is."""
         try:
             return await self.one(name, board)
@@ -225,6 +229,31 @@ class GraphJob(Job):
         async with aclosing(self.run(share.node, board, streamed=streamed)) as boards:
             async for made in boards:
                 yield made
+
+    async def guarded(self, name: str, node: Node, board: Tensors, streamed: bool) -> AsyncGenerator[Tensors, None]:
+        options = node.guarded
+        assert options is not None
+        passages = texts_of(board.get(options.passages), options.passages)
+        origin = self.origin(name)
+        place = Place(self.graph.name, name, self.graph.folder, self.graph.front)
+        ask = asking(place, Options(timeout=origin.timeout, origin=origin))
+        if not streamed:
+            board = await self.one(options.node, board)
+            given = texts_of(board.get(options.tensor), options.tensor)
+            found = [(await judge(options.checks, text, passages, ask))[0] for text in given]
+            yield board | {options.tensor: as_objects([text.encode() for text in found], (len(found),))}
+            return
+        latest = board
+
+        async def pieces() -> AsyncGenerator[str, None]:
+            nonlocal latest
+            async with aclosing(self.run(options.node, board, streamed=True)) as boards:
+                async for latest in boards:
+                    yield "".join(texts_of(latest.get(options.tensor), options.tensor))
+
+        async with aclosing(pieces()) as said, aclosing(judged(options, said, passages, ask)) as checked:
+            async for text in checked:
+                yield latest | {options.tensor: as_objects([text.encode()], (1,))}
 
     def draw(self, node: Node) -> float:
         """A number from 0 to 1, the same for equal values of the parameter `by`."""

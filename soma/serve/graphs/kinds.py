@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 KINDS: dict[str, str] = {
     "features": "soma.serve.features.config:Lookup",
+    "guard": "soma.serve.guards.node:Guard",
     "llm": "soma.serve.graphs.llm:LLM",
     "retrieve": "soma.serve.retrieval.nodes:Retrieve",
     "answer": "soma.serve.retrieval.nodes:AnswerKind",

@@ -13,7 +13,7 @@ from soma.serve.graphs.config import GraphConfig, Node
 from soma.serve.graphs.graph import is_model, model_of
 
 WORDS = {"sequence": "one after another", "switch": "the first that holds", "ensemble": "side by side",
-         "splitter": "by weight", "guard": "what it says is checked"}  # fmt: skip
+         "splitter": "by weight", "guarded": "what it says is checked"}  # fmt: skip
 
 
 def ask(url: str, path: str, key: str | None, method: str = "GET") -> Any:
