@@ -22,6 +22,7 @@ from soma.data.profile.significance import chi2_quantile
 
 CENTRAL = 0.75  # share of the sample that centre and covariance are taken from
 STEPS = 20  # concentration steps at most
+FLAT = 0.05  # variance of z-scores among the central documents, below which an attribute hardly varies
 CLIP = 20.0  # a z-score beyond it says no more
 LEVEL = 0.999  # of a normal cloud lies below the threshold
 LOGARITHMIC = 20.0  # attributes without negative values that reach this are counts or lengths
@@ -142,19 +143,29 @@ def fit(values: Mapping[str, np.ndarray]) -> Model | None:
 
 def robust_covariance(z_NA: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(mean_A, inverse covariance_AA) of the most central `CENTRAL` of the rows, scaled so that the median squared
-    distance of all rows is that of a normal cloud."""
+    distance of all rows is that of a normal cloud.
+
+    An attribute that hardly varies among the central rows (nearly all have the same value) counts with a deviation of
+    1, that of its z-scores: else merely having another value would be as far as can be.
+    """
     size = max(z_NA.shape[1] + 1, math.ceil(CENTRAL * len(z_NA)))
     apart_N = (z_NA**2).sum(1)
     chosen = np.argsort(apart_N, kind="stable")[:size]
     for _ in range(STEPS):
         mean_A = z_NA[chosen].mean(0)
-        inverse_AA = np.linalg.inv(shrunk_covariance(z_NA[chosen] - mean_A))
+        covariance_AA = shrunk_covariance(z_NA[chosen] - mean_A)
+        flat_A = (z_NA[chosen] - mean_A).var(0) < FLAT
+        covariance_AA[flat_A, :] = covariance_AA[:, flat_A] = 0.0
+        covariance_AA[flat_A, flat_A] = 1.0
+        inverse_AA = np.linalg.inv(covariance_AA)
         apart_N = np.einsum("na,ab,nb->n", z_NA - mean_A, inverse_AA, z_NA - mean_A)
         central = np.sort(np.argsort(apart_N, kind="stable")[:size])
         if np.array_equal(central, np.sort(chosen)):
             break
         chosen = central
-    return mean_A, inverse_AA * (chi2_quantile(0.5, z_NA.shape[1]) / max(1e-12, float(np.median(apart_N))))
+    freedom = max(1, int((~flat_A).sum()))
+    scale = max(1.0, float(np.median(apart_N)) / chi2_quantile(0.5, freedom))
+    return mean_A, inverse_AA / scale
 
 
 def shrunk_covariance(x_NA: np.ndarray) -> np.ndarray:
