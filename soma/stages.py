@@ -152,11 +152,16 @@ def _is_main(part: MixturePart) -> bool:
 def documents_stage(config: DataConfig, suffix: str = "") -> Stage:
     """sources → documents with attributes, on which the corpus stage decides: a threshold measures nothing again"""
     from soma.data.corpus import build_documents, source_fingerprint
+    from soma.evaluate.scorer import open_model_scorer
 
     def build(job: Build) -> None:
-        build_documents(config, job.out, job.state)
+        build_documents(config, job.out, job.state, open_model_scorer(config.scorer))
 
-    return Stage(f"documents{suffix}", config.of_documents(), build, fingerprint=lambda: source_fingerprint(config))
+    def fingerprint() -> str:
+        judge = open_model_scorer(config.scorer)
+        return " ".join([source_fingerprint(config), *([] if judge is None else [judge.name])])
+
+    return Stage(f"documents{suffix}", config.of_documents(), build, fingerprint=fingerprint)
 
 
 def corpus_stage(config: DataConfig, suffix: str = "") -> Stage:

@@ -59,6 +59,25 @@ def catalogue(
     typer.echo(known.block(one), nl=False)
 
 
+@data_app.command("quality")
+def quality(
+    good: list[str] = typer.Option(..., "--good", help="Sources of text that is good; repeat it."),
+    other: list[str] = typer.Option(..., "--other", help="Sources of text as it comes, such as a crawl; repeat it."),
+    out: Path = typer.Option(..., "--out", help="The classifier's file (.npz), for data.filters.quality.scorer."),
+    text_field: str = typer.Option("text", "--text-field", help="Field of JSON rows and Parquet columns."),
+    seed: int = typer.Option(0, "--seed", help="Of the order in which documents are taken."),
+) -> None:
+    """Fit a classifier of good text, whose probability a recipe can filter by (fastText's kind of model)."""
+    from soma.data.signals.linear import fit
+
+    found = fit(good, other, out, text_field=text_field, seed=seed)
+    typer.echo(
+        f"{out}: {found.good:,} good and {found.other:,} other documents. Of {found.held_out:,} held out: area under "
+        f"the ROC curve {found.auc:.3f}; {found.above_median:.1%} of the others are above the median of the good"
+    )
+    typer.echo(f"  data.filters.quality: {{scorer: 'linear:{out}', min_score: 0.5}}")
+
+
 @data_app.command("packing")
 def packing(
     tokens: str = typer.Argument(..., help="A tokens folder, such as runs/NAME/tokens, or its URL."),

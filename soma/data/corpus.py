@@ -69,9 +69,9 @@ ROWS = ("id", "text", "source", "meta", "kind", "n_bytes", "n_chars", "cluster")
 
 def source_fingerprint(config: DataConfig) -> str:
     """Hash over name and content of every input file (and the Python version where `stdlib:` is read), and over the
-    words of a scorer that is a list."""
+    file of a scorer that has one."""
     found = _fingerprint(config.sources)
-    if config.scorer is not None and config.scorer.startswith("words:"):
+    if config.scorer is not None and config.scorer.startswith(("words:", "linear:")):
         found = hash_lines([found, open_scorer(config.scorer).name])
     return found
 

@@ -117,7 +117,11 @@ class Quality(Family):
     """The figure of a `Scorer`: the run's own, or the one named here."""
 
     columns: ClassVar[dict[str, str]] = {"min_score": "score", "max_score": "score"}
-    scorer: str | None = Field(None, description="`words:PATH` (share of the words in that list) or an http address.")
+    scorer: str | None = Field(
+        None,
+        description="`words:PATH` (share of the words in that list), `linear:PATH` (probability by a classifier of "
+        "`soma data quality`), `model:PATH` (perplexity of a language model) or an http address.",
+    )
     min_score: float | None = Field(None, description="Documents with a lower score are dropped.")
     max_score: float | None = Field(None, description="Documents with a higher score are dropped (perplexity).")
 

@@ -1,8 +1,10 @@
-"""Models that judge texts, without a model in this room: behind a URL, or a list of words.
+"""Models that judge texts, without torch: a list of words, a linear classifier, or whatever answers at a URL.
 
 `words:PATH` is the share of a text's words that are in a file (one word or phrase a line, small letters): a plain
 measure of toxicity, with a list of one's own, for none comes with Soma. `http://…` is asked with `{"texts": […]}` and
 answers `{"scores": […]}`, one figure a text: perplexity, the probability of a class, whatever the model there says.
+`linear:PATH` is a classifier that `soma data quality` has fitted. `model:PATH`, the perplexity of a language model, is
+opened by the run (`soma.evaluate.scorer`).
 """
 
 import json
@@ -76,6 +78,14 @@ def open_scorer(address: str) -> Scorer:
     kind, _, rest = address.partition(":")
     if kind == "words" and rest:
         return WordList(Path(rest).expanduser())
+    if kind == "linear" and rest:
+        from soma.data.signals.linear import LinearScorer
+
+        return LinearScorer(Path(rest).expanduser())
     if kind in ("http", "https"):
         return UrlScorer(address)
-    raise UserError(f"filters.quality.scorer: {address!r} is neither words:PATH nor an http address")
+    if kind == "model":
+        raise UserError(f"filters.quality.scorer: {address} is opened by a run; a program hands a Scorer over itself")
+    raise UserError(
+        f"filters.quality.scorer: {address!r} is neither words:PATH, linear:PATH, model:PATH nor an http address"
+    )
