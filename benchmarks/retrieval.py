@@ -122,13 +122,13 @@ def speed(texts: list[str], encoder: TextEncoder, rounds: int, warmup: int) -> l
 def main() -> None:
     sys.path.remove(str(Path(__file__).resolve().parent))  # benchmarks/grpc.py is not the grpc that qdrant-client wants
     arguments = parser("retrieval", "Recall and nDCG on BoolQ; the encoder beside sentence-transformers.", rounds=3)
-    arguments.add_argument("--passages", type=int, default=1000)
-    arguments.add_argument("--questions", type=int, default=500)
+    arguments.add_argument("--passages", type=int, default=800)
+    arguments.add_argument("--questions", type=int, default=300)
     given = arguments.parse_args()
     torch.set_num_threads(given.threads)
     texts, pairs = read(given.passages, given.questions)
     encoder = load_encoder(PACKAGED)
-    cases = quality(texts, pairs, encoder) + speed(texts[:64], encoder, given.rounds, given.warmup)
+    cases = quality(texts, pairs, encoder) + speed(texts[:32], encoder, given.rounds, given.warmup)
     not_run = {"reranked": "no cross-encoder can be fetched here"}
     packages = ["qdrant-client", PACKAGED, "sentence-transformers", "transformers"]
     finish("retrieval", given, cases, packages=packages, not_run=not_run)

@@ -85,6 +85,12 @@ def serve(
         bool, typer.Option("--request-log-raw", help="Keep personal data and secrets as they came, not masked.")
     ] = False,
     request_log_seconds: Annotated[float, typer.Option(help="What one file of the log holds at most.")] = 60.0,
+    index: Annotated[
+        str | None, typer.Option(metavar="PATH_OR_URL", help="Answer chats from this index of `soma index`.")
+    ] = None,
+    rerank: Annotated[
+        str | None, typer.Option(metavar="URL#MODEL", help="Sort what the index finds by /rerank of this address.")
+    ] = None,
     in_process: Annotated[
         bool, typer.Option("--in-process", help="Run the engine in this process, to debug it.")
     ] = False,
@@ -105,6 +111,7 @@ def serve(
             request_log_seconds=request_log_seconds,
             grpc_port=grpc_port, grpc_compression=grpc_compression, models=models,
             allow_model_control=allow_model_control, limits=limits, trusted_proxies=trusted_proxy or (),
+            index=index, rerank=rerank,
             prompts=prompts,
         )  # fmt: skip
 

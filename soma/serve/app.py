@@ -30,6 +30,7 @@ from soma.serve.metrics import Metrics
 from soma.serve.prompts import TokenNames
 from soma.serve.protocol import ChatRequest, CompletionRequest, Sampling, read_body
 from soma.serve.requestlog import feedback
+from soma.serve.retrieval import routes as retrieval
 from soma.serve.templates.library import Library
 from soma.serve.tool_calls import ToolChatFormat, with_calls
 from soma.serve.tools import read_tools
@@ -121,6 +122,7 @@ def create_app(
     embedder: "Embedder | None" = None, allow_adapter_loading: bool = False, gates: Gates | None = None,
     guard: "Guard | None" = None, repository: Repository | None = None, allow_model_control: bool = False,
     prompts: Library | None = None, request_log: "RequestLog | None" = None,
+    knowledge: retrieval.Knowledge | None = None,
 ) -> FastAPI:  # fmt: skip
     """The application. `app.state.service` is its `Service`; who runs it closes the engine afterwards.
 
@@ -129,7 +131,7 @@ def create_app(
     every request that uses the model passes. `guard`: who asks for keys at the door of every route.
     `repository`: further models for the Open Inference Protocol; `allow_model_control`: clients may load and unload
     those. `app.state.v2` is that protocol's front. `prompts`: what requests may name. `request_log`: one of the gates,
-    which takes feedback too.
+    which takes feedback too. `knowledge`: the index that chats are answered from.
     """
     app = FastAPI(title="Soma", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.service = service = Service(engine, tokenizer, model_name, max_body_bytes, embedder, gates)
@@ -143,6 +145,7 @@ def create_app(
     errors.install(app)
     embeddings.install(app, service)
     rerank.install(app, service)
+    retrieval.install(app, service, knowledge)
     tokens.install(app, service)
     adapters.install(app, service, allowed=allow_adapter_loading)
     app.state.v2 = v2 = v2_front(service, repository or Repository(), allow_control=allow_model_control)
@@ -169,10 +172,13 @@ def create_app(
         use = await asyncio.to_thread(read_tools, body.tools, body.tool_choice, parallel, tokenizer)
         params = with_calls(params, use)
         shown = None if use is None else use.for_template
+        passages = await retrieval.with_passages(knowledge, body.retrieval, messages, tools=use is not None)
         prompt = await asyncio.to_thread(tokenizer.encode_chat, messages, True, shown)
         known = params.logprobs is not None
         shape: ChatFormat
-        if use is None:
+        if passages is not None and knowledge is not None:
+            shape = retrieval.CitedFormat(service.names, body.model, knowledge, passages, logprobs=known)
+        elif use is None:
             shape = ChatFormat(service.names, body.model, logprobs=known)
         else:
             shape = ToolChatFormat(service.names, body.model, use, logprobs=known)

@@ -18,6 +18,7 @@ from soma.serve.protocol import ChatRequest, CompletionRequest
 from soma.serve.requestlog.feedback import FeedbackRequest
 from soma.serve.rerank import RerankRequest, ScoreRequest
 from soma.serve.responses import ResponsesRequest
+from soma.serve.retrieval.form import SearchRequest
 from soma.serve.tokens import DetokenizeRequest, TokenizeRequest
 
 BODIES: dict[str, type[BaseModel]] = {
@@ -25,6 +26,7 @@ BODIES: dict[str, type[BaseModel]] = {
     "/v1/responses": ResponsesRequest, "/v1/rerank": RerankRequest, "/v1/score": ScoreRequest,
     "/tokenize": TokenizeRequest, "/detokenize": DetokenizeRequest, "/v1/load_lora_adapter": LoadRequest,
     "/v1/unload_lora_adapter": UnloadRequest, "/v1/feedback": FeedbackRequest,
+    "/v1/search": SearchRequest,
 }  # fmt: skip
 STREAMS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 TEXTS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/metrics")

@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect
 
 from soma.engine.params import SamplingParams
 from soma.serve.errors import ApiError
+from soma.serve.retrieval.form import Search
 from soma.serve.structured import guided_of
 from soma.serve.templates import request as prompts
 from soma.serve.tools import Tool, calls_for_template
@@ -152,6 +153,7 @@ class ChatRequest(Sampling):
     tools: list[Tool] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
+    retrieval: bool | Search | None = None  # ours: answer from the service's index
 
     def params(self) -> SamplingParams:
         """As the engine takes it."""

@@ -95,6 +95,7 @@ def serve(
     admin_host: str = "127.0.0.1",
     prompts: str | None = None, request_log: str | Path | None = None, request_log_sample: float = 1.0,
     request_log_redact: bool = True, request_log_seconds: float = 60.0,
+    index: str | None = None, rerank: str | None = None,
     ready: Callable[[str], None] | None = None,
 ) -> None:  # fmt: skip
     """Serve a model until SIGTERM or SIGINT.
@@ -119,7 +120,9 @@ def serve(
     the share `request_log_sample` is kept, personal data masked unless `request_log_redact` is false, a file for
     `request_log_seconds` at most. `ready` is called with the base URL once requests are answered; without it a note
     says so.
-    Raises UserError: no such model, a public host without `keys` or `allow_public`, a port in use, no replicas, an
+    `index`: of `soma index`, a folder or the URL of a Qdrant server: chats are answered from it; `rerank`: URL#MODEL of
+    a route that sorts what it finds. Raises UserError: no such model or index, a public host
+    without `keys` or `allow_public`, a port in use, no replicas, an
     adapter or model that cannot be loaded, limits that make no sense, a database that cannot be opened.
     """
     sizes = {"replicas": replicas, "tensor_parallel": tensor_parallel, "pipeline_parallel": pipeline_parallel}
@@ -135,9 +138,15 @@ def serve(
         request_log, sample=request_log_sample, redact=request_log_redact, rotate=request_log_seconds
     )  # fmt: skip
     listener = listen(host, port)
-    gateway = kept = None
+    gateway = kept = knowledge = None
     repository = Repository()
     try:
+        if index is not None:
+            from soma.serve.retrieval.routes import open_knowledge
+
+            knowledge = open_knowledge(index, rerank)
+        elif rerank is not None:
+            raise UserError("rerank sorts what an index finds; say which (--index)")
         if models is not None:
             add_models(repository, read_models(Path(models)), Path(models).parent)
         if (prices is not None or admin_port is not None) and keys is None:
@@ -173,6 +182,7 @@ def serve(
                 repository=repository, allow_model_control=allow_model_control, prompts=library,
                 gates=Gates([*(gateway.gates(limiters) if gateway else limiters), *last]),
                 guard=gateway.guard if gateway else None, request_log=kept,
+                knowledge=knowledge,
             )  # fmt: skip
             app.add_middleware(Addresses, proxies=proxies)  # before the door, which counts failures by address
             if limiter is not None:
@@ -194,6 +204,8 @@ def serve(
             repository.close()
             engine.close()
     finally:
+        if knowledge is not None:
+            knowledge.close()
         if kept is not None:
             kept.close()
         if gateway is not None:

@@ -10,7 +10,7 @@ from soma.base.errors import UserError
 from soma.serve.retrieval.chunks import Chunk
 from soma.serve.retrieval.encoders import TextEncoder
 from soma.serve.retrieval.http import ask
-from soma.serve.retrieval.store import Found, InputError, Store, Where
+from soma.serve.retrieval.store import Found, InputError, Store, Where, check_where
 from soma.serve.retrieval.words import query_weights
 
 Mode = Literal["hybrid", "dense", "bm25"]
@@ -95,6 +95,7 @@ class Retriever:
             raise InputError(f"limit is {limit}; expected 1 to {MOST}")
         if mode not in MODES:
             raise InputError(f"mode {mode!r}: expected one of {', '.join(MODES)}")
+        check_where(where)
         reranker = self.reranker if rerank else None
         first = max(limit, RERANKED) if reranker else limit
         hits = self.ranked(question, first, mode, where)

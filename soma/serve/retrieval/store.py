@@ -9,11 +9,22 @@ import numpy as np
 from soma.base.errors import UserError
 from soma.serve.retrieval.chunks import Chunk
 
-Where = Mapping[str, Any]  # `source` (a file, or a folder above it), `kind`, `origin`, `meta.KEY`; a list: one of these
+FILTERS = ("source", "kind", "title")
+Where = Mapping[str, Any]  # `source` (a file, or a folder above it), `kind`, `title`, `meta.KEY`; a list: one of these
 
 
 class InputError(UserError):
     """What was asked is wrong, not what answers: no question, no such filter."""
+
+
+def check_where(where: Where | None) -> None:
+    """Raises InputError for a filter that cannot be asked for."""
+    for key, value in (where or {}).items():
+        if key not in FILTERS and not (key.startswith("meta.") and len(key) > len("meta.")):
+            raise InputError(f"filter {key!r}: expected one of {', '.join(FILTERS)}, or meta.KEY")
+        several = value if isinstance(value, list) else [value]
+        if not several or not all(isinstance(each, str | int | float) for each in several):
+            raise InputError(f"filter {key}: {value!r} is no text, number, true or false, and no list of these")
 
 
 @dataclass(frozen=True)
@@ -81,8 +92,7 @@ class Store(Protocol):
         """By origin and file: the content hashes that are there."""
 
     def dense(self, vector: np.ndarray, limit: int, where: Where | None = None) -> list[Found]:
-        """The chunks whose vectors have the largest cosine with this one, best first. Raises InputError for a
-        filter that cannot be asked for, as `sparse` does."""
+        """The chunks whose vectors have the largest cosine with this one, best first."""
 
     def sparse(self, weights: Mapping[int, float], limit: int, where: Where | None = None) -> list[Found]:
         """The chunks with the largest BM25 score above 0, best first."""
