@@ -3,16 +3,12 @@
 import contextlib
 import json
 import re
-import socket
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import uvicorn
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from http_tools import call, connection, post, wait_for
@@ -23,6 +19,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from prometheus_client.parser import text_string_to_metric_families
 from tiny import make_model
 from typer.testing import CliRunner
+from v2_tools import served
 
 from soma.base.errors import UserError
 from soma.cli import app as cli
@@ -46,22 +43,6 @@ graphs:
   new: {{inputs: [{X}], outputs: [{Y}], nodes: {{add: {{model: add}}}}}}
 """  # noqa: E501
 PARTS = "def add(x):\n    return x + 1\n\ndef add2(x):\n    return x + 2\n"
-
-
-@contextmanager
-def served(app: FastAPI) -> Iterator[str]:
-    """The app on a port of its own, in a thread."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run, args=([listener],))
-    thread.start()
-    try:
-        assert wait_for(lambda: server.started)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(30)
-        assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from v2_tools import Record
@@ -20,6 +21,7 @@ from soma.serve.guards.checks import judged, masked
 from soma.serve.guards.config import Guarded
 from soma.serve.guards.grounded import groundedness, support
 from soma.serve.guards.injection import THRESHOLD, injection_score
+from soma.serve.guards.node import passages_of
 
 EXAMPLES = [json.loads(line) for line in (Path(__file__).parent / "guard_examples.jsonl").read_text().splitlines()]
 MAIL, CARD = "ada.lovelace@example.org", "4111 1111 1111 1111"
@@ -61,6 +63,10 @@ def test_groundedness() -> None:
     assert groundedness("The Danube rises in the Black Forest. Napoleon crossed the bridge twice.", passages) < 0.5
     assert groundedness("", passages) == groundedness("Yes.", passages) == 1.0
     assert groundedness("The Danube is a long river.", []) == 0.0
+    given = json.dumps({"source": "a.md", "title": "Rivers", "text": "The Danube flows.", "start": 77})
+    found = passages_of(np.array([given.encode(), b"Vienna lies on it."], object), "passages")
+    assert found == ["Rivers\nThe Danube flows.", "Vienna lies on it."]
+    assert groundedness("It has 77 bridges.", found) == 0.0
 
 
 async def nobody(model: str, inputs: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import uvicorn
 from fastapi import FastAPI
+from http_tools import wait_for
 
 from soma.serve import errors
 from soma.serve.calls import Call, Gates, Usage
@@ -170,6 +171,22 @@ def v2_server(front: Front | None = None, counter: Counter | None = None, **grpc
         yield Served(
             f"127.0.0.1:{port}", f"127.0.0.1:{found['grpc'].port}", front, record, counter, found["grpc"], found["loop"]
         )
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+@contextmanager
+def served(app: FastAPI) -> Iterator[str]:
+    """The app on a port of its own, in a thread."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    try:
+        assert wait_for(lambda: server.started)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join(30)

@@ -26,7 +26,7 @@ from soma.serve.graphs.kinds import Place
 from soma.serve.graphs.metrics import GraphMetrics
 from soma.serve.graphs.trace import span
 from soma.serve.guards.checks import judge, judged
-from soma.serve.guards.node import asking, texts_of
+from soma.serve.guards.node import asking, passages_of, texts_of
 from soma.serve.v2.callables import find
 from soma.serve.v2.datatypes import Tensors, as_objects
 from soma.serve.v2.front import Front, InferRequest, present
@@ -233,7 +233,7 @@ class GraphJob(Job):
     async def guarded(self, name: str, node: Node, board: Tensors, streamed: bool) -> AsyncGenerator[Tensors, None]:
         options = node.guarded
         assert options is not None
-        passages = texts_of(board.get(options.passages), options.passages)
+        passages = passages_of(board.get(options.passages), options.passages)
         origin = self.origin(name)
         place = Place(self.graph.name, name, self.graph.folder, self.graph.front)
         ask = asking(place, Options(timeout=origin.timeout, origin=origin))

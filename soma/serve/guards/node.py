@@ -4,6 +4,7 @@
 the names of checks that objected and only flag) out. A check that blocks ends the request with 400, `content_filter`.
 """
 
+import json
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -49,7 +50,7 @@ class GuardModel(V2Model):
 
     async def judge(self, tensors: Tensors, options: Options) -> Tensors:
         """Raises ApiError 400."""
-        passages = texts_of(tensors.get("passages"), "passages")
+        passages = passages_of(tensors.get("passages"), "passages")
         ask = asking(self.place, options)
         found = [await judge(self.checks, text, passages, ask) for text in texts_of(tensors["text"], "text")]
         size = (len(found),)
@@ -69,6 +70,19 @@ def asking(place: Place, options: Options) -> Ask:
         return answer
 
     return ask
+
+
+def passages_of(array: np.ndarray | None, name: str) -> list[str]:
+    """Passages: texts, or JSON with title and text as `retrieve` gives them. Raises ApiError."""
+    found = []
+    for given in texts_of(array, name):
+        try:
+            value = json.loads(given)
+        except ValueError:
+            value = None
+        is_passage = isinstance(value, dict) and isinstance(value.get("text"), str)
+        found.append(f"{value.get('title') or ''}\n{value['text']}" if is_passage else given)
+    return found
 
 
 def texts_of(array: np.ndarray | None, name: str) -> list[str]:
