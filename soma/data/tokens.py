@@ -173,7 +173,11 @@ def tokenize_instruct(corpus: Path, tokenizer: Path, out: Path, max_tokens: int 
                 for row in read_corpus(corpus, split):
                     task.advance(1)
                     conversations = _conversations(row, preference)
-                    encoded = _encode(runtime, conversations, max_tokens)
+                    tools = json.loads(row.get("tools") or "null") or None
+                    try:
+                        encoded = _encode(runtime, conversations, tools, max_tokens)
+                    except UserError as error:
+                        raise UserError(f"{tokenizer}, with {row['source']}: {error}") from None
                     if isinstance(encoded, str):
                         left_out[encoded] += 1
                         continue
@@ -220,10 +224,13 @@ def _conversations(row: dict[str, Any], preference: bool) -> list[list[dict[str,
 
 
 def _encode(
-    runtime: Tokenizer, conversations: list[list[dict[str, Any]]], max_tokens: int | None
+    runtime: Tokenizer,
+    conversations: list[list[dict[str, Any]]],
+    tools: list[dict[str, Any]] | None,
+    max_tokens: int | None,
 ) -> list[tuple[list[int], list[int]]] | str:
     """Ids and masks of each conversation, or the reason why the sample is left out."""
-    encoded = [runtime.encode_chat_masked(messages) for messages in conversations]
+    encoded = [runtime.encode_chat_masked(messages, tools) for messages in conversations]
     if max_tokens is not None and any(len(ids) > max_tokens for ids, _ in encoded):
         return "too_long"
     if not all(any(mask[1:]) for _, mask in encoded):

@@ -132,24 +132,75 @@ def answer_spans(
 
     Templates with `{% generation %}` say so themselves. For others, the answer to messages[:i] is what message i adds
     to the prompt that ends in the generation prompt; white space after its last special token is not the answer's.
-    Raises UserError where a template changes earlier text when a message is added, since no exact span exists then.
+    Where a template changes earlier text when a message is added (it drops the reasoning of old answers, say), the
+    answer is where another content in its place changes the text, with the special token behind it. Messages of weight
+    0 (as in OpenAI's files) have no span. Raises UserError where none of this gives an exact span.
     """
     text, spans = render(template, messages, add_generation_prompt=False, **variables)
+    answers = [index for index, message in enumerate(messages) if message.get("role") == "assistant"]
+    learned = [index for index in answers if messages[index].get("weight") != 0]
     if has_generation_marks(template):
-        return text, spans
+        if learned == answers:
+            return text, spans
+        if len(spans) != len(answers):
+            raise UserError(
+                f"the chat template marks {len(spans)} answers of {len(answers)}: it cannot be told which has weight 0"
+            )
+        return text, [span for index, span in zip(answers, spans, strict=True) if index in learned]
     spans = []
-    for index, message in enumerate(messages):
-        if message.get("role") != "assistant":
-            continue
-        prompt, _ = render(template, messages[:index], add_generation_prompt=True, **variables)
-        after, _ = render(template, messages[: index + 1], add_generation_prompt=False, **variables)
-        if not after.startswith(prompt) or not text.startswith(after):
+    for index in learned:
+        span = _added(template, messages, index, text, special_tokens, variables)
+        span = span or _replaced(template, messages, index, text, special_tokens, variables)
+        if span is None:
             raise UserError(
                 f"the chat template renders message {index} differently once more messages follow, so the answer's "
                 "tokens cannot be told apart; mark them with {% generation %} in the template"
             )
-        spans.append((len(prompt), end_of_turn(after, len(prompt), special_tokens)))
+        spans.append(span)
     return text, spans
+
+
+def _added(
+    template: str, messages: list[dict[str, Any]], index: int, text: str, special_tokens: set[str],
+    variables: dict[str, Any],
+) -> Span | None:  # fmt: skip
+    """What message `index` adds to the generation prompt of those before it, if `text` begins so."""
+    try:
+        prompt, _ = render(template, messages[:index], add_generation_prompt=True, **variables)
+        after, _ = render(template, messages[: index + 1], add_generation_prompt=False, **variables)
+    except UserError:  # no conversation of its own, such as one that begins with an answer
+        return None
+    if not after.startswith(prompt) or not text.startswith(after):
+        return None
+    return len(prompt), end_of_turn(after, len(prompt), special_tokens)
+
+
+def _replaced(
+    template: str, messages: list[dict[str, Any]], index: int, text: str, special_tokens: set[str],
+    variables: dict[str, Any],
+) -> Span | None:  # fmt: skip
+    """Where the content of message `index` stands in `text`, with the special token behind it; None where it has tool
+    calls, where another content changes more than one place, or where no special token follows."""
+    message = messages[index]
+    if message.get("tool_calls") or not isinstance(message.get("content"), str):
+        return None
+    given = json.dumps(messages, ensure_ascii=False)
+    mark = next(name for number in range(len(given) + 1) if (name := f"answer{number}here") not in given)
+    other = [*messages[:index], message | {"content": mark}, *messages[index + 1 :]]
+    try:
+        shown, _ = render(template, other, add_generation_prompt=False, **variables)
+    except UserError:
+        return None
+    if shown.count(mark) != 1:
+        return None
+    before, after = shown.split(mark)
+    end = len(text) - len(after)
+    if not (text.startswith(before) and text.endswith(after) and len(before) < end):
+        return None
+    start = len(before)
+    gap = len(after) - len(after.lstrip())
+    follows = max((token for token in special_tokens if token and after.startswith(token, gap)), key=len, default=None)
+    return None if follows is None else (start, end + gap + len(follows))
 
 
 def end_of_turn(text: str, start: int, special_tokens: set[str]) -> int:

@@ -144,16 +144,19 @@ class Tokenizer:
         shown = veiled[len(messages) :] or None
         return self._encode_veiled(self.render_chat(veiled[: len(messages)], add_generation_prompt, shown), veil)[0]
 
-    def encode_chat_masked(self, messages: Messages) -> tuple[list[int], list[int]]:
+    def encode_chat_masked(
+        self, messages: Messages, tools: list[dict[str, Any]] | None = None
+    ) -> tuple[list[int], list[int]]:
         """Ids of a whole conversation, and a mask: 1 for tokens that the assistant wrote, its end-of-turn included.
 
         A token that reaches over an answer's border counts as the answer's. Raises UserError where the template
         leaves it open which text that is (see `chat.answer_spans`).
         """
-        veiled, veil = chat.veil(messages, self._special_names)
+        veiled, veil = chat.veil([*messages, *(tools or [])], self._special_names)
         text, spans = chat.answer_spans(
-            self.chat_template(), veiled, self._special_texts, tools=None, documents=None, **self.special_tokens
-        )
+            self.chat_template(tools=bool(tools)), veiled[: len(messages)], self._special_texts,
+            tools=veiled[len(messages) :] or None, documents=None, **self.special_tokens,
+        )  # fmt: skip
         ids, offsets = self._encode_veiled(text, veil)
         mask = [0] * len(ids)
         spans = sorted(spans)

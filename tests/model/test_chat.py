@@ -97,11 +97,13 @@ def test_marked_masks_equal_transformers(tmp_path: Path) -> None:
     assert ours.encode_chat_masked(TALK) == (expected["input_ids"], expected["assistant_masks"])
 
 
-def test_a_template_that_rewrites_the_past_is_refused(tmp_path: Path) -> None:
+def test_a_template_that_rewrites_the_past(tmp_path: Path) -> None:
     tokenizer = load(tmp_path, FORGETFUL)
     assert answers(tokenizer, TALK[:2]) == ["thought#hi 🦙<|end|>"]
+    assert answers(tokenizer, TALK) == ["hi 🦙\n<|end|>", "hi\nhi<|end|>"]
+    twice = FORGETFUL.replace("{{ '<|end|>' }}", "{{ '<|end|>' ~ message.content }}")
     with pytest.raises(UserError, match="renders message 1 differently"):
-        tokenizer.encode_chat_masked(TALK)
+        load(tmp_path, twice).encode_chat_masked(TALK)
 
 
 def test_templates_from_a_file_and_from_a_list(tmp_path: Path) -> None:

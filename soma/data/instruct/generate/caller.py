@@ -119,7 +119,7 @@ class Caller:
                         found[index] = known
                         continue
                     worst = (len(question.prompt.encode()) + OVERHEAD, self.settings.max_tokens)
-                    if not self._admitted(worst, running, found):
+                    if self.over or not self._admitted(worst, running, found):
                         self.over = True
                         break
                     running[pool.submit(self._asked, question)] = (index, *worst)
