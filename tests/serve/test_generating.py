@@ -1,4 +1,4 @@
-"""Instruction data made with Soma's own server: the model is a toy, what counts is that nothing is lost or paid twice."""
+"""Instruction data made with our own server: the model is a toy, what counts is that nothing is lost or paid twice."""
 
 import json
 from pathlib import Path
