@@ -104,6 +104,22 @@ def test_words() -> None:
     assert words("The Ｄanube's end: Straße, x_1 3.14") == ["the", "danube", "s", "end", "strasse", "x_1", "3", "14"]
     assert words("数据库abc 库") == ["数据", "据库", "abc", "库"]
     assert words("  ...  ") == []
+    plurals = "Cities skies ties cats houses glass bus gas toes movies dies this canoes"
+    assert words(plurals) == [
+        "city",
+        "sky",
+        "tie",
+        "cat",
+        "house",
+        "glass",
+        "bus",
+        "gas",
+        "toe",
+        "movy",
+        "die",
+        "thi",
+        "canoe",
+    ]
     assert estimate("a river") == 2
     assert estimate("数据") == 2
     assert estimate("") == 0

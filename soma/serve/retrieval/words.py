@@ -19,17 +19,30 @@ UNSPACED = re.compile(r"[぀-ヿ㐀-䶿一-鿿豈-﫿฀-๿]+")
 
 
 def words(text: str) -> list[str]:
-    """Terms of a text in order: compatibility-normalized, without case; pairs of characters where no spaces are."""
+    """Terms of a text in order: compatibility-normalized, without case or plural; pairs of characters where no
+    spaces are."""
     found: list[str] = []
     for word in WORD.findall(unicodedata.normalize("NFKC", text).casefold()):
         place = 0
         for run in UNSPACED.finditer(word):
-            found += [word[place : run.start()]] if run.start() > place else []
+            found += [singular(word[place : run.start()])] if run.start() > place else []
             characters = run[0]
             found += [characters[at : at + 2] for at in range(max(1, len(characters) - 1))]
             place = run.end()
-        found += [word[place:]] if place < len(word) else []
+        found += [singular(word[place:])] if place < len(word) else []
     return found
+
+
+def singular(word: str) -> str:
+    """Without an English plural's ending: the S-stemmer (Harman 1991, "How effective is suffixing?"), the first rule
+    that fits. On BoolQ it lifts BM25's nDCG@10 from 0.812 to 0.841 (docs/lab.md)."""
+    if len(word) < 4 or not word.endswith("s"):
+        return word
+    if word.endswith("ies") and word[-4] not in "ea" and len(word) > 4:
+        return f"{word[:-3]}y"
+    if word.endswith("es") and word[-3] not in "aeo":
+        return word[:-1]
+    return word if word[-2] in "us" else word[:-1]
 
 
 def term_id(word: str) -> int:
