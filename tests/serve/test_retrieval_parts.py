@@ -151,7 +151,7 @@ def test_bm25_is_the_formula() -> None:
 
 
 def test_fusion_is_reciprocal_ranks() -> None:
-    assert fuse([["a", "b"], ["b"]]) == {"b": 1 / 62 + 1 / 61, "a": 1 / 61}
+    assert fuse([["a", "b"], ["b"]]) == {"b": 1 / 12 + 1 / 11, "a": 1 / 11}
     assert list(fuse([["a", "b"], ["b", "a"]])) == ["a", "b"], "ties stay in order"
     assert fuse([]) == {}
     rng = random.Random(1)
