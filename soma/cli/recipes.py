@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -32,12 +32,22 @@ def run(
     ] = None,
     last: Annotated[str | None, typer.Option("--to", metavar="STAGE", help="Stop after this stage.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Make the chosen stages anew, cached or not.")] = False,
+    runner: Annotated[
+        Literal["local", "ray"] | None,
+        typer.Option("--runner", help="Where data is worked on; short for --set data.runner=…; ray: RAY_ADDRESS."),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="Processes that work on data; short for data.workers.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Events as JSON lines on standard output.")] = False,
 ) -> None:
     """Run a recipe: text in, a trained, measured, served model out. What is there already is not made again."""
     from soma.recipe import load
 
-    loaded = load(recipe, overrides or [])
+    short = {"data.runner": runner, "data.workers": workers}
+    loaded = load(
+        recipe, [*(overrides or []), *(f"{key}={value}" for key, value in short.items() if value is not None)]
+    )
     if explain:
         _explain(loaded, runs, as_json)
         return

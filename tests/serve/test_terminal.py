@@ -7,6 +7,7 @@ import select
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -101,30 +102,39 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(tiny_folder: Path) -> None:
         preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
     )  # fmt: skip
     os.close(child)
-    seen = b""
 
-    def until(wanted: bytes, seconds: float = 120) -> None:
-        """Wait for text and the prompt behind it: keys that come before the prompt may be lost."""
-        nonlocal seen
-        deadline = time.monotonic() + seconds
-        while b"> " not in seen.partition(wanted)[2]:
-            assert time.monotonic() < deadline, seen[-500:]
+    def until(is_there: Callable[[bytes], bool], keys: bytes = b"", seconds: float = 120) -> None:
+        """Read until it is there. The keys are sent every two seconds: a signal that comes between Python's look for
+        one and its wait for a key shows at the next key (CPython's readline), and on a busy machine that happens.
+        """
+        seen, start, sent = b"", time.monotonic(), 0
+        while not is_there(seen):
+            waited = time.monotonic() - start
+            assert waited < seconds, seen[-500:]
+            if keys and waited >= 2 * sent:
+                os.write(parent, keys)
+                sent += 1
             if select.select([parent], [], [], 0.1)[0]:
-                seen += os.read(parent, 65536)
-        seen = b""
+                try:
+                    seen += os.read(parent, 65536)
+                except OSError:  # the terminal is gone: the process ends
+                    process.wait(20)
+                    assert is_there(seen), seen[-500:]
+
+    def prompt_after(wanted: bytes) -> Callable[[bytes], bool]:
+        """Keys that come before the prompt may be lost."""
+        return lambda seen: b"> " in seen.partition(wanted)[2]
 
     try:
-        until(b"stops an answer")
+        until(prompt_after(b"stops an answer"))
         os.write(parent, b"hello\n")
-        time.sleep(0.7)
-        os.write(parent, b"\x03")
-        until(b"stopped]")
+        until(lambda seen: bool(seen.partition(b"hello")[2].strip()))  # the answer has begun
+        until(prompt_after(b"stopped]"), b"\x03")
         os.write(parent, b"/reset\n")
-        until(b"forgotten.")
-        os.write(parent, b"\x03")
-        until(b"ends the conversation)")
-        os.write(parent, b"\x04")
-        assert process.wait(timeout=20) == 0
+        until(prompt_after(b"forgotten."))
+        until(prompt_after(b"ends the conversation)"), b"\x03")
+        until(lambda seen: process.poll() is not None, b"\x04")
+        assert process.wait() == 0
     finally:
         process.kill()
         process.wait()
