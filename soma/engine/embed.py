@@ -1,9 +1,9 @@
-"""Embeddings: one unit vector per text, from a decoder's or an encoder's hidden states.
+"""Embeddings: one unit vector per text, from a decoder's or an encoder's hidden states. Classifiers: scores instead.
 
 Shape letters: B texts, T tokens, D model width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from soma.base.machine import native_bf16
 from soma.engine.check import check_embeddable
 from soma.engine.errors import QueueFullError
 from soma.engine.load import choose_device, choose_dtype
+from soma.model.classifier import SequenceClassifier, is_classifier, load_classifier
 from soma.model.encoder import Encoder, load_encoder
 from soma.model.transformer import Transformer
 
@@ -37,11 +38,13 @@ def read_pooling(directory: Path, default: str) -> str:
 
 
 def load_embedder(directory: Path, *, precision: str = "auto", device: str = "auto") -> "Embedder":
-    """The embedder of an encoder's folder; arguments as for `load_engine`. Raises UserError."""
-    model = load_encoder(directory, choose_dtype(precision), choose_device(device))
-    if precision == "auto" and model.device.type == "cpu" and not native_bf16():
+    """The embedder of an encoder's folder, or its classifier; arguments as for `load_engine`. Raises UserError."""
+    has_head = is_classifier(directory)
+    load: Callable[..., Encoder | SequenceClassifier] = load_classifier if has_head else load_encoder
+    model = load(directory, choose_dtype(precision), choose_device(device))
+    if precision == "auto" and choose_device(device).type == "cpu" and not native_bf16():
         model = model.to(torch.float32)
-    return Embedder(model, directory)
+    return Classifier(model, directory) if isinstance(model, SequenceClassifier) else Embedder(model, directory)
 
 
 class Embedder:
@@ -55,39 +58,51 @@ class Embedder:
         self.model, self.config = model, model.config
         self.is_encoder = isinstance(model, Encoder)
         self.pooling = read_pooling(directory, "mean" if self.is_encoder else "last")
-        context = self.config.max_position_embeddings
+        context = model.config.max_length if isinstance(model, Encoder) else model.config.max_position_embeddings
         self.max_length = min(max_length or context, context)
         self.dimensions = self.config.hidden_size
+        self.labels: list[str] = []  # a classifier has some
         self.pool = ThreadPoolExecutor(1, "soma-embed")
 
     def check(self, ids: Sequence[int]) -> None:
         """Raises RequestError that names `input` for ids that cannot be embedded."""
         check_embeddable(ids, self.config.vocab_size, self.max_length)
 
-    def submit(self, prompts: Sequence[Sequence[int]]) -> "Future[np.ndarray]":
+    def submit(
+        self, prompts: Sequence[Sequence[int]], firsts: Sequence[int] | None = None
+    ) -> "Future[np.ndarray]":  # fmt: skip
         """`embed` later, after those before. Raises RequestError, QueueFullError."""
         for ids in prompts:
             self.check(ids)
         if (waiting := self.pool._work_queue.qsize()) >= MAX_WAITING:
             raise QueueFullError(waiting, retry_after=1)
-        return self.pool.submit(self.embed, prompts)
+        return self.pool.submit(self.embed, prompts, firsts)
 
     @torch.inference_mode()
-    def embed(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
-        """Unit vectors (len(prompts), D), float32, in the order of the prompts. Raises RequestError."""
+    def embed(self, prompts: Sequence[Sequence[int]], firsts: Sequence[int] | None = None) -> np.ndarray:
+        """Unit vectors (len(prompts), D), float32, in the order of the prompts; scores (len(prompts), labels) of a
+        classifier. firsts: how many tokens of each prompt are its first text; None: all. Raises RequestError."""
         for ids in prompts:
             self.check(ids)
         vectors = np.empty((len(prompts), self.dimensions), dtype=np.float32)
         for places in batches([len(ids) for ids in prompts]):
-            x_BD = self._pooled([prompts[place] for place in places])
-            vectors[places] = torch.nn.functional.normalize(x_BD.float(), dim=-1).cpu().numpy()
+            texts = [prompts[place] for place in places]
+            x_BD = self._made(texts, None if firsts is None else [firsts[place] for place in places])
+            vectors[places] = x_BD.float().cpu().numpy()
         return vectors
 
-    def _pooled(self, texts: Sequence[Sequence[int]]) -> Tensor:
+    def _padded(self, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (B, T), lengths (B,), and True (B, T) where no padding is."""
         longest = max(map(len, texts))
         tokens_BT = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in texts], device=self.model.device)
         lengths_B = torch.tensor([len(ids) for ids in texts], device=self.model.device)
-        keep_BT = torch.arange(longest, device=self.model.device) < lengths_B[:, None]
+        return tokens_BT, lengths_B, torch.arange(longest, device=self.model.device) < lengths_B[:, None]
+
+    def _made(self, texts: Sequence[Sequence[int]], firsts: Sequence[int] | None) -> Tensor:
+        return torch.nn.functional.normalize(self._pooled(texts).float(), dim=-1)
+
+    def _pooled(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        tokens_BT, lengths_B, keep_BT = self._padded(texts)
         if isinstance(self.model, Encoder):
             x_BTD = self.model(tokens_BT, None if bool(keep_BT.all()) else keep_BT)
         else:  # causal: padding behind a text changes nothing in it
@@ -101,6 +116,26 @@ class Embedder:
     def close(self) -> None:
         """End the thread; what waits is not done."""
         self.pool.shutdown(cancel_futures=True)
+
+
+class Classifier(Embedder):
+    """Turns lists of ids, of one text or two each, into the scores of classes: asked as an `Embedder`."""
+
+    def __init__(self, model: SequenceClassifier, directory: Path) -> None:
+        super().__init__(model.encoder, directory)
+        self.classifier, self.labels, self.dimensions = model, model.labels, len(model.labels)
+
+    def _made(self, texts: Sequence[Sequence[int]], firsts: Sequence[int] | None) -> Tensor:
+        return self.classifier.scores(self.logits(texts, firsts))
+
+    def logits(self, texts: Sequence[Sequence[int]], firsts: Sequence[int] | None) -> Tensor:
+        """(len(texts), labels) in one forward pass. A model with one kind of segment does not tell texts apart."""
+        tokens_BT, _, keep_BT = self._padded(texts)
+        segments_BT = None
+        if firsts is not None and self.classifier.encoder.config.type_vocab_size > 1:
+            firsts_B = torch.tensor(firsts, device=tokens_BT.device)
+            segments_BT = (torch.arange(tokens_BT.size(1), device=tokens_BT.device) >= firsts_B[:, None]).long()
+        return self.classifier(tokens_BT, None if bool(keep_BT.all()) else keep_BT, segments_BT)
 
 
 def batches(lengths: Sequence[int]) -> list[list[int]]:

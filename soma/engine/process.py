@@ -105,11 +105,18 @@ class RemoteEmbedder:
     def dimensions(self) -> int:
         return int(self.process.facts["dimensions"])
 
+    @property
+    def labels(self) -> list[str]:
+        """Of a classifier."""
+        return list(self.process.facts["labels"])
+
     def check(self, ids: Sequence[int]) -> None:
         """Raises RequestError for ids that cannot be embedded."""
         check_embeddable(ids, self.process.vocab_size, self.max_length)
 
-    def submit(self, prompts: Sequence[Sequence[int]]) -> "Future[np.ndarray]":
+    def submit(
+        self, prompts: Sequence[Sequence[int]], firsts: Sequence[int] | None = None
+    ) -> "Future[np.ndarray]":  # fmt: skip
         """One vector per prompt, (n, D) float32, later. Raises RequestError, QueueFullError, EngineClosedError."""
         for ids in prompts:
             self.check(ids)
@@ -120,7 +127,7 @@ class RemoteEmbedder:
                 raise QueueFullError(len(self.waiting), retry_after=1)
             number = next(self.process.numbers)
             self.waiting[number] = future
-            channel.put("embed", number, [list(ids) for ids in prompts])
+            channel.put("embed", number, [list(ids) for ids in prompts], None if firsts is None else list(firsts))
         return future
 
     def settle(self, number: int, vectors: np.ndarray | None, error: str | None) -> None:
@@ -202,8 +209,8 @@ class EngineProcess:
     def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> int:
         """As `Engine.check`."""
         if not self.makes_text:
-            raise RequestError(f"the model `{self.model_name}` makes embeddings, no text; use /v1/embeddings", "model",
-                               "model_makes_no_text")  # fmt: skip
+            raise RequestError(f"the model `{self.model_name}` makes embeddings or scores, no text; use /v1/embeddings "
+                               "or /v1/rerank", "model", "model_makes_no_text")  # fmt: skip
         self.guides.check(params.guided)
         return check_request(prompt_ids, params, self.vocab_size, self.max_length)
 

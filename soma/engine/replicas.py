@@ -46,18 +46,25 @@ class ReplicasEmbedder:
     def dimensions(self) -> int:
         return self.engines[0].embedder.dimensions
 
+    @property
+    def labels(self) -> list[str]:
+        """Of a classifier."""
+        return self.engines[0].embedder.labels
+
     def check(self, ids: Sequence[int]) -> None:
         """Raises RequestError for ids that cannot be embedded."""
         min(self.engines, key=lambda engine: engine.embedder.max_length).embedder.check(ids)
 
-    def submit(self, prompts: Sequence[Sequence[int]]) -> "Future[np.ndarray]":
+    def submit(
+        self, prompts: Sequence[Sequence[int]], firsts: Sequence[int] | None = None
+    ) -> "Future[np.ndarray]":  # fmt: skip
         """As `RemoteEmbedder.submit`; what an engine loses goes to another one."""
         outcome: Future[np.ndarray] = Future()
         outcome.set_running_or_notify_cancel()
 
         def attempt() -> None:
             there = [engine for engine in self.engines if engine.alive] or self.engines
-            made = min(there, key=lambda engine: len(engine.embedder.waiting)).embedder.submit(prompts)
+            made = min(there, key=lambda engine: len(engine.embedder.waiting)).embedder.submit(prompts, firsts)
             made.add_done_callback(pass_on)
 
         def pass_on(made: "Future[np.ndarray]") -> None:

@@ -1,8 +1,8 @@
 """The engine's own process: what `soma.engine.process` starts and talks to. No HTTP, no text: ids in, ids out.
 
 Messages in:  ("start", options), ("submit", first number, prompts, params, options), ("cancel", number),
-              ("embed", number, prompts), ("load_adapter", number, name, folder), ("unload_adapter", number, name),
-              ("close", drain).
+              ("embed", number, prompts, firsts), ("load_adapter", number, name, folder),
+              ("unload_adapter", number, name), ("close", drain).
 Messages out: ("note", text), ("failed", text, is the user's mistake), ("ready", facts), ("event", number, TokenEvent,
               Extra | None), ("stats", dict), ("embedded", number, array | None, error | None),
               ("adapter", number, error | None, is the user's mistake), ("lost", why this process ends).
@@ -172,7 +172,9 @@ class Worker:
                       "block_size": engine.pool.block_size}  # fmt: skip
         if adapters and self.engine is None:
             raise UserError(f"{directory} makes embeddings, no text: it takes no adapters")
-        facts |= {"vocab_size": config.vocab_size, "dimensions": config.hidden_size}
+        dimensions = self.embedder.dimensions if self.embedder is not None else config.hidden_size
+        labels = self.embedder.labels if self.embedder is not None else []
+        facts |= {"vocab_size": config.vocab_size, "dimensions": dimensions, "labels": labels}
         return {**facts, "embeds": self.embedder is not None, "adapters": self._load_adapters(adapters, again)}
 
     def _load_adapters(self, adapters: dict[str, str], again: bool) -> dict[str, str]:
@@ -249,7 +251,7 @@ class Worker:
         if (request := self.requests.get(number)) is not None:
             request.cancel()
 
-    def _embed(self, number: int, prompts: list[list[int]]) -> None:
+    def _embed(self, number: int, prompts: list[list[int]], firsts: list[int] | None) -> None:
         def done(future: "Future[np.ndarray]") -> None:
             error = future.exception()
             if error is not None:
@@ -259,7 +261,7 @@ class Worker:
                 self.channel.put("embedded", number, future.result(), None)
 
         assert self.embedder is not None
-        self.embedder.submit(prompts).add_done_callback(done)
+        self.embedder.submit(prompts, firsts).add_done_callback(done)
 
     def _adapt(self, what: str, number: int, *arguments: str) -> None:
         """Load or unload an adapter, on a thread of its own: files are read, and unloading waits for requests."""

@@ -1,8 +1,10 @@
-"""Bidirectional encoders of the BERT family (arXiv:1810.04805), MiniLM among them: texts in, vectors out.
+"""Bidirectional encoders of the BERT family (arXiv:1810.04805), MiniLM and XLM-RoBERTa (arXiv:1911.02116) among them:
+texts in, vectors out; with a head, classes out (`soma.model.classifier`).
 
 Shape letters: B batch, T tokens, D model width, H heads, E head width. Module names are Hugging Face's `BertModel`.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,26 +17,39 @@ from soma.base.artefact import read_json
 from soma.base.errors import UserError
 from soma.model.safetensors_io import DTYPES, SafetensorsFile
 
-MODEL_TYPES = ("bert",)
-UNUSED = ("pooler.", "cls.", "embeddings.position_ids", "embeddings.token_type_ids")  # heads and old buffers
+MODEL_TYPES = ("bert", "roberta", "xlm-roberta")
+# Heads and old buffers.
+UNUSED = ("pooler.", "cls.", "lm_head.", "embeddings.position_ids", "embeddings.token_type_ids")
 
 
 class EncoderConfig(BaseModel):
-    """Shape of a BERT encoder, field names as in its config.json."""
+    """Shape of an encoder, field names as in its config.json."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
+    model_type: Literal["bert", "roberta", "xlm-roberta"] = Field("bert", description="family")
     vocab_size: int = Field(30522, gt=0, description="rows of the token embedding")
     hidden_size: int = Field(768, gt=0, description="width of the residual stream")
     intermediate_size: int = Field(3072, gt=0, description="inner width of the MLP")
     num_hidden_layers: int = Field(12, gt=0, description="layers")
     num_attention_heads: int = Field(12, gt=0, description="heads")
-    max_position_embeddings: int = Field(512, gt=0, description="longest text in tokens")
+    max_position_embeddings: int = Field(512, gt=0, description="rows of the position embedding")
+    pad_token_id: int | None = Field(None, ge=0, description="id of padding, behind which RoBERTa's positions begin")
     type_vocab_size: int = Field(2, gt=0, description="segments; a single text is segment 0")
     layer_norm_eps: float = Field(1e-12, gt=0, description="epsilon of the normalization")
     hidden_act: Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "relu"] = Field("gelu", description="activation")
     position_embedding_type: Literal["absolute"] = Field("absolute", description="learned absolute positions")
     is_decoder: Literal[False] = Field(False, description="a BERT used as a decoder is another model")
+
+    @property
+    def first_position(self) -> int:
+        """Row of a text's first token in the position embedding: RoBERTa counts from its padding's id on."""
+        return 0 if self.model_type == "bert" else 1 + (1 if self.pad_token_id is None else self.pad_token_id)
+
+    @property
+    def max_length(self) -> int:
+        """The longest text in tokens."""
+        return self.max_position_embeddings - self.first_position
 
 
 class SelfAttention(nn.Module):
@@ -97,9 +112,12 @@ class Embeddings(nn.Module):
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        positions_TD = self.position_embeddings.weight[: tokens_BT.size(1)]
-        return self.LayerNorm(self.word_embeddings(tokens_BT) + positions_TD + self.token_type_embeddings.weight[0])
+        self.first = config.first_position
+
+    def forward(self, tokens_BT: Tensor, segments_BT: Tensor | None) -> Tensor:
+        positions_TD = self.position_embeddings.weight[self.first : self.first + tokens_BT.size(1)]
+        kinds = self.token_type_embeddings.weight[0] if segments_BT is None else self.token_type_embeddings(segments_BT)
+        return self.LayerNorm(self.word_embeddings(tokens_BT) + positions_TD + kinds)
 
 
 class Encoder(nn.Module):
@@ -122,10 +140,13 @@ class Encoder(nn.Module):
         """Dtype of the weights."""
         return self.embeddings.word_embeddings.weight.dtype
 
-    def forward(self, tokens_BT: Tensor, keep_BT: Tensor | None = None) -> Tensor:
-        """Hidden states (B, T, D) of texts, each one segment. keep_BT (bool) is False on padding; None: none."""
+    def forward(
+        self, tokens_BT: Tensor, keep_BT: Tensor | None = None, segments_BT: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
+        """Hidden states (B, T, D) of texts. keep_BT (bool) is False on padding; None: none. segments_BT (int64): to
+        which of two texts a token belongs; None: all to the first."""
         mask = None if keep_BT is None else keep_BT[:, None, None, :]
-        x_BTD = self.embeddings(tokens_BT)
+        x_BTD = self.embeddings(tokens_BT, segments_BT)
         layers: Any = self.encoder["layer"]
         for layer in layers:
             x_BTD = layer(x_BTD, mask)
@@ -162,18 +183,28 @@ def load_encoder(directory: Path, dtype: torch.dtype | None = None, device: torc
 
     Raises UserError for a folder without config or weights, and for tensors that are missing, mis-shaped or unknown.
     """
-    config, path = encoder_config(directory), directory / "model.safetensors"
+    with torch.device("meta"):
+        model = Encoder(encoder_config(directory))
+    fill(model, directory, lambda name: name.removeprefix("bert.").removeprefix("roberta."), dtype, device)
+    return model.eval()
+
+
+def fill(
+    model: nn.Module, directory: Path, own_name: Callable[[str], str], dtype: torch.dtype | None,
+    device: torch.device | str,
+) -> None:  # fmt: skip
+    """Load a folder's tensors into a model on the meta device. own_name: a tensor's name in the model, from that on
+    disk. Raises UserError as `load_encoder`."""
+    path = directory / "model.safetensors"
     if not path.is_file():
         raise UserError(f"{directory}: no weights there (model.safetensors)")
-    with torch.device("meta"):
-        model = Encoder(config)
     file = SafetensorsFile(path)
     try:
-        names = {name.removeprefix("bert."): name for name in file.tensors}
+        names = {own_name(name): name for name in file.tensors}
         targets = model.state_dict()
         if missing := [name for name in targets if name not in names]:
             raise UserError(f"{path}: {len(missing)} tensors are missing: {', '.join(missing[:5])}")
-        if extra := [name for name in names if name not in targets and not name.startswith(UNUSED)]:
+        if extra := [name for name in names if name not in targets and not is_unused(name)]:
             raise UserError(f"{path}: {len(extra)} tensors that this encoder has not: {', '.join(extra[:5])}")
         values = {}
         for name, target in targets.items():
@@ -184,4 +215,7 @@ def load_encoder(directory: Path, dtype: torch.dtype | None = None, device: torc
         model.load_state_dict(values, assign=True)
     finally:
         file.close()
-    return model.eval()
+
+
+def is_unused(name: str) -> bool:
+    return name.removeprefix("encoder.").startswith(UNUSED)

@@ -35,6 +35,7 @@ from soma.serve.templates.library import Library
 from soma.serve.tool_calls import ToolChatFormat, with_calls
 from soma.serve.tools import read_tools
 from soma.serve.v2 import rest
+from soma.serve.v2.classifier import Classifier
 from soma.serve.v2.encoder import Encoder
 from soma.serve.v2.front import Front
 from soma.serve.v2.llm import LanguageModel
@@ -257,7 +258,8 @@ def v2_front(service: Service, repository: Repository, *, allow_control: bool) -
         repository.add(name, LanguageModel(service))
         repository.find = lambda wanted: LanguageModel(service, wanted) if wanted in engine.adapter_folders else None
     if service.embedder is not None:
-        encoder = Encoder(service.embedder, service.tokenizer, lambda: engine.alive, own=False)
+        kind = Classifier if service.embedder.labels else Encoder
+        encoder = kind(service.embedder, service.tokenizer, lambda: engine.alive, own=False)
         encoder.known_as = name
         repository.add(f"{name}-embeddings" if service.makes_text else name, encoder)
     return Front(repository, service, allow_control=allow_control)

@@ -66,12 +66,16 @@ def check_embeds(service: "Service", name: str) -> None:
                        "no_embeddings")  # fmt: skip
     if service.embedder is None:
         raise ApiError(400, "this server makes no embeddings", "model", "no_embeddings")
+    if service.embedder.labels:
+        raise ApiError(400, f"`{service.model_name}` is a classifier: it makes no embeddings; use /v1/rerank, "
+                       "/v1/score or the Open Inference Protocol", "model", "no_embeddings")  # fmt: skip
 
 
 async def embed(
-    service: "Service", request: Request, model: str, prompts: list[list[int]]
+    service: "Service", request: Request, model: str, prompts: list[list[int]], firsts: list[int] | None = None
 ) -> tuple[list[np.ndarray], dict[str, str]]:
-    """The vectors of prompts for a request that passes the gates with them, and the headers of its answer."""
+    """The vectors of prompts, or a classifier's scores, for a request that passes the gates with them, and the headers
+    of its answer. firsts: how many tokens of each prompt are its first text; None: all."""
     assert service.embedder is not None
     used = sum(map(len, prompts))
     call = called(request, model, used)
@@ -80,7 +84,7 @@ async def embed(
     if call.meter is not None:
         call.meter.sent()
     try:
-        vectors = await asyncio.wrap_future(service.embedder.submit(prompts))
+        vectors = await asyncio.wrap_future(service.embedder.submit(prompts, firsts))
         spent = Usage(used)
     finally:
         await passage.leave(spent)

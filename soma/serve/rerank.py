@@ -1,17 +1,17 @@
-"""/v1/rerank (Jina's and Cohere's shape) and /v1/score (vLLM's): how near texts are to a query, by the cosine of the
-embedding model's vectors. A bi-encoder's judgement: cross-encoders, which read both texts together, are not served.
+"""/v1/rerank (Jina's and Cohere's shape) and /v1/score (vLLM's): how near texts are to a query. A cross-encoder, which
+reads both texts together, says so itself; of an embedding model it is the cosine of its vectors.
 """
 
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from soma.serve.embeddings import MAX_INPUTS, check_embeds, embed
 from soma.serve.errors import ApiError
+from soma.serve.pairs import encode_pairs
 from soma.serve.tokens import read_as
 
 if TYPE_CHECKING:
@@ -66,14 +66,24 @@ def text_of(given: str | dict[str, Any], where: str) -> str:
     return text
 
 
-async def vectors_of(
-    service: "Service", request: Request, model: str, texts: list[str]
-) -> tuple[np.ndarray, int, dict[str, str]]:
-    """Unit vectors of texts, fp32 [texts, dimensions]; how many tokens they have; headers for the answer."""
+async def scores_of(
+    service: "Service", request: Request, model: str, pairs: list[tuple[str, str]]
+) -> tuple[list[float], int, dict[str, str]]:
+    """How near the texts of each pair are; how many tokens were read; headers for the answer. Raises ApiError."""
+    embedder = service.embedder
+    if embedder is not None and embedder.labels and service.check_model(model) is None:
+        if len(embedder.labels) > 1:
+            raise ApiError(400, f"`{model}` has {len(embedder.labels)} classes; a model that scores pairs has one",
+                           "model", "no_scores")  # fmt: skip
+        prompts, firsts = await asyncio.to_thread(encode_pairs, service.tokenizer.inner, pairs, embedder.max_length)
+        made, headers = await embed(service, request, model, prompts, firsts)
+        return [float(each[0]) for each in made], sum(map(len, prompts)), headers
     check_embeds(service, model)
+    texts = list(dict.fromkeys(text for pair in pairs for text in pair))
     prompts = await asyncio.to_thread(lambda: [service.tokenizer.inner.encode(text).ids for text in texts])
     vectors, headers = await embed(service, request, model, prompts)
-    return np.stack(vectors), sum(map(len, prompts)), headers
+    of = dict(zip(texts, vectors, strict=True))
+    return [float(of[one] @ of[two]) for one, two in pairs], sum(map(len, prompts)), headers
 
 
 def install(app: FastAPI, service: "Service") -> None:
@@ -84,11 +94,10 @@ def install(app: FastAPI, service: "Service") -> None:
         service.check_open()
         body = await read_as(request, RerankRequest, service.max_body_bytes)
         texts = body.texts
-        vectors_TD, used, headers = await vectors_of(service, request, body.model, [body.query, *texts])
-        scores = vectors_TD[1:] @ vectors_TD[0]
-        order = sorted(range(len(texts)), key=lambda place: -float(scores[place]))[: body.top_n]
+        scores, used, headers = await scores_of(service, request, body.model, [(body.query, text) for text in texts])
+        order = sorted(range(len(texts)), key=lambda place: -scores[place])[: body.top_n]
         results: list[dict[str, Any]] = [
-            {"index": place, "relevance_score": float(scores[place]),
+            {"index": place, "relevance_score": scores[place],
              **({"document": {"text": texts[place]}} if body.return_documents else {})}
             for place in order
         ]  # fmt: skip
@@ -99,14 +108,8 @@ def install(app: FastAPI, service: "Service") -> None:
     async def score(request: Request) -> JSONResponse:
         service.check_open()
         body = await read_as(request, ScoreRequest, service.max_body_bytes)
-        pairs = body.pairs
-        texts = list(dict.fromkeys(text for pair in pairs for text in pair))
-        vectors_TD, used, headers = await vectors_of(service, request, body.model, texts)
-        place = {text: number for number, text in enumerate(texts)}
-        data = [
-            {"index": number, "object": "score", "score": float(vectors_TD[place[one]] @ vectors_TD[place[two]])}
-            for number, (one, two) in enumerate(pairs)
-        ]
+        scores, used, headers = await scores_of(service, request, body.model, body.pairs)
+        data = [{"index": number, "object": "score", "score": score} for number, score in enumerate(scores)]
         usage = {"prompt_tokens": used, "total_tokens": used}
         whole = {"object": "list", "data": data, "model": service.model_name, "usage": usage}
         return JSONResponse(whole, headers=headers)

@@ -179,12 +179,14 @@ def build(version: Version, folder: Path) -> V2Model:
 
 
 def build_encoder(reference: str, folder: Path) -> V2Model:
-    """An encoder in this process."""
+    """An encoder, or a classifier, in this process."""
     from soma.engine.embed import load_embedder
     from soma.model.folder import local_folder
     from soma.model.tokenizer import Tokenizer
+    from soma.serve.v2.classifier import Classifier
     from soma.serve.v2.encoder import Encoder
 
     beside = folder / reference
     directory = local_folder(beside if beside.is_dir() else reference)
-    return Encoder(load_embedder(directory), Tokenizer.load(directory))
+    embedder = load_embedder(directory)
+    return (Classifier if embedder.labels else Encoder)(embedder, Tokenizer.load(directory))

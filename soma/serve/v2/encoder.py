@@ -57,19 +57,24 @@ class Encoder(V2Model):
 
     def encode(self, texts: np.ndarray) -> list[list[int]]:
         """Ids with the special tokens that the tokenizer puts around a text. Raises ApiError."""
-        if not len(texts):
-            raise ApiError(400, "text is empty", "text")
-        try:
-            given = [text.decode() for text in texts]
-        except UnicodeDecodeError:
-            raise ApiError(400, "text is no UTF-8", "text") from None
-        if "" in given:
-            raise ApiError(400, "text has an empty element", "text")
-        return [found.ids for found in self.tokenizer.inner.encode_batch(given)]
+        return [found.ids for found in self.tokenizer.inner.encode_batch(texts_of(texts, "text"))]
 
     def close(self) -> None:
         if self.own:
             self.embedder.close()
+
+
+def texts_of(array: np.ndarray, name: str) -> list[str]:
+    """The texts of a tensor. Raises ApiError for none, an empty one, or bytes that are none."""
+    if not len(array):
+        raise ApiError(400, f"{name} is empty", name)
+    try:
+        given = [text.decode() for text in array]
+    except UnicodeDecodeError:
+        raise ApiError(400, f"{name} is no UTF-8", name) from None
+    if "" in given:
+        raise ApiError(400, f"{name} has an empty element", name)
+    return given
 
 
 class Embedding(Once):
