@@ -34,7 +34,7 @@ def location() -> Path:
 
 
 def python() -> Path:
-    """The environment's interpreter; the environment is made if it is not there (some 600 MB, minutes).
+    """The environment's interpreter; the environment is made if it is not there (some 530 MB, minutes).
 
     Raises UserError: SOMA_FEAST_ENV names none that has Feast; it cannot be installed.
     """
@@ -66,7 +66,7 @@ def variables() -> dict[str, str]:
 def make(where: Path) -> None:
     """Install Feast there. Raises UserError with pip's last words; what was begun is removed."""
     shutil.rmtree(where, ignore_errors=True)
-    progress.current().note(f"installing Feast into {where} (once; some 600 MB)")
+    progress.current().note(f"installing Feast into {where} (once; some 530 MB)")
     try:
         run([sys.executable, "-m", "venv", str(where)])
         lock = files("soma.serve.features").joinpath(LOCK)
