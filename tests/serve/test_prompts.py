@@ -114,6 +114,17 @@ def test_zero_and_few_shot(folder: Path) -> None:
     assert text.text == "Q: 1+1\nA: 2\nQ: {{ 2 }} {% raw %}\nA:"
 
 
+def test_the_prompts_of_the_recipes() -> None:
+    """Every version can be filled with every test."""
+    library = Library(Path(__file__).parents[2] / "recipes" / "prompts")
+    assert [each.label.partition("+")[0] for each in library] == ["capital@1", "capital@2"]
+    for version in library:
+        for case in library.tests(version.name).cases:
+            _, made = library.render(version.label, case.variables)
+            assert made.messages is not None
+            assert case.variables["country"] in made.messages[-1]["content"]
+
+
 @pytest.mark.parametrize(
     ("kind", "good", "bad", "words"),
     [
