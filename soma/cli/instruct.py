@@ -12,6 +12,7 @@ def add_commands(app: typer.Typer) -> None:
     """Put the commands under `soma data`."""
     app.command("convert")(convert)
     app.command("check")(check)
+    app.command("show")(show)
     app.add_typer(generate_app, name="generate")
 
 
@@ -46,6 +47,26 @@ def check(
     typer.echo(f"{source}: {outcome.rows:,} rows: {found}; {len(outcome.wrong):,} wrong")
     if outcome.wrong:
         raise typer.Exit(1)
+
+
+def show(
+    source: str = typer.Argument(..., metavar="FILE", help="Instruction data in any schema."),
+    model: str = typer.Option(..., "--model", help="Model or tokenizer whose chat template is used."),
+    row: int = typer.Option(None, "--row", min=1, help="Show this row alone, counted from 1."),
+    sequence_length: int = typer.Option(
+        None, "--sequence-length", min=2, help="Show how rows share sequences."
+    ),
+    page: Path = typer.Option(None, "--html", metavar="PAGE", help="Write a page instead of printing."),
+) -> None:
+    """The tokens of instruction data, coloured by what is learned (between « and »), and how they are packed."""
+    from soma.data.instruct import show as shown
+
+    parts = shown.show(source, model, row, sequence_length)
+    if page is None:
+        typer.echo(shown.terminal(parts))
+    else:
+        page.write_text(shown.page(parts, f"{source} with {model}"), encoding="utf-8")
+        typer.echo(f"{page}: {sum(not isinstance(part, str) for part in parts):,} conversations")
 
 
 def _schema(name: str | None, option: str) -> Any:
