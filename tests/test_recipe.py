@@ -184,3 +184,14 @@ def test_explain() -> None:
             explain(key)
     with pytest.raises(UserError, match="it is a value"):
         explain("train.steps.x")
+
+
+def test_short_options_of_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    from soma.cli import recipes
+
+    given: list[list[str]] = []
+    monkeypatch.setattr("soma.recipe.load", lambda path, overrides: given.append(overrides))
+    monkeypatch.setattr(recipes, "execute", lambda *arguments, **selection: None)
+    recipes.run(Path("r.yaml"), ["seed=1"], runner="ray", workers=3)
+    recipes.run(Path("r.yaml"))
+    assert given == [["seed=1", "data.runner=ray", "data.workers=3"], []]
