@@ -28,7 +28,9 @@ SHARES = {
 STATISTICS = ("mean", "std", "low", "high", "p01", "p05", "p25", "p50", "p75", "p95", "p99")
 # Attributes by the signal that measures them; the first are always there.
 ATTRIBUTES = {
-    "": ("bytes", "chars", "distinct_words", "lines"),
+    "": (
+        "bytes", "chars", "digits_share", "distinct_words", "lines", "punctuation_share", "spaces_share",
+    ),
     "gopher_quality": (
         "alpha_words", "bullet_lines", "ellipses_per_word", "ellipsis_lines", "hashes_per_word", "mean_word_chars",
         "plain_words", "stop_words", "words",

@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -376,3 +378,20 @@ def test_command_line(tmp_path: Path, labelled: Path) -> None:
     assert run("schema", labelled, "--against", tmp_path / "s.json").exit_code == 0
     write_rows(tmp_path / "bad.jsonl", [{"text": 1}])
     assert run("schema", tmp_path / "bad.jsonl", "--against", tmp_path / "s.json").exit_code == 1
+
+
+ON_RAY = """
+import json, sys
+from soma.data.profile.report import data_report
+from soma.data.profile.scan import Options
+options = Options(signals=("gopher_quality", "language"), workers=2, runner="ray")
+print(json.dumps(data_report([sys.argv[1]], options=options)))
+"""
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_gives_the_same_report(labelled: Path, report: dict) -> None:
+    pytest.importorskip("ray")
+    command = [sys.executable, "-c", ON_RAY, str(labelled)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=True)
+    assert rounded(json.loads(done.stdout.strip().splitlines()[-1])) == rounded(report)

@@ -51,6 +51,9 @@ SCRIPTS = {
 }  # fmt: skip
 
 
+SHARES = ("digits", "punctuation", "spaces")  # classes of characters whose share is an attribute
+
+
 @dataclass(frozen=True)
 class Options:
     """How a version is read. `labels`: fields of `meta` that hold labels, beside the usual names."""
@@ -260,7 +263,12 @@ class _Reader:
             "lines": np.array([text.count("\n") + 1 for text in texts], np.float64),
             "distinct_words": np.array([len(own) for own in words], np.float64),
         }  # fmt: skip
-        groups = self._groups(rows, measured.get("language"))
+        classes = [character_classes([text]) for text in texts]
+        for own in classes:
+            self.summary.characters.update(own)
+        for name in SHARES:
+            values[f"{name}_share"] = np.array([own.get(name, 0) / max(1, sum(own.values())) for own in classes])
+        groups = self._groups(rows, classes, measured.get("language"))
         self._count(rows, ids, sizes, words, values, groups)
         table = pa.table(
             {
@@ -275,13 +283,11 @@ class _Reader:
             self.file = pq.ParquetWriter(path, table.schema, compression="zstd", store_schema=False)
         self.file.write_table(table)
 
-    def _groups(self, rows: Sequence[Row], languages: Any) -> dict[str, list[str | None]]:
-        """The categories of each document."""
-        scripts = []
-        for row in rows:
-            classes = character_classes([row.text])
-            self.summary.characters.update(classes)
-            scripts.append(next((SCRIPTS[name] for name in classes if name in SCRIPTS), None))
+    def _groups(
+        self, rows: Sequence[Row], classes: Sequence[dict[str, int]], languages: Any
+    ) -> dict[str, list[str | None]]:
+        """The categories of each document; `classes`: its characters by class."""
+        scripts = [next((SCRIPTS[name] for name in own if name in SCRIPTS), None) for own in classes]
         found: dict[str, list[str | None]] = {
             "domain": [domain_of(row.meta) for row in rows], "script": scripts, "kind": [row.kind for row in rows],
             "file": [row.source.split("#")[0] for row in rows],
