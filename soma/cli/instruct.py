@@ -53,9 +53,7 @@ def show(
     source: str = typer.Argument(..., metavar="FILE", help="Instruction data in any schema."),
     model: str = typer.Option(..., "--model", help="Model or tokenizer whose chat template is used."),
     row: int = typer.Option(None, "--row", min=1, help="Show this row alone, counted from 1."),
-    sequence_length: int = typer.Option(
-        None, "--sequence-length", min=2, help="Show how rows share sequences."
-    ),
+    sequence_length: int = typer.Option(None, "--sequence-length", min=2, help="Show how rows share sequences."),
     page: Path = typer.Option(None, "--html", metavar="PAGE", help="Write a page instead of printing."),
 ) -> None:
     """The tokens of instruction data, coloured by what is learned (between « and »), and how they are packed."""
