@@ -19,6 +19,7 @@ from soma.cli import (
     retrieval,
     schedules,
     sweeps,
+    tokenizers,
     training,
     upkeep,
     upstreams,
@@ -71,6 +72,7 @@ annotation.data_app.command("report")(profiles.report)
 annotation.data_app.command("schema")(profiles.schema)
 app.add_typer(annotation.data_app, name="data")
 app.add_typer(feedback.feedback_app, name="feedback")
+app.add_typer(tokenizers.tokenizer_app, name="tokenizer")
 app.add_typer(graphs.graph_app, name="graph")
 app.add_typer(gateway.keys_app, name="keys")
 app.add_typer(gateway.ledger_app, name="ledger")
