@@ -26,7 +26,7 @@ EXTRAS = {  # extra → a module that only it brings, and what is off without it
     "cluster": (("ray",), "corpora on a Ray cluster (data.runner: ray)"),
     "gateway": (
         ("grpc", "redis", "opentelemetry"),
-        "keys, the ledger, limits in Redis, gRPC, traces (soma serve, soma gateway)",
+        "keys, the ledger, the request log, limits in Redis, gRPC, traces (soma serve, soma gateway)",
     ),
     "postgres": (("psycopg",), "keys and the ledger in PostgreSQL"),
     "onnx": (("onnxruntime",), "ONNX models behind the V2 protocol"),
