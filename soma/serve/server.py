@@ -28,6 +28,7 @@ from soma.serve.calls import Gates
 from soma.serve.limits.config import read_limits
 from soma.serve.limits.gate import LimitsGate
 from soma.serve.requestlog.config import request_log_config
+from soma.serve.slow_headers import HeaderTimeout
 from soma.serve.templates.request import load as load_prompts
 from soma.serve.v2.config import add_models, read_models
 from soma.serve.v2.repository import Repository
@@ -189,7 +190,12 @@ def serve(
                 limiter.register(app.state.service.metrics.registry)
             url = base_url(listener)
             config = uvicorn.Config(
-                app, log_level="warning", access_log=False, timeout_graceful_shutdown=2, lifespan="off"
+                app,
+                log_level="warning",
+                access_log=False,
+                timeout_graceful_shutdown=2,
+                lifespan="off",
+                http=HeaderTimeout,
             )
             announce = ready or (lambda url: progress.current().note(f"{name or own_name} is served at {url}"))
             make_grpc = None

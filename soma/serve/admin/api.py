@@ -26,6 +26,7 @@ from soma.serve.keys.store import NANO, Budget, Key, KeyStore
 from soma.serve.ledger import report as reports
 from soma.serve.ledger.book import balances_of
 from soma.serve.limits.gate import LimitsGate
+from soma.serve.slow_headers import HeaderTimeout
 from soma.serve.tokens import read_as
 
 MAX_BODY = 1 << 16
@@ -240,7 +241,7 @@ class AdminServer:
         self.listener = listen(host, port)
         self.url = base_url(self.listener)
         config = uvicorn.Config(
-            create_admin(gateway, limiter), log_level="warning", access_log=False, lifespan="off",
+            create_admin(gateway, limiter), log_level="warning", access_log=False, lifespan="off", http=HeaderTimeout,
             timeout_graceful_shutdown=2,
         )  # fmt: skip
         self.server = uvicorn.Server(config)

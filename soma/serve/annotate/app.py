@@ -16,6 +16,7 @@ from soma.base.errors import UserError
 from soma.base.locks import Busy, lock
 from soma.serve.annotate.session import Decision, Session
 from soma.serve.server import base_url, check_host, listen
+from soma.serve.slow_headers import HeaderTimeout
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 MAX_BODY = 1 << 22
@@ -116,7 +117,12 @@ def serve_annotate(
         stack.callback(listener.close)
         announce = ready or (lambda url: progress.current().note(f"annotate {session.source.name} at {url}"))
         config = uvicorn.Config(
-            create_app(session), log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=2
+            create_app(session),
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            http=HeaderTimeout,
+            timeout_graceful_shutdown=2,
         )
         _Server(config, lambda: announce(base_url(listener))).run(sockets=[listener])
 

@@ -13,6 +13,7 @@ import uvicorn
 from soma.base import progress
 from soma.base.errors import UserError
 from soma.serve.server import Server, base_url, check_host, listen
+from soma.serve.slow_headers import HeaderTimeout
 from soma.serve.upstreams.app import Front, create_gateway_app
 from soma.serve.upstreams.config import read_config
 
@@ -76,7 +77,7 @@ def serve_gateway(
         app, url = create_gateway_app(config, gateway), base_url(listener)
         announce = ready or (lambda url: progress.current().note(f"the gateway answers at {url}"))
         settings = uvicorn.Config(
-            app, log_level="warning", access_log=False, timeout_graceful_shutdown=2, lifespan="off",
+            app, log_level="warning", access_log=False, timeout_graceful_shutdown=2, lifespan="off", http=HeaderTimeout,
             server_header=False,
         )  # fmt: skip
         server = GatewayServer(settings, app, config.drain, lambda: announce(url))

@@ -12,6 +12,7 @@ from soma.serve.addresses import TrustedProxies
 from soma.serve.calls import Gates
 from soma.serve.graphs.trace import Continued
 from soma.serve.server import GRACE, Server, base_url, check_host, grpc_maker, listen
+from soma.serve.slow_headers import HeaderTimeout
 from soma.serve.v2 import rest
 from soma.serve.v2.front import Alone, Front
 from soma.serve.v2.repository import Repository
@@ -54,7 +55,9 @@ def run(
     listener = listen(host, port)
     try:
         url = base_url(listener)
-        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2, lifespan="off")
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, timeout_graceful_shutdown=2, lifespan="off", http=HeaderTimeout
+        )
         announce = ready or (lambda url: progress.current().note(f"{what} is served at {url}"))
         make_grpc = None if grpc_port is None else grpc_maker(app, host, grpc_port, guard, TrustedProxies(), "none")
         Server(config, app, grace, lambda: announce(url), make_grpc).run(sockets=[listener])
