@@ -19,7 +19,7 @@ from soma.base.errors import UserError
 from soma.data.config import DataConfig
 from soma.data.corpus import build_corpus
 from soma.data.profile import schema as types
-from soma.data.profile.page import render
+from soma.data.profile.page import cumulative, render
 from soma.data.profile.report import data_report
 from soma.data.profile.scan import Options, domain_of
 from soma.data.profile.sketch import ACCURACY, EXACT, Categories, Numbers, Sample
@@ -336,6 +336,17 @@ def test_page_escapes_what_comes_from_the_data(tmp_path: Path) -> None:
     assert "&lt;script&gt;" in html
     assert "http://" not in html.replace("http://www.w3.org", "")
     assert "src=" not in html.replace("&lt;img src=", "")
+
+
+def test_a_constant_is_a_step_and_not_a_slope() -> None:
+    same, spread = Numbers(), Numbers()
+    same.add([0.0] * 30)
+    spread.add([0.0, 1.0, 2.0, 8.0])
+    assert cumulative(number_figures(same), 8.0) == ([0.0, 0.0, 8.0], [0.0, 1.0, 1.0])
+    xs, ys = cumulative(number_figures(spread), 9.0)
+    assert (xs[0], ys[0]) == (0.0, 0.0)
+    assert (xs[-2], ys[-2], xs[-1], ys[-1]) == (8.0, 1.0, 9.0, 1.0)
+    assert ys == sorted(ys)
 
 
 @pytest.mark.page

@@ -100,19 +100,25 @@ def _histogram(name: str, facts: Json) -> Callable[[int], str]:
 
 def _cumulative(name: str, sides: Sequence[Json]) -> Callable[[int], str]:
     """The share of documents at or below a value, of both versions."""
-    lines, log = [], False
-    for side in sides:
-        facts = side["numbers"][name]
-        log = log or facts["log"]
-        total, below, ys = max(1, sum(facts["counts"])), 0, [0.0]
-        for count in facts["counts"]:
-            below += count
-            ys.append(below / total)
-        lines.append(Series(side["name"], facts["edges"], ys))
+    facts = [(side["name"], side["numbers"][name]) for side in sides if side["numbers"].get(name, {}).get("count")]
+    top = max(one["high"] for _, one in facts)
+    lines = [Series(side, *cumulative(one, top)) for side, one in facts]
+    log = any(one["log"] for _, one in facts)
     return lambda width: line_chart(
         lines, title=title(name), y_label="share of documents at or below", width=width, height=240, log_x=log,
         zero=True, format_y=percent,
     )  # fmt: skip
+
+
+def cumulative(facts: Json, top: float) -> tuple[list[float], list[float]]:
+    """(values, share of documents at or below each) up to `top`; a single value is a step, not a slope."""
+    if facts["low"] == facts["high"]:
+        return [facts["low"], facts["low"], top], [0.0, 1.0, 1.0]
+    total, below, ys = max(1, sum(facts["counts"])), 0, [0.0]
+    for count in facts["counts"]:
+        below += count
+        ys.append(below / total)
+    return [*facts["edges"], top], [*ys, 1.0]
 
 
 def group_charts(sides: Sequence[Json]) -> list[tuple[str, list[Markup]]]:
