@@ -7,6 +7,7 @@ import typer
 
 from soma.base.errors import UserError
 from soma.cli import (
+    acts,
     annotation,
     features,
     feedback,
@@ -70,7 +71,7 @@ app.command("schedule")(schedules.schedule)
 app.command("doctor")(upkeep.doctor)
 annotation.data_app.command("report")(profiles.report)
 annotation.data_app.command("schema")(profiles.schema)
-app.add_typer(annotation.data_app, name="data")
+app.add_typer(acts.data_app, name="data")
 app.add_typer(feedback.feedback_app, name="feedback")
 app.add_typer(tokenizers.tokenizer_app, name="tokenizer")
 app.add_typer(graphs.graph_app, name="graph")
