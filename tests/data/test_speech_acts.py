@@ -32,8 +32,8 @@ HOSTILE = "<script>alert(1)</script> is it so?"
 def test_damsl_tags_map_to_acts() -> None:
     expected = {
         "sd": "assertive", "sv^e": "assertive", "sd(^q)": "assertive", "sd,o@": "assertive",
-        "qy^d": "question", "qh": "question", "ad^t": "directive", "co^t": "commissive", "ft": "expressive", "fc^m": "expressive",
-        "b": None, "b^r": None, "%": None, "+@": None, "^q": None, "x": None,
+        "qy^d": "question", "qh": "question", "ad^t": "directive", "co^t": "commissive", "ft": "expressive",
+        "fc^m": "expressive", "b": None, "b^r": None, "%": None, "+@": None, "^q": None, "x": None,
     }  # fmt: skip
     assert {tag: damsl_act(tag) for tag in expected} == expected
     assert clean("{D Well, } [ I, + I ] see # that. # /") == "Well, I, I see that."
