@@ -225,6 +225,7 @@ def test_mix_says_what_is_missing(tmp_path: Path) -> None:
     assert report["corpus"]["shares"]["question"]["share"] == 0.1
     assert report["corpus"]["speakers"]["assistant"]["directive"] == 90
     assert {one["act"] for one in report["missing"]} == {"directive", "declaration"}
+    assert report["corpus"]["examples"]["question"] == [HOSTILE]  # each text once, however often it is said
     assert report["missing"][0]["needed"] == 100  # 50 of 100 there, none of 100 here
     assert "Please do" in report["missing"][0]["examples"][0] + report["missing"][1]["examples"][0]
     assert any("missing in the corpus" in line for line in shown(report))

@@ -56,7 +56,7 @@ class Mix:
             self.speakers[turn.speaker][act] += 1
             found = self.best[turn.speaker, act]
             entry = (sure, turn.text[:300])
-            if entry not in found:
+            if all(text != entry[1] for _, text in found):  # one text may come with several probabilities
                 (heapq.heappush if len(found) < EXAMPLES else heapq.heappushpop)(found, entry)
 
     def figures(self, compared: str) -> dict[str, Any]:
