@@ -27,6 +27,10 @@ def serve(
     limits: Annotated[
         Path | None, typer.Option(metavar="FILE", help="YAML: rate limits beside those of the nodes.")
     ] = None,
+    admin_port: Annotated[
+        int | None, typer.Option(help="Admin API and page on this port as well; with --keys.", min=0)
+    ] = None,
+    admin_host: Annotated[str, typer.Option(help="Address of the admin port.")] = "127.0.0.1",
     allow_public: Annotated[
         bool,
         typer.Option("--allow-public", help="Let other machines reach the service though it asks nobody for a key."),
@@ -38,7 +42,7 @@ def serve(
     with progress.use(progress.choose()):
         serve_graphs(
             file, host, port, grpc_port=grpc_port, keys=keys, prices=prices, allow_public=allow_public,
-            allow_control=allow_model_control, limits=limits,
+            allow_control=allow_model_control, limits=limits, admin_port=admin_port, admin_host=admin_host,
         )  # fmt: skip
 
 

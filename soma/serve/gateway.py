@@ -9,10 +9,10 @@ from soma.serve.keys.door import Guard, ModelScope
 from soma.serve.keys.keyring import Keyring
 from soma.serve.ledger.gate import Ledger
 from soma.serve.ledger.prices import load_prices
-from soma.serve.limits.gate import LimitsGate
 
 if TYPE_CHECKING:
     from soma.serve.admin.api import AdminServer
+    from soma.serve.admin.beside import Beside
 
 
 class Gateway:
@@ -48,11 +48,11 @@ class Gateway:
         if self.prices is not None:
             self.prices.check(names)
 
-    def start_admin(self, host: str, port: int, limiter: LimitsGate | None = None) -> str:
-        """Start the admin API; its URL. Raises UserError."""
+    def start_admin(self, host: str, port: int, beside: "Beside") -> str:
+        """Start the admin API of a service; its URL. Raises UserError."""
         from soma.serve.admin.api import AdminServer
 
-        self.admin = AdminServer(self, host, port, limiter)
+        self.admin = AdminServer(self, host, port, beside)
         return self.admin.url
 
     def close(self) -> None:

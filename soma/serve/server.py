@@ -24,6 +24,7 @@ from soma.base import progress
 from soma.base.errors import UserError
 from soma.engine.launch import Launched, launch
 from soma.serve.addresses import Addresses, TrustedProxies
+from soma.serve.admin.beside import Beside
 from soma.serve.calls import Gates
 from soma.serve.limits.config import read_limits
 from soma.serve.limits.gate import LimitsGate
@@ -204,7 +205,8 @@ def serve(
                     app, host, grpc_port, gateway.guard if gateway else None, proxies, grpc_compression
                 )  # fmt: skip
             if gateway is not None and admin_port is not None:
-                progress.current().note(f"the admin page is at {gateway.start_admin(admin_host, admin_port, limiter)}")
+                beside = Beside(limiter, kept, chat_url=url if tokenizer.has_chat_template else None)
+                progress.current().note(f"the admin page is at {gateway.start_admin(admin_host, admin_port, beside)}")
             Server(config, app, grace, lambda: announce(url), make_grpc).run(sockets=[listener])
         finally:
             repository.close()

@@ -3,35 +3,134 @@
 import asyncio
 import json
 import re
+import socket
+import threading
 from collections.abc import Iterator
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import uvicorn
 from browser import open_browser
-from http_tools import call, wait_for
+from gateway_tools import Scripted
+from http_tools import JSON, call, connection, wait_for
 
+from soma.base.errors import UserError
+from soma.serve.admin.api import AdminServer
+from soma.serve.admin.beside import Beside
 from soma.serve.calls import Call, Caller, Gates, Usage
 from soma.serve.database import Database
 from soma.serve.gateway import Gateway
+from soma.serve.graphs import serve as graph_service
+from soma.serve.graphs.graph import Graph
 from soma.serve.keys.door import Failures
 from soma.serve.keys.store import KeyStore
 from soma.serve.limits.config import LimitsConfig
 from soma.serve.limits.gate import LimitsGate
+from soma.serve.upstreams.app import create_gateway_app
+from soma.serve.upstreams.config import GatewayConfig
+from soma.serve.v2.model import Options
 
 LIMITS = {"rules": [{"name": "minute", "limit": 5, "window": "1m", "per": ["key"]}]}
 
 
+GRAPHS = """
+models:
+  one: {python: "parts.py:one", inputs: [&x {name: x, datatype: FP32, shape: [-1]}],
+        outputs: [&y {name: y, datatype: FP32, shape: [-1]}]}
+  broken: {python: "parts.py:broken", inputs: [*x], outputs: [*y]}
+graphs:
+  split:
+    inputs: [*x]
+    outputs: [*y]
+    nodes:
+      main: {splitter: [{node: steady, weight: 3}, {node: next, shadow: true}, {node: both, weight: 1}], by: user}
+      steady: {model: one}
+      next: {model: broken}
+      both: {sequence: [steady, last]}
+      last: {model: one, inputs: {x: y}}
+"""
+PARTS = """
+def one(x):
+    return x + 1
+
+def broken(x):
+    raise RuntimeError("secret")
+"""
+
+
 @pytest.fixture(scope="module")
-def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+def upstream() -> Iterator[Scripted]:
+    with Scripted(name="word") as made:
+        yield made
+
+
+@contextmanager
+def listening(app: Any) -> Iterator[str]:
+    """The URL of a gateway's application that runs in a thread."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1))
+
+    async def run() -> None:
+        await app.state.service.start()
+        await server.serve([listener])
+        await app.state.service.close()
+
+    thread = threading.Thread(target=asyncio.run, args=(run(),))
+    thread.start()
+    try:
+        assert wait_for(lambda: server.started)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def graphs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("graphs")
+    (folder / "parts.py").write_text(PARTS)
+    (folder / "graphs.yaml").write_text(GRAPHS)
+    return folder / "graphs.yaml"
+
+
+@pytest.fixture(scope="module")
+def graph(graphs_file: Path) -> Graph:
+    found: Graph = graph_service.graphs_app(graphs_file).state.graphs["split"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory: pytest.TempPathFactory, upstream: Scripted, graph: Graph) -> Iterator[Gateway]:
+    """Beside a service of one model that keeps a log, and, to be shown together with it, a graph."""
     folder = tmp_path_factory.mktemp("admin")
     (folder / "prices.yaml").write_text("currency: EUR\nmodels: {tiny: {prompt: 1, completion: 2}}\n")
     where = str(folder / "keys.db")
     Database(where).close()
     made = Gateway(where, str(folder / "prices.yaml"))
-    made.start_admin("127.0.0.1", 0, LimitsGate(LimitsConfig.model_validate(LIMITS)))
-    yield made
+    models = {"tiny": {"upstreams": [{"url": upstream.url}], "health": None}}
+    log = {"folder": folder / "log", "rotate": "50ms"}
+    app = create_gateway_app(GatewayConfig.model_validate({"models": models, "request_log": log}), made)
+    with listening(app) as base:
+        limiter = LimitsGate(LimitsConfig.model_validate(LIMITS))
+        made.start_admin("127.0.0.1", 0, Beside(limiter, app.state.service.request_log, {"split": graph}, base))
+        yield made
     made.close()
+
+
+def use(graph: Graph, user: str) -> None:
+    """One request, and what it does in shadows."""
+
+    async def run() -> None:
+        job = await graph.job({"x": np.ones(2, np.float32)}, Options({"user": user}))
+        async with aclosing(job.answers()) as answers:
+            assert [answer["y"].shape async for answer in answers] == [(2,)]
+        await asyncio.gather(*graph.shadows)
+
+    asyncio.run(run())
 
 
 @pytest.fixture(autouse=True)
@@ -155,7 +254,7 @@ def test_budgets_ledger_traffic_limits(gateway: Gateway, url: str, admin: str) -
         ("PUT", "/api/budgets", {"owner": "team:a", "period": "day", "money": "lots"}, "money"),
         ("PUT", "/api/budgets", {"owner": "team:a", "period": "day", "money": "1e99999"}, "money"),
         ("PUT", "/api/budgets", {"owner": "team:a", "period": "year"}, "day or month"),
-        ("GET", "/api/ledger?by=prompt", None, "expected some of"),
+        ("GET", "/api/ledger?by=address", None, "expected some of"),
         ("GET", "/api/ledger?format=xml", None, "json or csv"),
         ("GET", "/api/ledger?since=2026-1-1'--", None, "since"),
         ("POST", "/api/teams", {"name": "<script>"}, "team"),
@@ -167,6 +266,112 @@ def test_mistakes(url: str, admin: str, method: str, path: str, body: Any, words
     assert words in answer["error"]["message"]
 
 
+def chat_body(key: str, **changes: Any) -> dict[str, Any]:
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}]
+    return {"key": key, "model": "tiny", "messages": turns, "temperature": 0.5, "max_tokens": 9} | changes
+
+
+def new_key(gateway: Gateway, name: str, **scopes: Any) -> tuple[str, str]:
+    """Id and secret."""
+    key, secret = KeyStore(gateway.database).create(name, **scopes)
+    gateway.keyring.refresh()
+    return key.id, secret.text
+
+
+def test_playground_is_a_call_like_any_other(gateway: Gateway, url: str, admin: str, upstream: Scripted) -> None:
+    """It streams, the ledger has it under the key that was given, and the log keeps it."""
+    key_id, key = new_key(gateway, "player")
+    assert ask(url, admin, "POST", "/api/playground/models", {"key": key}) == (200, {"data": ["tiny"]})
+    before = ask(url, admin, "GET", "/api/traffic")[1]["request_log"]
+    headers = {**JSON, "X-API-Key": admin}
+    status, sent, data = call(url, "POST", "/api/playground/chat", json.dumps(chat_body(key)), headers)
+    assert (status, sent["content-type"].partition(";")[0]) == (200, "text/event-stream")
+    chunks = [json.loads(line[6:]) for line in data.split(b"\n") if line.startswith(b"data: {")]
+    assert [chunk["choices"][0]["delta"].get("content") for chunk in chunks[:3]] == ["word0 ", "word1 ", "word2 "]
+    assert chunks[-1]["usage"]["completion_tokens"] == 3
+    assert (upstream.seen[-1]["messages"], upstream.seen[-1]["max_tokens"]) == (chat_body(key)["messages"], 9)
+
+    def spent() -> list[dict[str, Any]]:
+        rows = ask(url, admin, "GET", "/api/ledger?by=key")[1]["data"]
+        return [row for row in rows if row["key"] == key_id and not row["open"]]
+
+    assert wait_for(spent)
+    assert [(row["prompt_tokens"], row["completion_tokens"]) for row in spent()] == [(7, 3)]
+
+    def kept() -> dict[str, int]:
+        counts: dict[str, int] = ask(url, admin, "GET", "/api/traffic")[1]["request_log"]
+        return counts
+
+    assert wait_for(lambda: kept()["requests"] > before["requests"])
+    assert set(kept()) == {"requests", "feedback", "dropped", "errors"}
+
+
+def test_playground_leads_around_nothing(gateway: Gateway, url: str, admin: str, upstream: Scripted) -> None:
+    """Neither the admin's own key, nor a wrong one, nor another model's, nor a host of one's own."""
+    scoped, poor = new_key(gateway, "scoped", models=["other"]), new_key(gateway, "poor")
+    KeyStore(gateway.database).set_budget(f"key:{poor[0]}", "day", 1, None)
+    gateway.keyring.refresh()
+    seen = len(upstream.seen)
+    for key, words in ((admin, "answers 403"), ("nonsense", "answers 401"), (scoped[1], "answers 403"),
+                       (poor[1], "answers 429")):  # fmt: skip
+        status, answer = ask(url, admin, "POST", "/api/playground/chat", chat_body(key))
+        assert (status, answer["error"]["code"]) == (502, "service_refused")
+        assert words in answer["error"]["message"], key
+    for wrong in (chat_body("a b"), chat_body("a\r\nX: y"), chat_body("k", url="http://127.0.0.1:9"), chat_body("")):
+        assert ask(url, admin, "POST", "/api/playground/chat", wrong)[0] == 400
+    assert len(upstream.seen) == seen
+
+
+def test_playground_ends_with_its_reader(gateway: Gateway, url: str, admin: str, upstream: Scripted) -> None:
+    key, gone = new_key(gateway, "leaver")[1], upstream.cancelled
+    upstream.tokens, upstream.pause = 100_000, 0.01
+    link = connection(url)
+    try:
+        link.request("POST", "/api/playground/chat", json.dumps(chat_body(key)), {**JSON, "X-API-Key": admin})
+        assert link.getresponse().readline().startswith(b"data: ")
+        link.close()
+        assert wait_for(lambda: upstream.cancelled > gone)
+        assert wait_for(lambda: upstream.open == 0)
+    finally:
+        link.close()
+        upstream.tokens, upstream.pause = 3, 0.0
+
+
+def test_a_service_that_is_away_or_has_no_chat(gateway: Gateway, admin: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        nobody = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    for beside, status in ((Beside(chat_url=nobody), 502), (Beside(), 404)):
+        other = AdminServer(gateway, "127.0.0.1", 0, beside)
+        try:
+            assert ask(other.url, admin, "POST", "/api/playground/chat", chat_body("k"))[0] == status
+            assert ask(other.url, admin, "GET", "/api/service")[1] == {"graphs": False, "chat": status == 502}
+            assert ask(other.url, admin, "GET", "/api/traffic")[1]["request_log"] is None
+        finally:
+            other.close()
+
+
+def test_a_service_of_graphs_has_it_too(graphs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    where = str(tmp_path / "keys.db")
+    database = Database(where)
+    admin = KeyStore(database).create("root", role="admin")[1].text
+    database.close()
+    started: list[Gateway] = []
+    monkeypatch.setattr(Gateway, "check_models", lambda self, names: started.append(self))
+    seen: list[Any] = []
+
+    def run(*arguments: Any, **options: Any) -> None:
+        assert started[0].admin is not None
+        address = started[0].admin.url
+        seen.extend(ask(address, admin, "GET", path)[1] for path in ("/api/service", "/api/graphs"))
+
+    monkeypatch.setattr(graph_service, "run", run)
+    graph_service.serve_graphs(graphs_file, keys=where, admin_port=0)
+    assert seen[0] == {"graphs": True, "chat": False}
+    assert seen[1]["data"][0]["nodes"]["both"]["edges"] == [["steady", ""], ["last", ""]]
+    with pytest.raises(UserError, match="--keys"):
+        graph_service.serve_graphs(graphs_file, admin_port=0)
+
+
 @pytest.fixture(scope="module")
 def page() -> Iterator[Any]:
     with open_browser() as driver:
@@ -174,7 +379,11 @@ def page() -> Iterator[Any]:
 
 
 def texts(driver: Any, selector: str) -> list[str]:
-    return [item.get_property("textContent") for item in driver.find_elements("css selector", selector)]
+    """At one moment: the page draws itself anew meanwhile."""
+    found: list[str] = driver.execute_script(
+        "return [...document.querySelectorAll(arguments[0])].map(item => item.textContent)", selector
+    )
+    return found
 
 
 def enter(driver: Any, url: str, key: str) -> None:
@@ -256,6 +465,98 @@ def test_page_shows_all_views(gateway: Gateway, url: str, admin: str, width: int
         assert problems(driver) == []
 
 
+def set_width(driver: Any, width: int) -> None:
+    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+
+@pytest.mark.page
+@pytest.mark.parametrize("width", [390, 1280])
+def test_page_draws_graphs_as_they_run(page: Any, url: str, admin: str, graph: Graph, width: int) -> None:
+    set_width(page, width)
+    enter(page, url, admin)
+    assert wait_for(lambda: page.find_element("id", "tab-graph").is_displayed())
+    page.find_element("id", "tab-graph").click()
+    assert wait_for(lambda: len(texts(page, "svg g")) == 5)
+    assert sorted(texts(page, "svg .name")) == ["both", "last", "main", "next", "steady"]
+    assert {"75%", "25%", "shadow", "1", "2"} <= {text[: len(text) // 2] for text in texts(page, "svg .edge")}
+    assert len(page.find_elements("css selector", "svg path.shadow")) == 1
+    boxes = page.execute_script(
+        "return [...document.querySelectorAll('svg rect')].map(box => box.getBoundingClientRect().toJSON())"
+    )
+    for place, one in enumerate(boxes):
+        for other in boxes[:place]:
+            apart = one["left"] >= other["right"] or other["left"] >= one["right"]
+            assert apart or one["top"] >= other["bottom"] or other["top"] >= one["bottom"]
+    for user in "abcdefgh":
+        use(graph, user)
+    assert graph.seen["next"].failed == graph.seen["main"].count > 0
+    count = graph.seen["main"].count
+    assert wait_for(lambda: {f"{count} ×", f"{count} of {count} failed"} <= {*texts(page, "svg .count")})  # by itself
+    assert any(re.search(r"p50 [\d.]+ ms · p95 [\d.]+ ms", text) for text in texts(page, "svg text"))
+    assert page.execute_script("return document.documentElement.scrollWidth") <= width
+    assert problems(page) == []
+
+
+@pytest.mark.page
+@pytest.mark.parametrize("width", [390, 1280])
+def test_page_playground(page: Any, gateway: Gateway, url: str, admin: str, upstream: Scripted, width: int) -> None:
+    """By keyboard: a key, its models, a chat, and one that is stopped."""
+    from selenium.webdriver.common.keys import Keys
+
+    key = new_key(gateway, f"typist-{width}")[1]
+    set_width(page, width)
+    enter(page, url, admin)
+    assert wait_for(lambda: page.execute_script("return document.activeElement.id") == "tab-traffic")
+    page.switch_to.active_element.send_keys(Keys.ARROW_LEFT)
+    assert wait_for(lambda: page.find_element("id", "playground").is_displayed())
+    page.switch_to.active_element.send_keys(Keys.TAB)
+    page.switch_to.active_element.send_keys("nonsense" + Keys.TAB)
+    assert wait_for(lambda: "answers 401" in "".join(texts(page, "#problem")))
+    field = page.find_element("css selector", "#play [name=key]")
+    field.clear()
+    field.send_keys(key + Keys.TAB)
+    assert wait_for(lambda: texts(page, "#play option") == ["tiny"])
+    page.find_element("css selector", "#play [name=system]").send_keys("Be brief." + Keys.TAB)
+    page.switch_to.active_element.send_keys("<b>hello</b>" + Keys.CONTROL + Keys.ENTER)
+    assert wait_for(lambda: "stop" in "".join(texts(page, "#speed")))
+    assert texts(page, "#said") == ["word0 word1 word2 "]
+    assert re.search(r"3 tokens · first after \d+ ms · stop$", texts(page, "#speed")[0])
+    assert [turn["content"] for turn in upstream.seen[-1]["messages"]] == ["Be brief.", "<b>hello</b>"]
+    assert page.execute_script("return document.documentElement.scrollWidth") <= width
+    upstream.tokens, upstream.pause, gone = 100_000, 0.02, upstream.cancelled
+    try:
+        assert wait_for(lambda: not page.find_element("id", "stop").is_displayed())
+        page.find_element("css selector", "#play button.main").click()
+        assert wait_for(lambda: "tokens/s" in texts(page, "#speed")[0] and "word5 " in texts(page, "#said")[0])
+        page.find_element("id", "stop").send_keys(Keys.ENTER)
+        assert wait_for(lambda: texts(page, "#speed")[0].endswith("stopped"))
+        assert wait_for(lambda: upstream.cancelled > gone)
+    finally:
+        upstream.tokens, upstream.pause = 3, 0.0
+    page.find_element("id", "tab-traffic").click()
+    assert wait_for(lambda: page.find_element("id", "log").is_displayed())
+    assert texts(page, "#log dt") == ["requests kept", "feedback kept", "not kept", "files that failed"]
+    assert problems(page) == []
+
+
+@pytest.mark.page
+def test_page_hides_what_is_not_there(page: Any, gateway: Gateway, admin: str) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    other = AdminServer(gateway, "127.0.0.1", 0, Beside())
+    try:
+        enter(page, other.url, admin)
+        assert wait_for(lambda: page.execute_script("return document.activeElement.id") == "tab-traffic")
+        for name in ("tab-graph", "tab-playground", "log"):
+            assert not page.find_element("id", name).is_displayed()
+        page.switch_to.active_element.send_keys(Keys.ARROW_LEFT)  # past what is hidden
+        assert wait_for(lambda: page.find_element("id", "limits").is_displayed())
+    finally:
+        page.get("about:blank")
+        other.close()
+
+
 @pytest.mark.page
 def test_a_revoked_admin_is_thrown_out(page: Any, gateway: Gateway, url: str) -> None:
     store = KeyStore(gateway.database)
@@ -282,12 +583,10 @@ def test_failures_are_limited_here_too(gateway: Gateway, url: str) -> None:
 
 
 def test_a_port_that_is_taken(gateway: Gateway, url: str, tmp_path: Path) -> None:
-    from soma.base.errors import UserError
-
     port = int(url.rpartition(":")[2])
     where = str(tmp_path / "k.db")
     Database(where).close()
     other = Gateway(where)
     with pytest.raises(UserError, match="in use"):
-        other.start_admin("127.0.0.1", port)
+        other.start_admin("127.0.0.1", port, Beside())
     other.close()

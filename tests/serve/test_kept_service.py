@@ -157,6 +157,38 @@ def told_usage(data: bytes) -> Any:
     return next(found for event in reversed(events) if (found := event.get("response", event).get("usage")))
 
 
+def admin_url(kept: Kept) -> str:
+    """Of the service, by the other port that its process listens on."""
+    own = urlsplit(kept.url).port
+    for process in psutil.Process().children(recursive=True):
+        ports = {each.laddr.port for each in process.net_connections("tcp") if each.status == psutil.CONN_LISTEN}
+        if own in ports:
+            (other,) = ports - {own}
+            return f"http://127.0.0.1:{other}"
+    raise AssertionError("the service's process is not there")
+
+
+def test_the_playground_of_its_admin_page(kept: Kept) -> None:
+    """A chat with the model, counted under the key that was given."""
+    admin, url = KeyStore(kept.database).create("root", role="admin")[1].text, admin_url(kept)
+    assert wait_for(lambda: call(url, "GET", "/api/service", headers=kept.headers(admin))[0] == 200)
+    assert json.loads(call(url, "GET", "/api/service", headers=kept.headers(admin))[2]) == {
+        "graphs": False, "chat": True,
+    }  # fmt: skip
+    before = set(kept.rows())
+    body = {"key": kept.key, "model": "tiny", "messages": [{"role": "user", "content": "hello"}], "temperature": 0,
+            "max_tokens": 7}  # fmt: skip
+    status, _, data = call(url, "POST", "/api/playground/chat", json.dumps(body), kept.headers(admin))
+    assert (status, data.endswith(b"data: [DONE]\n\n")) == (200, True)
+    usage = next(found for line in data.split(b"\n") if line.startswith(b"data: {")
+                 if (found := json.loads(line[6:]).get("usage")))  # fmt: skip
+    assert wait_for(lambda: [row.completion_tokens for id, row in kept.rows().items() if id not in before] == [
+        usage["completion_tokens"]
+    ])  # fmt: skip
+    (row,) = [row for id, row in kept.rows().items() if id not in before]
+    assert (row.route, row.team) == ("/v1/chat/completions", "red")
+
+
 def test_cached_tokens_are_told_and_cost_less(kept: Kept) -> None:
     """A prompt that came before is in the prefix cache but for its last token, in blocks of 16. Every route says so,
     whole and streamed, and the ledger counts it at its price."""

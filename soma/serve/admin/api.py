@@ -1,4 +1,4 @@
-"""The admin API: keys, teams, budgets, the ledger, the limits and what runs now, for keys that were made for it.
+"""The admin API: keys, teams, budgets, the ledger, limits, graphs and what runs now, for keys that were made for it.
 
 It has a listener of its own, in a thread with an event loop of its own: what it does never waits in line with answers
 to clients, and a network that reaches the one need not reach the other.
@@ -15,17 +15,18 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
-from pydantic import BaseModel, ConfigDict
 
 from soma.base.errors import UserError
 from soma.serve import errors
+from soma.serve.admin import playground
+from soma.serve.admin.beside import Beside
+from soma.serve.admin.bodies import Empty, Expiry, NewBudget, NewKey, NewTeam, Rotation
 from soma.serve.errors import ApiError
 from soma.serve.gateway import Gateway
 from soma.serve.keys.door import Door, Guard
 from soma.serve.keys.store import NANO, Budget, Key, KeyStore
 from soma.serve.ledger import report as reports
 from soma.serve.ledger.book import balances_of
-from soma.serve.limits.gate import LimitsGate
 from soma.serve.slow_headers import HeaderTimeout
 from soma.serve.tokens import read_as
 
@@ -37,55 +38,6 @@ POLICY = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
-
-
-class Strict(BaseModel):
-    """Bodies: nothing is converted, nothing unknown is taken."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
-
-
-class NewKey(Strict):
-    """Body of POST /api/keys."""
-
-    name: str
-    team: str | None = None
-    role: str = "use"
-    models: list[str] | None = None
-    routes: list[str] | None = None
-    priority: int = 0
-    days: float | None = None
-
-
-class Rotation(Strict):
-    """Body of POST /api/keys/ID/rotate: seconds for which the old secret is still good."""
-
-    grace: float = 0.0
-
-
-class Expiry(Strict):
-    """Body of POST /api/keys/ID/expire: days from now; 0: at once."""
-
-    days: float
-
-
-class NewTeam(Strict):
-    """Body of POST /api/teams."""
-
-    name: str
-
-
-class NewBudget(Strict):
-    """Body of PUT /api/budgets; money as text, so that it is exact. Both null: no bound any more."""
-
-    owner: str
-    period: str
-    tokens: int | None = None
-    money: str | None = None
-
-
-class Empty(Strict):
-    """The body of what needs none."""
 
 
 def shown_key(key: Key) -> dict[str, Any]:
@@ -104,15 +56,16 @@ def shown_budget(budget: Budget, used: dict[tuple[str, str], Any]) -> dict[str, 
     }  # fmt: skip
 
 
-def create_admin(gateway: Gateway, limiter: LimitsGate | None = None) -> FastAPI:
-    """The application."""
+def create_admin(gateway: Gateway, beside: Beside) -> FastAPI:
+    """The application. beside: the service that it shows."""
     app = FastAPI(title="Soma admin", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.guard = Guard(gateway.keyring, role="admin")
     app.add_middleware(Door, guard=app.state.guard, public=PUBLIC)
     errors.install(app)
     store = KeyStore(gateway.database)
     install_keys(app, gateway, store)
-    install_views(app, gateway, limiter)
+    install_views(app, gateway, beside)
+    playground.install(app, beside.chat_url)
     page = files("soma.serve.admin").joinpath("page.html").read_text(encoding="utf-8")
 
     @app.get("/")
@@ -195,8 +148,16 @@ def install_keys(app: FastAPI, gateway: Gateway, store: KeyStore) -> None:
         return shown_budget(made, await asyncio.to_thread(balances_of, gateway.database))
 
 
-def install_views(app: FastAPI, gateway: Gateway, limiter: LimitsGate | None) -> None:
-    """The ledger, what runs, the limits."""
+def install_views(app: FastAPI, gateway: Gateway, beside: Beside) -> None:
+    """What the service has, the ledger, what runs, the limits, the graphs."""
+
+    @app.get("/api/service")
+    async def service() -> dict[str, bool]:
+        return {"graphs": bool(beside.graphs), "chat": beside.chat_url is not None}
+
+    @app.get("/api/graphs")
+    async def graphs() -> dict[str, Any]:
+        return {"data": [graph.described() for graph in beside.graphs.values()]}
 
     @app.get("/api/ledger")
     async def ledger(
@@ -220,11 +181,12 @@ def install_views(app: FastAPI, gateway: Gateway, limiter: LimitsGate | None) ->
              "completion_tokens": hold.slot.completion_tokens, "max_tokens": hold.call.max_tokens}
             for hold in list(gateway.ledger.running.values())
         ]  # fmt: skip
-        return {"running": running, "refused_at_the_door": gateway.guard.counts()}
+        kept = None if beside.request_log is None else beside.request_log.counts()
+        return {"running": running, "refused_at_the_door": gateway.guard.counts(), "request_log": kept}
 
     @app.get("/api/limits")
     async def limits() -> dict[str, Any]:
-        if limiter is None:
+        if (limiter := beside.limiter) is None:
             return {"data": []}
         rules = [rule.model_dump(mode="json", exclude_none=True) for rule in limiter.config.rules]
         counts = {sample.labels["rule"]: int(sample.value) for metric in limiter.refused.collect()
@@ -235,13 +197,13 @@ def install_views(app: FastAPI, gateway: Gateway, limiter: LimitsGate | None) ->
 class AdminServer:
     """The admin API on its own port, until `close`. Raises UserError for a host or port that cannot be had."""
 
-    def __init__(self, gateway: Gateway, host: str, port: int, limiter: LimitsGate | None = None) -> None:
+    def __init__(self, gateway: Gateway, host: str, port: int, beside: Beside) -> None:
         from soma.serve.server import base_url, listen
 
         self.listener = listen(host, port)
         self.url = base_url(self.listener)
         config = uvicorn.Config(
-            create_admin(gateway, limiter), log_level="warning", access_log=False, lifespan="off", http=HeaderTimeout,
+            create_admin(gateway, beside), log_level="warning", access_log=False, lifespan="off", http=HeaderTimeout,
             timeout_graceful_shutdown=2,
         )  # fmt: skip
         self.server = uvicorn.Server(config)

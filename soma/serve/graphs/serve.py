@@ -10,7 +10,9 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
+from soma.base import progress
 from soma.base.errors import UserError
+from soma.serve.admin.beside import Beside
 from soma.serve.calls import Gates, check_allowed, may_use
 from soma.serve.errors import ApiError
 from soma.serve.graphs.config import EDGES, GraphsFile, Node, read_graphs, rules_of
@@ -128,17 +130,17 @@ def remote(node: Node) -> V2Model:
 def serve_graphs(
     path: Path, host: str = "127.0.0.1", port: int = 8080, *, grpc_port: int | None = None, keys: str | None = None,
     prices: str | None = None, allow_public: bool = False, allow_control: bool = False, limits: Path | None = None,
-    ready: Callable[[str], None] | None = None,
+    admin_port: int | None = None, admin_host: str = "127.0.0.1", ready: Callable[[str], None] | None = None,
 ) -> None:  # fmt: skip
-    """Serve the graphs of a file until SIGTERM or SIGINT. keys, prices, limits: as of `soma.serve.server.serve`. Raises
-    UserError."""
+    """Serve the graphs of a file until SIGTERM or SIGINT. keys, prices, limits, admin_port, admin_host: as of
+    `soma.serve.server.serve`. Raises UserError."""
     gateway = None
     if keys is not None:
         from soma.serve.gateway import Gateway
 
         gateway = Gateway(keys, prices)
-    elif prices is not None:
-        raise UserError("prices go with the database of keys; say which (--keys DATABASE)")
+    elif prices is not None or admin_port is not None:
+        raise UserError("prices and the admin API go with the database of keys; say which (--keys DATABASE)")
     guard = gateway.guard if gateway else None
     try:
         gates = Gates(gateway.gates() if gateway else ())
@@ -146,6 +148,9 @@ def serve_graphs(
         app = graphs_app(path, gates, allow_control=allow_control, guard=guard, limits=rules)
         if gateway is not None:
             gateway.check_models(entry.name for entry in app.state.v2.repository)
+        if gateway is not None and admin_port is not None:
+            beside = Beside(app.state.limiter, graphs=app.state.graphs)
+            progress.current().note(f"the admin page is at {gateway.start_admin(admin_host, admin_port, beside)}")
         what = ", ".join(app.state.graphs)
         run(app, what, host, port, grpc_port=grpc_port, allow_public=allow_public, guard=guard, ready=ready)
     finally:

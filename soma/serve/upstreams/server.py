@@ -12,6 +12,7 @@ import uvicorn
 
 from soma.base import progress
 from soma.base.errors import UserError
+from soma.serve.admin.beside import Beside
 from soma.serve.server import Server, base_url, check_host, listen
 from soma.serve.slow_headers import HeaderTimeout
 from soma.serve.upstreams.app import Front, create_gateway_app
@@ -83,8 +84,9 @@ def serve_gateway(
         server = GatewayServer(settings, app, config.drain, lambda: announce(url))
         server.path = path
         if gateway is not None and config.admin_port is not None:
-            limits = app.state.service.limits
-            admin = gateway.start_admin(config.admin_host, config.admin_port, limits)
+            front = app.state.service
+            beside = Beside(front.limits, front.request_log, chat_url=url)
+            admin = gateway.start_admin(config.admin_host, config.admin_port, beside)
             progress.current().note(f"the admin page is at {admin}")
         server.run(sockets=[listener])
     finally:
