@@ -9,6 +9,7 @@ from soma.base.errors import UserError
 from soma.cli import (
     acts,
     annotation,
+    embeddings,
     features,
     feedback,
     gateway,
@@ -74,6 +75,7 @@ annotation.data_app.command("schema")(profiles.schema)
 app.add_typer(acts.data_app, name="data")
 app.add_typer(feedback.feedback_app, name="feedback")
 app.add_typer(tokenizers.tokenizer_app, name="tokenizer")
+app.add_typer(embeddings.model_app, name="model")
 app.add_typer(graphs.graph_app, name="graph")
 app.add_typer(gateway.keys_app, name="keys")
 app.add_typer(gateway.ledger_app, name="ledger")

@@ -1,4 +1,5 @@
-"""The evaluation of one model: `scores.json`, `tokens.parquet` (what was scored, to add up again), `samples.parquet`.
+"""The evaluation of one model: `scores.json`, `tokens.parquet` (what was scored, to add up again), `samples.parquet`,
+`words.json` (input embeddings of words on a plane, see `soma.model.embeddings.facts_of`).
 
 `scores.json`:
 
@@ -39,6 +40,7 @@ from soma.evaluate.perplexity import (
     window_settings,
 )
 from soma.evaluate.samples import make_samples
+from soma.model.embeddings import facts_of
 from soma.model.hub import load_model
 from soma.model.tokenizer import Tokenizer
 from soma.train.compute import native_bf16, resolve_device
@@ -88,6 +90,7 @@ def evaluate(
         )  # fmt: skip
     write_json(out / "scores.json", facts)
     write_tokens(out / "tokens.parquet", rows, scores, config.record_logprobs)
+    write_json(out / "words.json", facts_of(model))
     make_samples(config, network, tokenizer, rows, out / "samples.parquet")
     (out / "logs").mkdir(exist_ok=True)
     seconds = {"scoring_seconds": scored - started, "seconds": time.monotonic() - started}

@@ -31,10 +31,11 @@ class Training(Part):
 
 
 class Evaluation(Part):
-    """One model's `scores.json`, `samples.parquet` and timing."""
+    """One model's `scores.json`, `words.json`, `samples.parquet` and timing."""
 
     stage: str
     scores: Json = {}
+    words: Json = {}
     samples: list[Json] = []
     timing: Json = {}
 
@@ -147,7 +148,8 @@ def collect_evaluations(artefacts: Mapping[str, Path]) -> Iterator[Evaluation]:
 
             samples = pq.read_table(path / "samples.parquet").to_pylist()
         timing = collect_json(artefacts, stage, "logs/timing.json") or {}
-        yield Evaluation(stage=stage, scores=scores, samples=samples, timing=timing)
+        words = collect_json(artefacts, stage, "words.json") or {}
+        yield Evaluation(stage=stage, scores=scores, words=words, samples=samples, timing=timing)
 
 
 def collect_notices(stages: list[Stage]) -> Iterator[Notice]:

@@ -19,6 +19,7 @@ from soma.base.charts import (
     share_bar,
 )
 from soma.base.page import HALF, NARROW, WIDE, known, page_environment, page_style, responsive, size
+from soma.base.scatter import word_map
 from soma.evaluate.facts import Evaluation, Json, ReportFacts, Training, collect
 from soma.evaluate.lineage import lineage_chart
 
@@ -139,7 +140,7 @@ def headlines(facts: ReportFacts) -> Iterator[Headline]:
 
 
 def result_charts(facts: ReportFacts) -> dict[str, Markup]:
-    """Bits per byte against the compressors, and by kind of document."""
+    """Bits per byte against the compressors, and by kind of document; words on a plane."""
     if not facts.evaluations:
         return {}
     ours = [(stage_title(one.stage), one.scores["bits_per_byte"]["value"]) for one in facts.evaluations]
@@ -159,6 +160,14 @@ def result_charts(facts: ReportFacts) -> dict[str, Markup]:
         found["kinds"] = responsive(
             lambda width: bar_chart(kinds[:12], title="Bits per byte by kind of document", width=width), HALF
         )
+    if words := facts.evaluations[0].words:
+        first, second = (percent(share) for share in words["shares"])
+        found["words"] = responsive(
+            lambda width: word_map(
+                words["words"], words["points"], title="Words by their input embeddings, principal components",
+                x_label=f"first: {first} of the variance", y_label=f"second: {second}", width=width,
+            )
+        )  # fmt: skip
     return found
 
 

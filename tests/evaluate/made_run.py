@@ -226,6 +226,8 @@ def write_evaluation(out: Path, bits: float, tuned: bool) -> None:
         "python": "3.11.7",
     }
     write_json(out / "scores.json", scores)
+    points = [[0.0, 0.1], [0.5, -0.2], [-0.5, 0.1]]
+    write_json(out / "words.json", {"words": ["return", "<self>", "None"], "points": points, "shares": [0.4, 0.2]})
     code = "    with open(path) as file:\n        return file.read().splitlines()\n" * (1 if tuned else 3)
     drawn = {"temperature": 0.7, "top_p": 0.95, "max_tokens": 96, "seed": 1, "tokens": 61, "finish_reason": "length"}
     more: dict[str, Any] = {"reference": None, "source": None}

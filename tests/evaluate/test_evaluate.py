@@ -54,6 +54,8 @@ def made(model_dir: Path, corpus_dir: Path, instruct_dir: Path, tmp_path_factory
 
 def test_scores(made: Path, corpus_dir: Path, model_dir: Path) -> None:
     facts = read_json(made / "scores.json")
+    words = read_json(made / "words.json")
+    assert words is None or len(words["words"]) == len(words["points"]) >= 3
     rows = pq.read_table(corpus_dir / "validation-00000.parquet").to_pylist()
     assert facts["corpus_hash"] == "c0ffee"
     assert facts["python"] == "3.11.9"

@@ -66,6 +66,7 @@ def test_everything_is_there(html: str) -> None:
         "A small Llama on the Python standard library",
         "Python 3.11.7 · corpus 1a2b3c4d5e6f",
         "xz −9 1.65 · gzip −9 1.98",
+        "Words by their input embeddings",
         "5 min 34 s",
         "10 stages, 2 of them cached",
         "2.15 GB",

@@ -38,17 +38,17 @@ RETRIED = (408, 429, 500, 502, 503, 504)
 
 
 class Client:
-    """Asks an endpoint for embeddings. `api_key_env` names the variable with its key."""
+    """Asks an endpoint for embeddings. `api_key_env` names the variable with its key; `who` asks, for messages."""
 
-    def __init__(self, config: SemanticConfig) -> None:
-        self.config = config
+    def __init__(self, config: SemanticConfig, who: str = "data.dedup.semantic") -> None:
+        self.config, self.who = config, who
         base = config.url.rstrip("/")
         self.url = base if base.endswith("/embeddings") else f"{base.removesuffix('/v1')}/v1/embeddings"
         self.headers = {"Content-Type": "application/json"}
         if config.api_key_env:
             key = os.environ.get(config.api_key_env)
             if not key:
-                raise UserError(f"data.dedup.semantic.api_key_env: {config.api_key_env} is not set")
+                raise UserError(f"{who}: the variable of the key {config.api_key_env} is not set")
             self.headers["Authorization"] = f"Bearer {key}"
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
@@ -86,7 +86,7 @@ class Client:
         return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
     def _failed(self, said: str) -> UserError:
-        return UserError(f"data.dedup.semantic: {redact_url(self.url)} (model {self.config.model}): {said}")
+        return UserError(f"{self.who}: {redact_url(self.url)} (model {self.config.model}): {said}")
 
 
 def semantic_clusters(parts: Sequence[Path], rank_N: np.ndarray, work: Path, config: SemanticConfig) -> np.ndarray:
