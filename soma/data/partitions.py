@@ -1,4 +1,4 @@
-"""Documents on disk in partitions: a few input files each, read, cleaned, cut and measured once.
+"""Documents on disk in partitions: a few input files or lines of a large one, read, cleaned, cut and measured once.
 
 `partitions/NNNNN-KEY.parquet` holds the columns of `schema()`, rows in the order of reading; beside it lie
 `….dropped.parquet` (what was set aside), `….attributes.parquet` (where signals are measured) and, written last,
@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from errno import EDQUOT, ENOSPC
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from soma.data.dedup import exact_key
 from soma.data.dedup.minhash import minhash_words
 from soma.data.dedup.words import parse
 from soma.data.profile import excerpt
+from soma.data.ranges import split_item
 from soma.data.readers import Document, Dropped, read_item
 from soma.data.shards import DropLog
 from soma.data.signals.measure import Measurer, Scorer
@@ -33,7 +35,7 @@ from soma.data.signals.scorers import open_scorer
 from soma.data.sources import Item
 from soma.data.workers import map_tasks
 
-FORMAT = 1  # raise it when the same input comes to give other partitions
+FORMAT = 2  # raise it when the same input comes to give other partitions
 PARTITION_BYTES = 32 << 20  # of input files, as they lie there
 PARTITION_FILES = 2000
 GUESSED_BYTES = 8 << 20  # of a file whose size is not known
@@ -142,11 +144,11 @@ def _make(config: DataConfig, items: Sequence[Item], folder: Path, cut: Cut, sco
 
 
 def _groups(items: Sequence[Item]) -> Iterator[list[Item]]:
-    """Runs of files, each of about `PARTITION_BYTES`."""
+    """Runs of files, each of about `PARTITION_BYTES`; a larger file in ranges of its own where it can be split."""
     group: list[Item] = []
     size = 0
-    for item in items:
-        more = GUESSED_BYTES if item.size is None else item.size
+    for item in chain.from_iterable(split_item(item, PARTITION_BYTES) for item in items):
+        more = GUESSED_BYTES if item.size is None else PARTITION_BYTES if item.ranged else item.size
         if group and (size + more > PARTITION_BYTES or len(group) == PARTITION_FILES):
             yield group
             group, size = [], 0
@@ -158,7 +160,7 @@ def _groups(items: Sequence[Item]) -> Iterator[list[Item]]:
 
 def _key(config: DataConfig, items: Sequence[Item], cut: Cut, scorer: Scorer | None) -> str:
     settings = {**config.of_documents(), "sources": None, "cut": [cut.limit, cut.few]}
-    files = [[item.name, item.kind, item.compression, item.content_hash()] for item in items]
+    files = [[item.name, item.kind, item.compression, item.first_line, item.content_hash()] for item in items]
     return json_hash([FORMAT, settings, scorer.name if scorer is not None else None, files])[:20]
 
 

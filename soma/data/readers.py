@@ -106,19 +106,29 @@ def _read_html(item: Item, html: bytes, main_only: bool) -> Document | Dropped:
 
 
 def _read_text(item: Item, file: IO[bytes]) -> Iterator[Document | Dropped]:
-    """Plain text, whole or in pieces of `PIECE_BYTES` that end at a line end where there is one."""
-    decoder, line = None, 1
+    """Plain text, whole or in pieces of `PIECE_BYTES` that end at a line end where there is one.
+
+    Of a piece that is no text the rest up to a line end is passed over, too; reading goes on with the next line.
+    """
+    decoder, line, lost = None, item.first_line, False
     while data := file.read(PIECE_BYTES):
         last = len(data) < PIECE_BYTES
         if not last:
             data += file.readline(PIECE_BYTES)
-        whole = last and decoder is None
-        decoder = decoder or _decoder(item, data)
-        found = _decode(item, data, decoder, line, last)
-        if isinstance(found, Dropped):
-            yield found
-            return
-        yield Document(found, item.name, item.kind or "text", {} if whole else {"line": line})
+        whole = last and decoder is None and not item.ranged
+        # What follows the first line has no byte order mark: there it is a character.
+        decoder = decoder or (_decoder(item, data) if line == 1 else _Decoder("utf-8"))
+        if not lost:
+            found = _decode(item, data, decoder, line, last)
+            if isinstance(found, Dropped):
+                yield found
+                if decoder.encoding == "utf-16":
+                    return  # where its next character begins is not known
+                lost = True
+            else:
+                yield Document(found, item.name, item.kind or "text", {} if whole else {"line": line})
+        if lost and data.endswith(b"\n"):
+            decoder, lost = decoder.again(), False
         line += data.count(b"\n")
     if decoder is None:
         yield Dropped(item.name, "empty", "the file has no content")
@@ -130,6 +140,10 @@ class _Decoder:
 
     def __post_init__(self) -> None:
         self.decode = codecs.getincrementaldecoder(self.encoding)("strict").decode
+
+    def again(self) -> "_Decoder":
+        """A decoder for what follows later in the file, where no byte order mark is expected."""
+        return _Decoder(self.encoding.removesuffix("-sig"))
 
 
 def _decoder(item: Item, data: bytes) -> _Decoder:
@@ -153,7 +167,7 @@ def _decode(item: Item, data: bytes, decoder: _Decoder, first_line: int = 1, las
         return decoder.decode(data, last)
     except UnicodeDecodeError as error:
         line = first_line + data.count(b"\n", 0, error.start)
-        detail = f"line {line}: not {decoder.encoding} ({error.reason})"
+        detail = f"line {line}: not {decoder.encoding.removesuffix('-sig')} ({error.reason})"
         return Dropped(item.name, "undecodable", detail, _excerpt(data[error.start :]))
 
 
@@ -203,23 +217,14 @@ def _read_json(item: Item, file: IO[bytes], text_field: str) -> Iterator[Documen
 
 def json_rows(item: Item, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
     """(line or index from 1, value) for every row; a `Dropped` as value where a line is not JSON."""
-    number = 0
+    number = item.first_line - 1
     while data := file.readline(LINE_BYTES):
         number += 1
         if number == 1:
-            data = data.removeprefix(codecs.BOM_UTF8)
-            if data.lstrip().startswith(b"[") and item.name.split(".")[-1] not in ("jsonl", "ndjson"):
-                rest = file.read(ARRAY_BYTES + 1)
-                if len(rest) > ARRAY_BYTES:
-                    yield (
-                        0,
-                        Dropped(
-                            item.name, "too_large", f"a JSON array of more than {ARRAY_BYTES >> 20} MiB; use JSONL"
-                        ),
-                    )
-                else:
-                    yield from _array(item, data + rest)
+            if is_array(item, data):
+                yield from _read_array(item, data, file)
                 return
+            data = data.removeprefix(codecs.BOM_UTF8)
         if len(data) == LINE_BYTES and not data.endswith(b"\n"):
             while (rest := file.readline(LINE_BYTES)) and not rest.endswith(b"\n"):
                 pass
@@ -233,7 +238,19 @@ def json_rows(item: Item, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
         yield 0, Dropped(item.name, "empty", "the file has no content")
 
 
-def _array(item: Item, data: bytes) -> Iterator[tuple[int, Any]]:
+def is_array(item: Item, first: bytes) -> bool:
+    """Whether a file with this first line is one JSON array."""
+    start = first.removeprefix(codecs.BOM_UTF8).lstrip()
+    return start.startswith(b"[") and item.name.split(".")[-1] not in ("jsonl", "ndjson")
+
+
+def _read_array(item: Item, first: bytes, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
+    rest = file.read(ARRAY_BYTES + 1)
+    if len(rest) > ARRAY_BYTES:
+        detail = f"a JSON array of more than {ARRAY_BYTES >> 20} MiB; use JSONL"
+        yield 0, Dropped(item.name, "too_large", detail)
+        return
+    data = first.removeprefix(codecs.BOM_UTF8) + rest
     try:
         yield from enumerate(json.loads(data), start=1)
     except (ValueError, RecursionError) as error:

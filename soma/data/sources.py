@@ -39,13 +39,20 @@ BUFFER = 1 << 20  # bytes read at once from an object store
 
 @dataclass(frozen=True)
 class Item:
-    """One input file. `name` is its path relative to the source's root, with slashes; `size` in bytes where known."""
+    """One input file, or some lines of one. `name` is its path relative to the source's root, with slashes.
+
+    `size`: bytes, where known; `path`: the file, where it lies on a local disk; `first_line`, `ranged`: of a range of
+    its lines (see `ranges.py`), which `open` then gives alone.
+    """
 
     name: str
     kind: str | None
     compression: str | None
     open: Callable[[], IO[bytes]]
     size: int | None = None
+    path: Path | None = None
+    first_line: int = 1
+    ranged: bool = False
 
     def content_hash(self) -> str:
         """sha256 hex of the file's bytes, or why it cannot be read."""
@@ -126,7 +133,7 @@ def _local(source: str) -> Iterator[Item | Skipped]:
 def _file_item(path: Path, name: str) -> Item:
     kind, compression = kind_of(name)
     # What is named one by one is read as text whatever its suffix; see `_folder` for what is found in folders.
-    return Item(name, kind or "text", compression, _opener(path), path.stat().st_size)
+    return Item(name, kind or "text", compression, _opener(path), path.stat().st_size, path)
 
 
 def _opener(path: Path) -> Callable[[], IO[bytes]]:
@@ -156,7 +163,7 @@ def _folder(root: Path, skip: set[str] = SKIPPED_FOLDERS, only: str | None = Non
             if problem := _unfit(path, kind):
                 yield Skipped(relative, *problem)
             else:
-                yield Item(relative, kind, compression, _opener(path), path.stat().st_size)
+                yield Item(relative, kind, compression, _opener(path), path.stat().st_size, path)
 
 
 def _unfit(path: Path, kind: str | None) -> tuple[str, str] | None:
@@ -222,7 +229,10 @@ def _remote(source: str) -> Iterator[Item | Skipped]:
                 "files of this kind are not read from folders; name the file to read it as text",
             )
         else:
-            yield Item(relative, kind or "text", compression, partial(_open_stored, system, name, source))
+            if scheme == "file":
+                yield _file_item(Path(name), relative)
+            else:
+                yield Item(relative, kind or "text", compression, partial(_open_stored, system, name, source))
 
 
 def _open_stored(system: Any, name: str, source: str) -> IO[bytes]:

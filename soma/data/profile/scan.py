@@ -1,11 +1,10 @@
 """A version of a corpus, read once in parts: mergeable statistics of each part, and its attributes on disk.
 
 A part is a few input files, or a run of row groups of a corpus's Parquet file. Each is read by one worker, which writes
-`NNNNN.parquet` (id, split, source, text, `exact`, and the attributes) for what needs a second look, and returns its
-`Summary`. Memory is that of one batch and of the sketches, whatever the size; nothing depends on the number of workers.
+`NNNNN.parquet` (id, split, source, text, `exact`, and the attributes) for what needs a second look, and its `Summary`.
+Memory is that of one batch and of the sketches, whatever the size; nothing depends on the number of workers.
 """
 
-import base64
 import json
 import pickle
 from collections import Counter
@@ -78,6 +77,11 @@ class Part:
     first: int = 0
     last: int = 0
 
+    @property
+    def summary(self) -> Path:
+        """Where its statistics wait to be merged."""
+        return self.path.with_suffix(".summary")
+
 
 class Summary:
     """The mergeable statistics of documents."""
@@ -90,6 +94,7 @@ class Summary:
         self.characters: Counter[str] = Counter()
         self.labels: dict[str, dict[str, Categories]] = {}  # field → split → labels
         self.fields: list[tuple[str, Fields]] = []  # of each JSON or Parquet file
+        self.continues = False  # the first of these are the fields of later lines of a file that another part began
         self.bad_rows: list[dict[str, Any]] = []
         self.dropped: Counter[str] = Counter()
         self.dropped_examples = Sample(20)
@@ -109,7 +114,11 @@ class Summary:
         for field, splits in other.labels.items():
             for split, labels in splits.items():
                 self.labels.setdefault(field, {}).setdefault(split, Categories()).merge(labels)
-        self.fields += other.fields
+        fields = other.fields
+        if other.continues and self.fields and fields and self.fields[-1][0] == fields[0][0]:
+            self.fields[-1][1].merge(fields[0][1])
+            fields = fields[1:]
+        self.fields += fields
         self.bad_rows = (self.bad_rows + other.bad_rows)[:100]
         self.dropped.update(other.dropped)
         self.dropped_examples.merge(other.dropped_examples)
@@ -137,13 +146,12 @@ def scan(source: Sequence[str], work: Path, options: Options) -> tuple[Summary, 
     work.mkdir(parents=True, exist_ok=True)
     total = Summary()
     parts = _parts(source, work, options, total)
-    found: dict[int, Summary] = {}
     with progress.current().task("profile", total=len(parts), unit="parts") as bar:
-        for number, packed in map_tasks(scan_part, parts, options.workers, options.runner):
-            found[number] = pickle.loads(base64.b85decode(packed))
+        for _ in map_tasks(scan_part, parts, options.workers, options.runner):
             bar.advance(1)
-    for number in range(len(parts)):
-        total.merge(found.pop(number))
+    for part in parts:
+        total.merge(pickle.loads(part.summary.read_bytes()))
+        part.summary.unlink()
     if not total.documents:
         reasons = ", ".join(f"{count} {reason}" for reason, count in total.dropped.most_common()) or "no files"
         raise UserError(f"{', '.join(source)}: no document there ({reasons})")
@@ -182,9 +190,13 @@ def _corpus_parts(folder: Path, work: Path, options: Options) -> Iterator[Part]:
 # --- One part ---
 
 
-def scan_part(part: Part) -> str:
-    """Read a part, write its file, return its `Summary`, packed."""
-    return base64.b85encode(pickle.dumps(_Reader(part).read())).decode()
+def scan_part(part: Part) -> None:
+    """Read a part, write its file and beside it its `Summary`.
+
+    On disk, so that whoever merges holds one at a time; as base-85 text of a result it took a hundred times its size.
+    """
+    with open(part.summary, "wb") as file:
+        pickle.dump(_Reader(part).read(), file)
 
 
 @dataclass(frozen=True)
@@ -229,6 +241,7 @@ class _Reader:
         else:
             self.file.close()
         hidden.replace(self.part.path)
+        self.summary.continues = bool(self.part.items) and self.part.items[0].first_line > 1
         for item in self.part.items:
             if item.kind in ("jsonl", "parquet"):
                 fields, bad = fields_of(item)
