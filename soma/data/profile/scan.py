@@ -193,7 +193,7 @@ def _corpus_parts(folder: Path, work: Path, options: Options) -> Iterator[Part]:
 def scan_part(part: Part) -> None:
     """Read a part, write its file and beside it its `Summary`.
 
-    On disk, so that whoever merges holds one at a time; as base-85 text of a result it took a hundred times its size.
+    On disk, so that whoever merges holds one at a time; as base-85 text of a result one of 10 MB took 0.6 GB more.
     """
     with open(part.summary, "wb") as file:
         pickle.dump(_Reader(part).read(), file)
