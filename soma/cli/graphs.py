@@ -55,15 +55,16 @@ def show(
     """Draw graphs; those of a service with the latency of each node."""
     from rich.console import Console
 
-    from soma.serve.graphs.config import read_graphs
+    from soma.serve.graphs.config import GraphsFile
     from soma.serve.graphs.show import all_live, draw, draw_described, live
+    from soma.serve.yaml_file import read_as
 
     console = Console(highlight=False)
     if graph.startswith(("http://", "https://")):
         for described in all_live(graph, key):
             console.print(draw_described(described))
         return
-    for name, config in read_graphs(Path(graph)).graphs.items():
+    for name, config in read_as(GraphsFile, Path(graph)).graphs.items():
         console.print(draw(name, config, live(url, name, key) if url else None))
 
 

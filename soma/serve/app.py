@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.types import Receive, Scope, Send
 
 from soma.engine.params import SamplingParams
@@ -18,7 +17,7 @@ from soma.engine.prompts import encode_prompt
 from soma.engine.replicas import Replicas
 from soma.engine.request import TokenEvent
 from soma.model.tokenizer import Tokenizer
-from soma.serve import adapters, embeddings, errors, openapi, rerank, responses, tokens
+from soma.serve import adapters, embeddings, errors, health, openapi, rerank, responses, tokens
 from soma.serve.calls import Gates, Passage, Usage, called, check_allowed, may_use
 from soma.serve.disconnect import CLIENT_CLOSED_REQUEST, unless_disconnected
 from soma.serve.errors import ApiError
@@ -30,6 +29,7 @@ from soma.serve.metrics import Metrics
 from soma.serve.prompts import TokenNames
 from soma.serve.protocol import ChatRequest, CompletionRequest, Sampling, read_body
 from soma.serve.requestlog import feedback
+from soma.serve.response_request import ResponsesRequest
 from soma.serve.retrieval import routes as retrieval
 from soma.serve.templates.library import Library
 from soma.serve.tool_calls import ToolChatFormat, with_calls
@@ -154,6 +154,7 @@ def create_app(
     feedback.install(app, request_log)
     if request_log is not None:
         request_log.register(service.metrics.registry)
+    health.install(app, service.check_open, service.metrics.registry)
     openapi.install(app, asks_for_keys=guard is not None, public=PUBLIC)
     page = files("soma.serve").joinpath("page.html").read_text(encoding="utf-8")
     if request_log is not None:
@@ -204,7 +205,7 @@ def create_app(
     @app.post("/v1/responses")
     async def respond(request: Request) -> Response:
         service.check_open()
-        body = await read_body(request, responses.ResponsesRequest, service.max_body_bytes)
+        body = await read_body(request, ResponsesRequest, service.max_body_bytes)
         adapter = service.check_model(body.model)
         params = body.params()
         if not tokenizer.has_chat_template:
@@ -228,20 +229,6 @@ def create_app(
         adapter = service.check_model(name)
         check_allowed(request, name)
         return service.model(name, service.engine.adapter_folders.get(name) if adapter else None)
-
-    @app.get("/health")
-    @app.get("/health/ready")
-    async def health() -> dict[str, str]:
-        service.check_open()
-        return {"status": "ok"}
-
-    @app.get("/health/live")
-    async def live() -> dict[str, str]:
-        return {"status": "ok"}
-
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/")
     async def index() -> HTMLResponse:
@@ -278,7 +265,7 @@ def asked(tokenizer: Tokenizer, body: Sampling) -> dict[str, Any]:
         return {**found, "prompts": texts}
     if isinstance(body, ChatRequest):
         return {**found, "messages": [message.for_template(place) for place, message in enumerate(body.messages)]}
-    assert isinstance(body, responses.ResponsesRequest)
+    assert isinstance(body, ResponsesRequest)
     return {**found, "messages": body.messages}
 
 

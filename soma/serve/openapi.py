@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from pydantic import BaseModel
+from starlette.routing import Route
 
 import soma
 from soma.serve.adapters import LoadRequest, UnloadRequest
@@ -17,7 +18,7 @@ from soma.serve.embeddings import EmbeddingRequest
 from soma.serve.protocol import ChatRequest, CompletionRequest
 from soma.serve.requestlog.feedback import FeedbackRequest
 from soma.serve.rerank import RerankRequest, ScoreRequest
-from soma.serve.responses import ResponsesRequest
+from soma.serve.response_request import ResponsesRequest
 from soma.serve.retrieval.form import SearchRequest
 from soma.serve.tokens import DetokenizeRequest, TokenizeRequest
 
@@ -48,6 +49,7 @@ ERRORS = {
     "500": "The service failed; its log says why.", "503": "Not at the moment; see Retry-After.",
     "504": "The request's own deadline has passed.",
 }  # fmt: skip
+UPSTREAM_ERRORS = {"502": "The upstream broke off."}
 SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer", "description": "Authorization: Bearer KEY"},
     "api_key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
@@ -70,25 +72,36 @@ WITHOUT = (
 
 def document(app: FastAPI, *, asks_for_keys: bool, public: frozenset[str]) -> dict[str, Any]:
     """The OpenAPI 3.1 document of an application. public: paths that need no key."""
-    made = get_openapi(title="Soma", version=soma.__version__, routes=app.routes)
+    made = get_openapi(title=app.title, version=soma.__version__, routes=app.routes)
     schemas: dict[str, Any] = {"Error": ERROR, "V2Error": V2_ERROR}
     for path in PAGES:
         made["paths"].pop(path, None)
+    forwarded = [route.path for route in app.routes if type(route) is Route and route.path in BODIES]
+    made["paths"] = {path: {"post": forward(path)} for path in forwarded} | made["paths"]
     for path, methods in made["paths"].items():
         for operation in methods.values():
-            operation["responses"] = responses(path, asks_for_keys=asks_for_keys and path not in public)
+            asks = asks_for_keys and path not in public
+            operation["responses"] = responses(path, asks_for_keys=asks, is_forwarded=path in forwarded)
             if path in public:
                 operation["security"] = []
             if path in BODIES:
-                operation["requestBody"] = {
-                    "required": True, "content": {"application/json": {"schema": schema_of(BODIES[path], schemas)}},
-                }  # fmt: skip
+                schema = schema_of(BODIES[path], schemas, is_open=path in forwarded)
+                operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
     made["components"] = {"schemas": schemas, "securitySchemes": SCHEMES}
     made["security"] = [{name: []} for name in SCHEMES] if asks_for_keys else []
     return made
 
 
-def responses(path: str, *, asks_for_keys: bool) -> dict[str, Any]:
+def forward(path: str) -> dict[str, Any]:
+    """The operation of a route that goes to upstreams, which FastAPI does not know of."""
+    name = path.removeprefix("/v1/").replace("/", " ")
+    return {
+        "summary": name.capitalize(), "operationId": name.replace(" ", "_"),
+        "description": "Passed on to an upstream, with what it takes beyond these fields.",
+    }  # fmt: skip
+
+
+def responses(path: str, *, asks_for_keys: bool, is_forwarded: bool = False) -> dict[str, Any]:
     """What may come back."""
     kinds = ["text/plain"] if path in TEXTS else ["application/json"]
     kinds += ["text/event-stream"] if path in STREAMS or path.endswith("generate_stream") else []
@@ -97,16 +110,19 @@ def responses(path: str, *, asks_for_keys: bool) -> dict[str, Any]:
     name = "V2Error" if path.startswith("/v2") else "Error"
     error = {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
     found: dict[str, Any] = {"200": fine}
-    for status, words in ERRORS.items():
+    for status, words in (ERRORS | (UPSTREAM_ERRORS if is_forwarded else {})).items():
         if status != "401" or asks_for_keys:
             found[status] = {"description": words, "content": error}
     return found
 
 
-def schema_of(kind: type[BaseModel], schemas: dict[str, Any]) -> dict[str, str]:
-    """A reference to a class's schema, which is put among `schemas` with what it is made of."""
+def schema_of(kind: type[BaseModel], schemas: dict[str, Any], *, is_open: bool = False) -> dict[str, str]:
+    """A reference to a class's schema, which is put among `schemas` with what it is made of. is_open: it may have
+    fields beyond those of the class."""
     made = kind.model_json_schema(ref_template="#/components/schemas/{model}")
     schemas |= made.pop("$defs", {})
+    if is_open:
+        made.pop("additionalProperties", None)
     schemas[kind.__name__] = made
     return {"$ref": f"#/components/schemas/{kind.__name__}"}
 

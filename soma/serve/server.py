@@ -31,8 +31,9 @@ from soma.serve.limits.gate import LimitsGate
 from soma.serve.requestlog.config import request_log_config
 from soma.serve.slow_headers import HeaderTimeout
 from soma.serve.templates.request import load as load_prompts
-from soma.serve.v2.config import add_models, read_models
+from soma.serve.v2.config import ModelsFile, add_models
 from soma.serve.v2.repository import Repository
+from soma.serve.yaml_file import read_as
 
 if TYPE_CHECKING:
     from soma.engine.embed import Embedder
@@ -150,7 +151,7 @@ def serve(
         elif rerank is not None:
             raise UserError("rerank sorts what an index finds; say which (--index)")
         if models is not None:
-            add_models(repository, read_models(Path(models)), Path(models).parent)
+            add_models(repository, read_as(ModelsFile, Path(models)), Path(models).parent)
         if (prices is not None or admin_port is not None) and keys is None:
             raise UserError("prices and the admin API go with the database of keys; say which (--keys DATABASE)")
         if keys is not None:

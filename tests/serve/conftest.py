@@ -3,11 +3,18 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from postgres import running_postgres
 from tiny import make_model
 
+from soma.engine.engine import Engine
+from soma.engine.load import load_weights
+from soma.serve.app import create_app
+from soma.serve.calls import Gates
+from soma.serve.database import Database
+from soma.serve.gateway import Gateway
 from soma.serve.server import running_service
 
 # The service's own words go to a file; one thread, since two only wait for each other on tiny models.
@@ -77,3 +84,22 @@ def service_url(tiny_folder: Path) -> Iterator[str]:
 def base_url(base_folder: Path) -> Iterator[str]:
     with running_service(base_folder) as url:
         yield url
+
+
+@pytest.fixture(scope="session")
+def key_gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """Keys and ledger in a database of their own."""
+    where = str(tmp_path_factory.mktemp("keys") / "keys.db")
+    Database(where).close()
+    made = Gateway(where)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def keyed_app(key_gateway: Gateway, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The application in this process, which asks for keys; its engine too."""
+    model, tokenizer = load_weights(make_model(tmp_path_factory.mktemp("kept")), precision="fp32", device="cpu")
+    engine = Engine(model, tokenizer, max_running=4)
+    yield create_app(engine, tokenizer, "tiny", gates=Gates(key_gateway.gates()), guard=key_gateway.guard)
+    engine.close()

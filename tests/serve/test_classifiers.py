@@ -128,12 +128,12 @@ def test_what_a_classifier_does_not_do(url: str) -> None:
     assert "classifier" in post(url, "/v1/embeddings", {"model": "cross", "input": "hello"})[1]["error"]["message"]
 
 
-def test_classes_over_v2(url: str, folder: Path, tmp_path: Path) -> None:
-    """The served model with one class, and one of three beside it, whose classes have names."""
+def tensor(name: str, texts: list[str]) -> dict[str, Any]:
+    return {"name": name, "datatype": "BYTES", "shape": [len(texts)], "data": texts}
 
-    def tensor(name: str, texts: list[str]) -> dict[str, Any]:
-        return {"name": name, "datatype": "BYTES", "shape": [len(texts)], "data": texts}
 
+def test_classes_over_v2(url: str, folder: Path) -> None:
+    """The served model, which has one class."""
     pair = {"inputs": [tensor("text", [QUERY] * 4), tensor("text_pair", DOCUMENTS)]}
     status, value = post(url, "/v2/models/cross/infer", pair)
     assert status == 200, value
@@ -142,6 +142,9 @@ def test_classes_over_v2(url: str, folder: Path, tmp_path: Path) -> None:
     uneven = {"inputs": [tensor("text", [QUERY]), tensor("text_pair", DOCUMENTS)]}
     assert post(url, "/v2/models/cross/infer", uneven)[0] == 400
 
+
+@pytest.mark.slow
+def test_named_classes_beside_the_served_model(folder: Path, tmp_path: Path) -> None:
     names = {0: "bad", 1: "so-so", 2: "good"}
     three = make(tmp_path / "three", labels=3, id2label=names)
     (tmp_path / "models.yaml").write_text("models: {three: {encoder: three}}\n")
@@ -157,6 +160,10 @@ def test_classes_over_v2(url: str, folder: Path, tmp_path: Path) -> None:
         ask["outputs"] = [{"name": "scores", "parameters": {"classification": 1}}]
         best = post(beside, "/v2/models/three/infer", ask)[1]["outputs"][0]["data"]
         assert best[0].endswith(f":{int(scores.argmax())}:{names[int(scores.argmax())]}")
+
+
+def test_labels_of_an_encoder(tmp_path: Path) -> None:
+    three = make(tmp_path / "three", labels=3, id2label={0: "bad", 1: "so-so", 2: "good"})
     built = build_encoder(str(three), tmp_path)
     assert list(built.labels) == ["bad", "so-so", "good"]
     built.close()

@@ -23,8 +23,9 @@ from soma.cli import app as cli
 from soma.serve.features import environment
 from soma.serve.features.repo import init, materialize, online_store, sources
 from soma.serve.features.server import running_feature_server
-from soma.serve.graphs.config import read_graphs
+from soma.serve.graphs.config import GraphsFile
 from soma.serve.graphs.serve import graphs_app
+from soma.serve.yaml_file import read_as
 
 STARTER = files("soma.serve.features").joinpath("starter")
 
@@ -265,7 +266,7 @@ def test_the_example_graph(tmp_path: Path, server: FeatureServer) -> None:
         file.write_text(
             text.replace("http://127.0.0.1:6566", server.url).replace("http://127.0.0.1:8000/v1", upstream.url)
         )
-        assert list(read_graphs(file).graphs) == ["president"]
+        assert list(read_as(GraphsFile, file).graphs) == ["president"]
         tensor = {"name": "question", "datatype": "BYTES", "shape": [1], "data": [question]}
         with TestClient(graphs_app(file)) as client:
             answer = client.post("/v2/models/president/infer", json={"inputs": [tensor]}).json()

@@ -15,11 +15,12 @@ from v2_tools import Record
 from soma.base.errors import UserError
 from soma.serve.calls import Gates
 from soma.serve.graphs import kinds
-from soma.serve.graphs.config import read_graphs
+from soma.serve.graphs.config import GraphsFile
 from soma.serve.graphs.kinds import NodeKind, Place
 from soma.serve.graphs.serve import graphs_app
 from soma.serve.v2.datatypes import Tensors
 from soma.serve.v2.model import Job, Once, Options, TensorSpec, V2Model
+from soma.serve.yaml_file import read_as
 
 YAML = """
 models:
@@ -118,7 +119,7 @@ def test_mistakes_name_the_key(folder: Path, node: str, told: str) -> None:
     text = YAML.replace("{shout: {times: 2}, outputs: {shouted: loud}}", node)
     (folder / "graphs.yaml").write_text(text)
     with pytest.raises(UserError, match=told):
-        read_graphs(folder / "graphs.yaml")
+        read_as(GraphsFile, folder / "graphs.yaml")
 
 
 def test_a_node_that_cannot_be_built_is_named(folder: Path) -> None:

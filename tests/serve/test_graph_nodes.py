@@ -23,9 +23,10 @@ from v2_tools import served
 
 from soma.base.errors import UserError
 from soma.cli import app as cli
-from soma.serve.graphs.config import read_graphs, rules_of
+from soma.serve.graphs.config import GraphsFile, rules_of
 from soma.serve.graphs.serve import graphs_app
 from soma.serve.limits.config import LimitsConfig, Rule
+from soma.serve.yaml_file import read_as
 
 X, Y = "{name: x, datatype: FP32, shape: [-1]}", "{name: y, datatype: FP32, shape: [-1]}"
 YAML = f"""
@@ -121,7 +122,7 @@ def test_limits_of_a_node_and_of_a_file(url: str) -> None:
 
 
 def test_names_of_limits(folder: Path) -> None:
-    file = read_graphs(folder / "graphs.yaml")
+    file = read_as(GraphsFile, folder / "graphs.yaml")
     (rule,) = rules_of(file)
     assert (rule.name, rule.only, rule.limit) == ("old.add.few", {"route": ["/graphs/old/add"]}, 5)
     talk = file.graphs["talk"].nodes["first"]
@@ -137,7 +138,7 @@ def test_names_of_limits(folder: Path) -> None:
     bad = YAML.replace("main: {splitter", "main: {limits: [{name: a, limit: 1}], splitter")
     (folder / "bad.yaml").write_text(bad)
     with pytest.raises(UserError, match="limits are for a node that computes"):
-        read_graphs(folder / "bad.yaml")
+        read_as(GraphsFile, folder / "bad.yaml")
 
 
 def test_metrics_of_nodes_and_engines(url: str) -> None:

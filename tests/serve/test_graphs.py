@@ -32,10 +32,11 @@ from soma.base.errors import UserError
 from soma.cli import app as cli
 from soma.serve.calls import Caller, Gates
 from soma.serve.database import Database, ledger
-from soma.serve.graphs.config import read_graphs
+from soma.serve.graphs.config import GraphsFile
 from soma.serve.graphs.serve import graphs_app
 from soma.serve.graphs.show import draw
 from soma.serve.keys.store import KeyStore
+from soma.serve.yaml_file import read_as
 
 PYTHON = """
 import asyncio
@@ -416,7 +417,7 @@ def test_show(folder: Path, client: TestClient, service_url: str) -> None:
     generate(client, "race", x=[[1.0]])
     nodes = client.get("/graphs/race").json()["nodes"]
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(draw("race", read_graphs(folder / "graphs.yaml").graphs["race"], nodes))
+    console.print(draw("race", read_as(GraphsFile, folder / "graphs.yaml").graphs["race"], nodes))
     text = console.export_text()
     assert "requests" in text
     assert "p95" in text

@@ -15,13 +15,14 @@ from v2_tools import Record
 from soma.base.errors import UserError
 from soma.serve.calls import Gates
 from soma.serve.errors import ApiError
-from soma.serve.graphs.config import read_graphs
+from soma.serve.graphs.config import GraphsFile
 from soma.serve.graphs.serve import graphs_app
 from soma.serve.guards.checks import judged, masked
 from soma.serve.guards.config import Guarded
 from soma.serve.guards.grounded import groundedness, support
 from soma.serve.guards.injection import THRESHOLD, injection_score
 from soma.serve.guards.node import passages_of
+from soma.serve.yaml_file import read_as
 
 EXAMPLES = [json.loads(line) for line in (Path(__file__).parent / "guard_examples.jsonl").read_text().splitlines()]
 MAIL, CARD = "ada.lovelace@example.org", "4111 1111 1111 1111"
@@ -231,4 +232,4 @@ def test_mistakes(folder: Path, before: str, after: str, words: str) -> None:
     assert before in YAML
     (folder / "bad.yaml").write_text(YAML.replace(before, after))
     with pytest.raises(UserError, match=words):
-        read_graphs(folder / "bad.yaml")
+        read_as(GraphsFile, folder / "bad.yaml")

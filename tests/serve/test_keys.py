@@ -9,13 +9,9 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 from http_tools import wait_for
-from tiny import make_model
 
 from soma.base.errors import UserError
-from soma.engine.engine import Engine
-from soma.engine.load import load_weights
-from soma.serve.app import create_app
-from soma.serve.calls import Call, Caller, Gates
+from soma.serve.calls import Call, Caller
 from soma.serve.database import Database, keys
 from soma.serve.errors import ApiError
 from soma.serve.gateway import Gateway
@@ -27,36 +23,19 @@ from soma.serve.keys.store import KeyStore
 BODY = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 2}
 
 
-@pytest.fixture(scope="module")
-def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    where = str(tmp_path_factory.mktemp("keys") / "keys.db")
-    Database(where).close()
-    made = Gateway(where)
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
-def app(gateway: Gateway, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    model, tokenizer = load_weights(make_model(tmp_path_factory.mktemp("kept")), precision="fp32", device="cpu")
-    engine = Engine(model, tokenizer, max_running=4)
-    yield create_app(engine, tokenizer, "tiny", gates=Gates(gateway.gates()), guard=gateway.guard)
-    engine.close()
-
-
 @pytest.fixture(autouse=True)
-def _forget_failures(gateway: Gateway) -> None:
-    gateway.guard.failures = Failures()
+def _forget_failures(key_gateway: Gateway) -> None:
+    key_gateway.guard.failures = Failures()
 
 
 @pytest.fixture
-def store(gateway: Gateway) -> KeyStore:
-    return KeyStore(gateway.database)
+def store(key_gateway: Gateway) -> KeyStore:
+    return KeyStore(key_gateway.database)
 
 
 @pytest.fixture(scope="module")
-def client(app: Any) -> Iterator[TestClient]:
-    with TestClient(app, follow_redirects=False) as made:
+def client(keyed_app: Any) -> Iterator[TestClient]:
+    with TestClient(keyed_app, follow_redirects=False) as made:
         yield made
 
 
@@ -64,10 +43,10 @@ def bearer(text: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {text}"}
 
 
-def made(gateway: Gateway, **options: Any) -> tuple[str, str]:
+def made(key_gateway: Gateway, **options: Any) -> tuple[str, str]:
     """A new key that the service knows: id and text."""
-    key, secret = KeyStore(gateway.database).create("someone", **options)
-    gateway.keyring.refresh()
+    key, secret = KeyStore(key_gateway.database).create("someone", **options)
+    key_gateway.keyring.refresh()
     return key.id, secret.text
 
 
@@ -79,20 +58,20 @@ def routes_of(app: Any) -> list[tuple[str, str]]:
     ]  # fmt: skip
 
 
-def test_every_route_is_shut(app: Any, client: TestClient, gateway: Gateway, store: KeyStore) -> None:
+def test_every_route_is_shut(keyed_app: Any, client: TestClient, key_gateway: Gateway, store: KeyStore) -> None:
     """Without a key, with a wrong, a revoked, an expired one, with an admin's: 401 or 403, never the route itself."""
-    revoked_id, revoked = made(gateway)
+    revoked_id, revoked = made(key_gateway)
     store.revoke(revoked_id)
-    expired_id, expired = made(gateway)
+    expired_id, expired = made(key_gateway)
     store.expire(expired_id, 0)
-    narrow = made(gateway, routes=["/nothing"])[1]
-    admin = made(gateway, role="admin")[1]
-    gateway.keyring.refresh()
+    narrow = made(key_gateway, routes=["/nothing"])[1]
+    admin = made(key_gateway, role="admin")[1]
+    key_gateway.keyring.refresh()
     walked = 0
-    for method, path in routes_of(app):
+    for method, path in routes_of(keyed_app):
         for text, status in ((None, 401), ("nonsense", 401), (new_secret().text, 401), (revoked, 401), (expired, 401),
                              (narrow, 403), (admin, 403)):  # fmt: skip
-            gateway.guard.failures = Failures()
+            key_gateway.guard.failures = Failures()
             answer = client.request(method, path, headers=bearer(text) if text else {})
             if path in PUBLIC:
                 assert answer.status_code not in (401, 403), path
@@ -101,7 +80,7 @@ def test_every_route_is_shut(app: Any, client: TestClient, gateway: Gateway, sto
             assert ("www-authenticate" in answer.headers) == (status == 401)
             walked += 1
     assert walked >= 7 * 8
-    assert {path for _, path in routes_of(app) if path in PUBLIC} >= {"/", "/health"}
+    assert {path for _, path in routes_of(keyed_app) if path in PUBLIC} >= {"/", "/health"}
 
 
 def test_no_way_around_by_spelling(client: TestClient) -> None:
@@ -131,9 +110,9 @@ def test_no_way_around_by_spelling(client: TestClient) -> None:
     ],
 )
 def test_how_a_key_is_given(
-    client: TestClient, gateway: Gateway, headers: list[tuple[str, str]], admitted: bool
+    client: TestClient, key_gateway: Gateway, headers: list[tuple[str, str]], admitted: bool
 ) -> None:
-    text = made(gateway)[1]
+    text = made(key_gateway)[1]
     answer = client.get("/v1/models", headers=[(name, value.replace("KEY", text)) for name, value in headers])
     assert answer.status_code == (200 if admitted else 401)
     assert client.get(f"/v1/models?api_key={text}").status_code == 401
@@ -142,8 +121,8 @@ def test_how_a_key_is_given(
         assert text not in answer.text
 
 
-def test_models_and_routes_that_a_key_may_use(client: TestClient, gateway: Gateway) -> None:
-    other = bearer(made(gateway, models=["llama-*"])[1])
+def test_models_and_routes_that_a_key_may_use(client: TestClient, key_gateway: Gateway) -> None:
+    other = bearer(made(key_gateway, models=["llama-*"])[1])
     assert client.get("/v1/models", headers=other).json()["data"] == []
     refused = [
         client.post("/v1/completions", json=BODY, headers=other),
@@ -156,15 +135,15 @@ def test_models_and_routes_that_a_key_may_use(client: TestClient, gateway: Gatew
         "message": "this key may not use the model `tiny`", "type": "permission_error", "param": "model",
         "code": "model_not_allowed",
     }  # fmt: skip
-    fitting = bearer(made(gateway, models=["llama-*", "ti?y"], routes=["/v1/comp*"])[1])
+    fitting = bearer(made(key_gateway, models=["llama-*", "ti?y"], routes=["/v1/comp*"])[1])
     assert client.post("/v1/completions", json=BODY, headers=fitting).status_code == 200
     assert client.post("/v1/chat/completions", json=BODY, headers=fitting).status_code == 403
     assert client.get("/v1/models", headers=fitting).status_code == 403
 
 
-def test_managing_must_be_granted_by_name(client: TestClient, gateway: Gateway) -> None:
+def test_managing_must_be_granted_by_name(client: TestClient, key_gateway: Gateway) -> None:
     body = {"lora_name": "a", "lora_path": "/x"}
-    plain, named = bearer(made(gateway)[1]), bearer(made(gateway, routes=["*"])[1])
+    plain, named = bearer(made(key_gateway)[1]), bearer(made(key_gateway, routes=["*"])[1])
     assert client.post("/v1/load_lora_adapter", json=body, headers=plain).json()["error"]["code"] == "route_not_allowed"
     assert (
         client.post("/v1/load_lora_adapter", json=body, headers=named).json()["error"]["code"] == "adapter_loading_off"
@@ -174,21 +153,21 @@ def test_managing_must_be_granted_by_name(client: TestClient, gateway: Gateway) 
     assert not may_reach("/inference.GRPCInferenceService/RepositoryModelUnload", None)
 
 
-def test_a_revoked_key_dies_by_itself(client: TestClient, gateway: Gateway, store: KeyStore) -> None:
+def test_a_revoked_key_dies_by_itself(client: TestClient, key_gateway: Gateway, store: KeyStore) -> None:
     """Nobody tells the service; it looks."""
-    key_id, text = made(gateway)
+    key_id, text = made(key_gateway)
     assert client.get("/v1/models", headers=bearer(text)).status_code == 200
     store.revoke(key_id)
     assert wait_for(lambda: client.get("/v1/models", headers=bearer(text)).status_code == 401)
 
 
-def test_rotation_and_its_grace(client: TestClient, gateway: Gateway, store: KeyStore) -> None:
-    key_id, old = made(gateway)
+def test_rotation_and_its_grace(client: TestClient, key_gateway: Gateway, store: KeyStore) -> None:
+    key_id, old = made(key_gateway)
     new = store.rotate(key_id, grace=3600).text
-    gateway.keyring.refresh()
+    key_gateway.keyring.refresh()
     assert [client.get("/v1/models", headers=bearer(text)).status_code for text in (old, new)] == [200, 200]
     newest = store.rotate(key_id).text
-    gateway.keyring.refresh()
+    key_gateway.keyring.refresh()
     answers = [client.get("/v1/models", headers=bearer(text)).status_code for text in (old, new, newest)]
     assert answers == [401, 401, 200]
     store.revoke(key_id)
@@ -196,9 +175,9 @@ def test_rotation_and_its_grace(client: TestClient, gateway: Gateway, store: Key
         store.rotate(key_id)
 
 
-def test_failures_are_limited_and_lock_nobody_out(client: TestClient, gateway: Gateway) -> None:
-    good = bearer(made(gateway)[1])
-    gateway.guard.failures = Failures(lambda: 0.0)  # a clock that stands, however slow this machine is
+def test_failures_are_limited_and_lock_nobody_out(client: TestClient, key_gateway: Gateway) -> None:
+    good = bearer(made(key_gateway)[1])
+    key_gateway.guard.failures = Failures(lambda: 0.0)  # a clock that stands, however slow this machine is
     answers = [client.get("/v1/models", headers=bearer("x")) for _ in range(FAILURES + 3)]
     assert [answer.status_code for answer in answers] == [401] * FAILURES + [429] * 3
     assert 1 <= int(answers[-1].headers["retry-after"]) <= 60 / FAILURES
@@ -222,47 +201,47 @@ def test_the_bucket_of_failures() -> None:
 
 
 def test_a_database_that_is_away_shuts_the_door(
-    client: TestClient, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+    client: TestClient, key_gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    good = bearer(made(gateway)[1])
+    good = bearer(made(key_gateway)[1])
     monkeypatch.setattr(keyring_module, "STALE", -1.0)
     answer = client.get("/v1/models", headers=good)
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "keys_unavailable")
     assert client.get("/health").status_code == 200
 
 
-def test_the_watch_goes_on_after_trouble(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_watch_goes_on_after_trouble(key_gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
 
     def fails() -> None:
         tried.append(1)
         raise OSError("away")
 
-    monkeypatch.setattr(gateway.keyring, "refresh", fails)
+    monkeypatch.setattr(key_gateway.keyring, "refresh", fails)
     assert wait_for(lambda: len(tried) >= 2)
     monkeypatch.undo()
-    key, secret = KeyStore(gateway.database).create("later")
-    assert wait_for(lambda: gateway.keyring.find(secret.text)[0] == "active")
+    key, secret = KeyStore(key_gateway.database).create("later")
+    assert wait_for(lambda: key_gateway.keyring.find(secret.text)[0] == "active")
     assert key.id
 
 
-def test_refusals_are_counted(client: TestClient, gateway: Gateway) -> None:
-    good = bearer(made(gateway)[1])
+def test_refusals_are_counted(client: TestClient, key_gateway: Gateway) -> None:
+    good = bearer(made(key_gateway)[1])
     client.get("/v1/models")
     text = client.get("/metrics", headers=good).text
     assert re.search(r'soma:requests_refused_total\{reason="missing"\} [1-9]', text)
 
 
-def test_what_is_stored_opens_nothing(gateway: Gateway, client: TestClient) -> None:
+def test_what_is_stored_opens_nothing(key_gateway: Gateway, client: TestClient) -> None:
     secret = new_secret()
     assert re.fullmatch(r"soma_[0-9a-f]{10}_[\w-]{43}", secret.text)
     assert prefix_of(secret.text) == secret.prefix
     assert secret.text not in repr(secret)
     assert is_same(secret.text, secret.hash)
     assert not is_same(secret.text[:-1] + ("A" if secret.text[-1] != "A" else "B"), secret.hash)
-    text = made(gateway)[1]
+    text = made(key_gateway)[1]
     assert client.get("/v1/models", headers=bearer(hash_of(text))).status_code == 401
-    database = gateway.database.path
+    database = key_gateway.database.path
     assert database is not None
     for path in database.parent.glob("keys.db*"):
         if path.is_dir():

@@ -1,6 +1,8 @@
 """/openapi.json and /docs; what schemathesis finds when it takes the document at its word."""
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,46 +10,26 @@ import pytest
 from browser import open_browser
 from fastapi.testclient import TestClient
 from http_tools import wait_for
-from tiny import make_model
 
-from soma.engine.engine import Engine
-from soma.engine.load import load_weights
-from soma.serve.app import create_app
-from soma.serve.calls import Gates
 from soma.serve.database import Database
 from soma.serve.gateway import Gateway
 from soma.serve.keys.routes import PUBLIC
 from soma.serve.keys.store import KeyStore
 from soma.serve.openapi import BODIES
 from soma.serve.server import running_service
+from soma.serve.upstreams.app import ROUTES, create_gateway_app
+from soma.serve.upstreams.config import GatewayConfig
 
 
 @pytest.fixture(scope="module")
-def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    where = str(tmp_path_factory.mktemp("openapi") / "keys.db")
-    Database(where).close()
-    made = Gateway(where)
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
-def app(gateway: Gateway, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    model, tokenizer = load_weights(make_model(tmp_path_factory.mktemp("open")), precision="fp32", device="cpu")
-    engine = Engine(model, tokenizer, max_running=4)
-    yield create_app(engine, tokenizer, "tiny", gates=Gates(gateway.gates()), guard=gateway.guard)
-    engine.close()
-
-
-@pytest.fixture(scope="module")
-def key(gateway: Gateway) -> str:
-    secret = KeyStore(gateway.database).create("tester", routes=["*"])[1]
-    gateway.keyring.refresh()
+def key(key_gateway: Gateway) -> str:
+    secret = KeyStore(key_gateway.database).create("tester", routes=["*"])[1]
+    key_gateway.keyring.refresh()
     return secret.text
 
 
-def test_the_document(app: Any) -> None:
-    found = TestClient(app).get("/openapi.json").json()
+def test_the_document(keyed_app: Any) -> None:
+    found = TestClient(keyed_app).get("/openapi.json").json()
     assert found["openapi"].startswith("3.1")
     assert found["components"]["securitySchemes"]["bearer"]["scheme"] == "bearer"
     assert found["components"]["securitySchemes"]["api_key"]["name"] == "X-API-Key"
@@ -73,6 +55,40 @@ def test_without_keys_it_asks_for_none(service_url: str) -> None:
     assert status == 200
     assert b'"security":[]' in data
     assert b'"401"' not in data
+
+
+def test_the_gateway_has_it_too(key_gateway: Gateway) -> None:
+    """What goes to upstreams, which FastAPI knows nothing of, with bodies that upstreams may know more of."""
+    config = GatewayConfig.model_validate({"models": {"m": {"upstreams": [{"url": "http://127.0.0.1:9/v1"}]}}})
+    client = TestClient(create_gateway_app(config, key_gateway))
+    found = client.get("/openapi.json").json()
+    assert found["info"]["title"] == "Soma gateway"
+    assert set(found["paths"]) == {*ROUTES, "/v1/feedback", "/v1/models", "/v1/models/{name}", "/health",
+                                   "/health/ready", "/health/live", "/metrics"}  # fmt: skip
+    assert found["security"] == [{"bearer": []}, {"api_key": []}]
+    assert set(found["components"]["securitySchemes"]) == {"bearer", "api_key"}
+    for path, methods in found["paths"].items():
+        for operation in methods.values():
+            assert ("502" in operation["responses"]) == (path in ROUTES)
+            assert ("401" in operation["responses"]) == (path not in PUBLIC)
+    for path in ROUTES:
+        name = BODIES[path].__name__
+        body = found["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        assert body == {"$ref": f"#/components/schemas/{name}"}
+        assert found["components"]["schemas"][name].get("additionalProperties", True) is True
+    identities = [each["operationId"] for methods in found["paths"].values() for each in methods.values()]
+    assert len(set(identities)) == len(identities)
+    page = client.get("/docs")
+    assert page.status_code == 200
+    for asset in re.findall(r'(?:src|href)="(/docs/[^"]+)"', page.text):
+        assert client.get(asset).status_code == 200
+    assert client.get("/v1/models").status_code == 401
+    assert TestClient(create_gateway_app(config)).get("/openapi.json").json()["security"] == []
+
+
+def test_the_gateway_loads_no_torch() -> None:
+    code = "import sys, soma.serve.upstreams.server; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def explore(app: Any, key: str, examples: int) -> set[str]:
@@ -104,8 +120,10 @@ def statuses(operation: Any, key: str, examples: int) -> set[int]:
         max_examples=examples, deadline=None, derandomize=True, database=None,
         suppress_health_check=list(hypothesis.HealthCheck),
     )  # fmt: skip
-    @hypothesis.given(case=operation.as_strategy())
-    def run(case: Any) -> None:
+    @hypothesis.given(case=operation.as_strategy(), is_there=hypothesis.strategies.booleans())
+    def run(case: Any, is_there: bool) -> None:
+        if is_there and "name" in case.path_parameters:  # made-up names are those of no model
+            case.path_parameters["name"] = "tiny"
         if isinstance(case.body, dict):  # a model that is there, and not for long
             case.body |= {name: value for name, value in SHORT.items() if name in case.body or name == "model"}
         response = case.call(headers={"X-API-Key": key})
@@ -120,13 +138,13 @@ def statuses(operation: Any, key: str, examples: int) -> set[int]:
 SHORT = {"model": "tiny", "max_tokens": 2, "max_completion_tokens": 2, "n": 1, "timeout": 60.0}
 
 
-def test_schemathesis(app: Any, key: str) -> None:
-    assert explore(app, key, 4) >= {"/tokenize", "/detokenize", "/v1/models", "/metrics"}
+def test_schemathesis(keyed_app: Any, key: str) -> None:
+    assert explore(keyed_app, key, 4) >= {"/detokenize", "/v1/models", "/metrics"}
 
 
 @pytest.mark.slow
-def test_schemathesis_at_length(app: Any, key: str) -> None:
-    assert explore(app, key, 100) >= {"/v1/completions", "/tokenize", "/v1/models/{name}"}
+def test_schemathesis_at_length(keyed_app: Any, key: str) -> None:
+    assert explore(keyed_app, key, 100) >= {"/v1/completions", "/tokenize", "/v1/models/{name}"}
 
 
 def texts(driver: Any, selector: str) -> list[str]:

@@ -56,7 +56,7 @@ async def until_closed(port: int, *parts: bytes, answers: int = 0) -> bytes:
     return got
 
 
-@pytest.mark.parametrize("base", [HttpToolsProtocol, H11Protocol])
+@pytest.mark.parametrize("base", [HttpToolsProtocol, pytest.param(H11Protocol, marks=pytest.mark.slow)])
 def test_slow_headers_and_what_is_merely_slow(base: type, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing, half a line, lines without an end, half of a second request: 408. An answer that takes longer than the
     limit, and headers in two parts, are left alone."""

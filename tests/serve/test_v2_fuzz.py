@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from v2_tools import Served, v2_server
 
-from soma.serve.v2.messages import pb
+from soma.serve.errors import ApiError
+from soma.serve.v2.messages import pb, read_request
 
 METHODS = [
     method.name for method in pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods
@@ -53,6 +54,18 @@ def works(served: Served, channel: grpc.Channel) -> None:
     assert list(pb.ModelInferResponse.FromString(data).outputs[0].contents.fp32_contents) == [1, 2]
     assert wait_for(lambda: served.front.host.open == 0)
     assert wait_for(lambda: len(served.record.entered) == len(served.record.left))
+
+
+def test_contents_beside_raw_bytes() -> None:
+    """Empty ones, as MLServer's client sends them, are as none; others are refused."""
+    request = pb.ModelInferRequest(model_name="echo_FP32", raw_input_contents=[np.float32([1, 2]).tobytes()])
+    tensor = request.inputs.add(name="x", datatype="FP32", shape=[1, 2])
+    tensor.contents.SetInParent()
+    assert tensor.HasField("contents")
+    assert read_request(request).inputs["x"].tolist() == [[1, 2]]
+    tensor.contents.fp32_contents.append(1)
+    with pytest.raises(ApiError, match="contents must be empty"):
+        read_request(request)
 
 
 @settings(max_examples=100, deadline=None)

@@ -23,9 +23,10 @@ from soma.base.errors import UserError
 from soma.engine.embed import load_embedder
 from soma.model.tokenizer import Tokenizer
 from soma.serve.server import serve
-from soma.serve.v2.config import add_models, read_models
+from soma.serve.v2.config import ModelsFile, add_models
 from soma.serve.v2.front import Alone, Front
 from soma.serve.v2.repository import Repository
+from soma.serve.yaml_file import read_as
 
 PYTHON = """
 import asyncio
@@ -84,7 +85,7 @@ def folder(tmp_path: Path) -> Path:
 
 def repository_of(folder: Path) -> Repository:
     made = Repository()
-    add_models(made, read_models(folder / "models.yaml"), folder)
+    add_models(made, read_as(ModelsFile, folder / "models.yaml"), folder)
     return made
 
 
@@ -155,8 +156,8 @@ def test_batches_over_grpc(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "models.yaml: the file"), ("models: {}", "models"), ("models: [", "no YAML"),
-        ("models: {a: {}}", "models.a: Value error, expected one of python, onnx, encoder; got none"),
+        ("", "models.yaml: expected keys and values"), ("models: {}", "models"), ("models: [", "no YAML"),
+        ("models: {a: {}}", "models.a: expected one of python, onnx, encoder; got none"),
         ("models: {a: {python: 'x:y', onnx: z}}", "got python, onnx"),
         ("models: {a: {pithon: 'x:y'}}", "models.a.pithon"),
         ("models: {a: {python: 'mine.py'}}", "models.a: python 'mine.py': expected"),

@@ -22,18 +22,16 @@ module of its own: `kinds.py`.
 """
 
 import re
-from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from soma.base.errors import UserError
 from soma.serve.graphs.kinds import KINDS as FURTHER
 from soma.serve.graphs.kinds import NodeKind, read_kind
 from soma.serve.guards.config import Guarded
 from soma.serve.limits.config import Rule
-from soma.serve.v2.config import Model, Tensor, explain
+from soma.serve.v2.config import Model, Tensor
 
 EDGES = ("sequence", "switch", "ensemble", "splitter", "guarded")
 KINDS = (*EDGES, "openai", "v2", "further", "model")
@@ -191,17 +189,3 @@ def rules_of(file: GraphsFile) -> list[Rule]:
                     raise UserError(f"graphs.{graph}.nodes.{name}.limits: two rules are named {called!r}")
                 found[called] = rule.model_copy(update={"name": called, "only": {**rule.only, **own}})
     return list(found.values())
-
-
-def read_graphs(path: Path) -> GraphsFile:
-    """The file's content. Raises UserError that names the key."""
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: no YAML: {error}") from None
-    try:
-        return GraphsFile.model_validate(value)
-    except ValidationError as error:
-        raise UserError(f"{path}: {explain(error)}") from None

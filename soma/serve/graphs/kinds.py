@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from soma.base.errors import UserError
-from soma.serve.v2.config import explain
+from soma.serve.yaml_file import explain
 
 if TYPE_CHECKING:
     from soma.serve.v2.datatypes import Tensors

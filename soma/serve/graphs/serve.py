@@ -15,7 +15,7 @@ from soma.base.errors import UserError
 from soma.serve.admin.beside import Beside
 from soma.serve.calls import Gates, check_allowed, may_use
 from soma.serve.errors import ApiError
-from soma.serve.graphs.config import EDGES, GraphsFile, Node, read_graphs, rules_of
+from soma.serve.graphs.config import EDGES, GraphsFile, Node, rules_of
 from soma.serve.graphs.graph import Graph, model_of
 from soma.serve.graphs.kinds import Place, build
 from soma.serve.graphs.metrics import GraphMetrics, Together
@@ -27,6 +27,7 @@ from soma.serve.v2.config import ModelsFile, add_models
 from soma.serve.v2.front import Front
 from soma.serve.v2.model import V2Model
 from soma.serve.v2.repository import Repository
+from soma.serve.yaml_file import read_as
 
 if TYPE_CHECKING:
     from soma.serve.keys.door import Guard
@@ -38,7 +39,7 @@ def graphs_app(
 ) -> FastAPI:  # fmt: skip
     """The application of a file with graphs. guard: who asks for keys. limits: beside those of the nodes, before
     `gates`. Raises UserError for what is wrong in it."""
-    file = read_graphs(path)
+    file = read_as(GraphsFile, path)
     repository = Repository()
     if file.models:
         add_models(repository, ModelsFile(models=file.models), path.parent)
@@ -109,7 +110,7 @@ def add_graphs(front: Front, file: GraphsFile, path: Path, metrics: GraphMetrics
 
 def made_anew(path: Path, place: Place) -> V2Model:
     """The model that a node is by the file as it is now. Raises UserError."""
-    node = getattr(read_graphs(path).graphs.get(place.graph), "nodes", {}).get(place.node)
+    node = getattr(read_as(GraphsFile, path).graphs.get(place.graph), "nodes", {}).get(place.node)
     if node is None or node.kind in EDGES or node.kind == "model":
         raise UserError(f"{path}: {place.where} is no node of its own any more; that needs a restart")
     return made(node, place)

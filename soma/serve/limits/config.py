@@ -3,12 +3,11 @@
 import re
 from math import gcd
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from soma.base.errors import UserError
+from soma.serve.yaml_file import read_yaml, validated
 
 Algorithm = Literal[
     "fixed_window", "sliding_window_log", "sliding_window_counter", "token_bucket", "leaky_bucket", "concurrency"
@@ -28,7 +27,6 @@ def milliseconds(value: Any) -> int:
     return round(float(found[1]) * UNITS[found[2]])
 
 
-T = TypeVar("T", bound=BaseModel)
 Span = Annotated[int, BeforeValidator(milliseconds)]
 
 
@@ -94,28 +92,3 @@ def read_limits(path: Path) -> LimitsConfig:
     """The limits of a YAML file: the block `limits`, or the file as a whole. Raises UserError with file and key."""
     value = read_yaml(path)
     return validated(LimitsConfig, value.get("limits", value), str(path))
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises UserError."""
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected keys and values, found {type(value).__name__}")
-    return value
-
-
-def validated(kind: type[T], value: Any, where: str) -> T:
-    """The value as `kind`. Raises UserError that names the place of every mistake."""
-    try:
-        return kind.model_validate(value)
-    except ValidationError as error:
-        mistakes = (
-            ".".join(map(str, each["loc"])) + ": " + each["msg"].removeprefix("Value error, ")
-            for each in error.errors(include_url=False, include_context=False, include_input=False)
-        )
-        raise UserError(f"{where}: " + "; ".join(mistakes)) from None

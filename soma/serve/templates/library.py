@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from soma.base.errors import UserError
-from soma.serve.limits.config import read_yaml, validated
 from soma.serve.templates.config import NAME, LibraryFile, PromptError, PromptFile, TestsFile
 from soma.serve.templates.select import Embed, HttpEncoder
 from soma.serve.templates.template import Messages, Rendered, Template
+from soma.serve.yaml_file import read_as
 
 if TYPE_CHECKING:
     from soma.model.tokenizer import Tokenizer
@@ -33,7 +33,7 @@ class Library:
             raise UserError(f"{folder}: no such folder; prompts are files as {folder}/NAME/1.yaml")
         self.folder = folder
         settings = folder / SETTINGS
-        given = validated(LibraryFile, read_yaml(settings), str(settings)) if settings.exists() else LibraryFile()
+        given = read_as(LibraryFile, settings) if settings.exists() else LibraryFile()
         if embed is None and given.encoder is not None:
             embed = HttpEncoder(given.encoder)
         if tokenizer is None and given.tokenizer is not None:
@@ -52,7 +52,7 @@ class Library:
             raise UserError(f"{path.parent}: a prompt's name has letters, digits, `.`, `_`, `-`, at most 64")
         if not (path.stem.isascii() and path.stem.isdigit() and path.stem == str(int(path.stem)) and int(path.stem)):
             raise UserError(f"{path}: a version is a number from 1, as {path.with_name('1.yaml')}")
-        template = Template(name, int(path.stem), validated(PromptFile, read_yaml(path), str(path)), str(path))
+        template = Template(name, int(path.stem), read_as(PromptFile, path), str(path))
         self.templates.setdefault(name, {})[template.version] = template
 
     def __iter__(self) -> "Any":
@@ -103,4 +103,4 @@ class Library:
     def tests(self, name: str) -> TestsFile:
         """The tests of a prompt. Raises UserError."""
         path = self.folder / name / TESTS
-        return validated(TestsFile, read_yaml(path), str(path))
+        return read_as(TestsFile, path)

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 from fastapi import FastAPI, Request
-from fastapi.responses import Response
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from soma.serve import errors
+from soma.serve import errors, health, openapi
 from soma.serve.addresses import Addresses, TrustedProxies
 from soma.serve.admission import AdmissionGate
 from soma.serve.calls import Call, Gate, Gates, called, check_allowed, may_use
 from soma.serve.errors import ApiError
 from soma.serve.graphs.trace import Continued
+from soma.serve.keys.routes import PUBLIC
 from soma.serve.limits.gate import LimitsGate
 from soma.serve.protocol import read_json
 from soma.serve.requestlog import feedback
@@ -271,6 +271,8 @@ def create_gateway_app(config: GatewayConfig, gateway: "Gateway | None" = None) 
     forward = Forward(front)
     app.router.routes += [Route(path, forward, methods=["POST"]) for path in ROUTES]
     feedback.install(app, front.request_log)
+    health.install(app, front.check_open, front.metrics.registry)
+    openapi.install(app, asks_for_keys=gateway is not None, public=PUBLIC)
 
     def entry(name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": front.created, "owned_by": "soma"}
@@ -283,19 +285,5 @@ def create_gateway_app(config: GatewayConfig, gateway: "Gateway | None" = None) 
     async def model(request: Request, name: str) -> dict[str, Any]:
         check_allowed(request, front.pool(name).name)
         return entry(name)
-
-    @app.get("/health")
-    @app.get("/health/ready")
-    async def ready() -> dict[str, str]:
-        front.check_open()
-        return {"status": "ok"}
-
-    @app.get("/health/live")
-    async def live() -> dict[str, str]:
-        return {"status": "ok"}
-
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        return Response(generate_latest(front.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     return app

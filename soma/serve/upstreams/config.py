@@ -9,8 +9,9 @@ from pydantic import Field, field_validator, model_validator
 
 from soma.base.errors import UserError
 from soma.serve.admission import AdmissionConfig
-from soma.serve.limits.config import LimitsConfig, Span, Strict, read_yaml, validated
+from soma.serve.limits.config import LimitsConfig, Span, Strict
 from soma.serve.requestlog.config import RequestLogConfig
+from soma.serve.yaml_file import read_as
 
 
 class UpstreamConfig(Strict):
@@ -132,7 +133,7 @@ class GatewayConfig(Strict):
 
 def read_config(path: Path) -> GatewayConfig:
     """The file, checked, with every key of an upstream there. Raises UserError that names file and place."""
-    config = validated(GatewayConfig, read_yaml(path), str(path))
+    config = read_as(GatewayConfig, path)
     for model in config.models.values():
         for upstream in model.upstreams:
             _ = upstream.key

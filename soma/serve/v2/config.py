@@ -17,8 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from soma.base.errors import UserError
 from soma.serve.v2.model import TensorSpec, V2Model
@@ -100,26 +99,6 @@ class ModelsFile(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     models: dict[str, Model] = Field(min_length=1)
-
-
-def read_models(path: Path) -> ModelsFile:
-    """The file's content. Raises UserError that names the key."""
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: no YAML: {error}") from None
-    try:
-        return ModelsFile.model_validate(value)
-    except ValidationError as error:
-        raise UserError(f"{path}: {explain(error)}") from None
-
-
-def explain(error: ValidationError) -> str:
-    """Every mistake with the place where it is."""
-    found = error.errors(include_url=False, include_context=False)
-    return "; ".join(f"{'.'.join(str(part) for part in each['loc']) or 'the file'}: {each['msg']}" for each in found)
 
 
 def add_models(repository: Repository, file: ModelsFile, folder: Path) -> None:

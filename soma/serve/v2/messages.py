@@ -57,7 +57,7 @@ def read_request(message: Any) -> InferRequest:
         kind = datatypes.known(tensor.datatype, where)
         shape = datatypes.known_shape(list(tensor.shape), where)
         if raw:
-            if tensor.HasField("contents"):
+            if tensor.contents.ByteSize():  # MLServer sends them, empty
                 raise ApiError(400, f"{where}: contents must be empty where raw_input_contents is used")
             array = datatypes.from_raw(raw[place], kind, shape, where)
         else:
