@@ -2,8 +2,8 @@
 
 Cases: `filters` (Gopher's, C4's and FineWeb's, and whether the decisions agree), `near` (MinHash
 deduplication end to end, signatures alone, the same survivors for any workers and order), `pages` (WARC to main
-text, speed and F1), `memory` (peak of a whole
-`build_corpus` with 20 times the input). Every document occurs once, so a memory of words helps neither side more than
+text, speed and F1), `memory` (peak of a whole `build_corpus` with 20 times the input), `tokenize` (a corpus folder to
+token shards, beside `tokenizers` alone). Every document occurs once, so a memory of words helps neither side more than
 in real use. The peers live in an environment of their own, which is made where it is missing (network, some minutes).
 
     python benchmarks/data.py --json                       all cases
@@ -323,7 +323,16 @@ def near(bench: Bench) -> None:
     data_dedup.near(bench, texts, lambda *arguments: Peer(bench.peers(), *arguments))
 
 
-CASES: dict[str, Callable[[Bench], None]] = {"filters": filters, "near": near, "pages": pages, "memory": memory}
+def tokenize(bench: Bench) -> None:
+    """Token shards of a corpus (benchmarks/data_tokenize.py)."""
+    import data_tokenize
+
+    data_tokenize.tokenize(bench, [text for text in documents() if text.split()])
+
+
+CASES: dict[str, Callable[[Bench], None]] = {
+    "filters": filters, "near": near, "pages": pages, "memory": memory, "tokenize": tokenize
+}  # fmt: skip
 
 
 def main() -> None:
@@ -343,7 +352,13 @@ def main() -> None:
             except (RuntimeError, OSError, subprocess.SubprocessError) as error:
                 bench.not_run[name] = f"{type(error).__name__}: {error}"
             print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-    finish("data", options, bench.cases, ["datatrove", "spacy", "trafilatura", "daft", "pyarrow"], bench.not_run)
+    finish(
+        "data",
+        options,
+        bench.cases,
+        ["datatrove", "spacy", "trafilatura", "daft", "pyarrow", "tokenizers"],
+        bench.not_run,
+    )
     if options.json:
         path = RESULTS / "data_notes.json"
         notes = (json.loads(path.read_text()) if path.exists() else {}) | bench.notes

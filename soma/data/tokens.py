@@ -9,12 +9,14 @@ with the same prompt.
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 
@@ -23,11 +25,15 @@ from soma.base.artefact import write_json
 from soma.base.errors import UserError
 from soma.data.corpus import SPLITS, read_corpus
 from soma.data.store import FORMAT, VERSION
+from soma.data.words import DocumentEncoder
 from soma.model.tokenizer import Tokenizer
 
 SHARD_TOKENS = 1 << 27
 BATCH_ROWS, BATCH_BYTES = 1024, 4 << 20
 ROLES = ("ids", "offsets", "mask")
+
+X = TypeVar("X")
+Y = TypeVar("Y")
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -75,7 +81,7 @@ class SplitWriter:
     ) -> None:
         self._close()
 
-    def add(self, ids: Sequence[int], mask: Sequence[int] | None = None, text_bytes: int = 0) -> None:
+    def add(self, ids: Sequence[int] | np.ndarray, mask: Sequence[int] | None = None, text_bytes: int = 0) -> None:
         """Append one document: its ids as they are stored, and for masked data its mask of the same length."""
         assert (mask is not None) == self.masked
         assert mask is None or len(mask) == len(ids)
@@ -134,13 +140,15 @@ def tokenize_corpus(corpus: Path, tokenizer: Path, out: Path) -> None:
     The names of special tokens inside a text are encoded as the plain characters that they are.
     """
     runtime, eos_id = _load(tokenizer)
+    encode = partial(_encode_rows, DocumentEncoder(runtime, eos_id, token_dtype(runtime.vocab_size)))
     splits = {}
     with progress.current().task("tokenize", unit="bytes") as task:
         for split in SPLITS:
             with SplitWriter(out, split, runtime.vocab_size, masked=False) as writer:
-                for rows in _batches(read_corpus(corpus, split, ["text", "n_bytes"])):
-                    for row, ids in zip(rows, encode_texts(runtime, rows), strict=True):
-                        writer.add([*ids, eos_id], text_bytes=row["n_bytes"])
+                batches = _batches(read_corpus(corpus, split, ["text", "n_bytes"]))
+                for rows, documents in one_ahead(encode, batches):
+                    for row, ids in zip(rows, documents, strict=True):
+                        writer.add(ids, text_bytes=row["n_bytes"])
                     task.advance(sum(row["n_bytes"] for row in rows))
             splits[split] = writer.entry()
     write_index(out, runtime.vocab_size, runtime.hash, eos_id, masked=False, splits=splits)
@@ -191,9 +199,20 @@ def tokenize_instruct(corpus: Path, tokenizer: Path, out: Path, max_tokens: int 
     write_index(out, runtime.vocab_size, runtime.hash, eos_id, masked=True, splits=splits, **more)
 
 
-def encode_texts(runtime: Tokenizer, rows: list[dict[str, Any]]) -> list[list[int]]:
-    """Ids of the rows' texts, special tokens' names as characters."""
-    return runtime.encode_batch([row["text"] for row in rows], as_text=True)
+def _encode_rows(encoder: DocumentEncoder, rows: list[dict[str, Any]]) -> list[np.ndarray]:
+    return encoder.encode([row["text"] for row in rows])
+
+
+def one_ahead(function: Callable[[X], Y], items: Iterable[X]) -> Iterator[tuple[X, Y]]:
+    """(item, its result), in order; the next result is computed in a thread while the caller uses this one."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting: tuple[X, Future[Y]] | None = None
+        for item in items:
+            ready, waiting = waiting, (item, pool.submit(function, item))
+            if ready is not None:
+                yield ready[0], ready[1].result()
+        if waiting is not None:
+            yield waiting[0], waiting[1].result()
 
 
 def _load(tokenizer: Path) -> tuple[Tokenizer, int]:

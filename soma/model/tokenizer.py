@@ -78,14 +78,16 @@ class Tokenizer:
 
         A unigram model knows these names as pieces too; there they are renamed to what no text holds.
         """
-        facts = json.loads(self.inner.to_str())
-        if facts["model"].get("type") == "Unigram":
+        content = self.inner.to_str()
+        if isinstance(self.inner.model, tokenizers.models.Unigram):
+            facts = json.loads(content)
             special = {token["content"] for token in facts["added_tokens"] if token["special"]}
             for piece in facts["model"]["vocab"]:
                 piece[0] = UNSEEN + piece[0] if piece[0] in special else piece[0]
             for token in facts["added_tokens"]:
                 token["content"] = UNSEEN + token["content"] if token["special"] else token["content"]
-        copy = tokenizers.Tokenizer.from_str(json.dumps(facts))
+            content = json.dumps(facts)
+        copy = tokenizers.Tokenizer.from_str(content)
         copy.encode_special_tokens = True
         return copy
 
