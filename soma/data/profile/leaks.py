@@ -1,5 +1,6 @@
 """What stands twice: exact and near-duplicates in a version, and across its splits; and how labels are balanced."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -99,18 +100,21 @@ def _examples(parts: Sequence[Path], rows: np.ndarray) -> list[dict[str, str]]:
 
 
 def take_rows(parts: Sequence[Path], rows: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows by their number over all parts, in the order asked for; one part in memory at a time."""
+    """Rows by their number over all parts, in the order asked for; one row group in memory at a time."""
     import pyarrow.parquet as pq
 
+    wanted = sorted({int(row) for row in rows})
     found: dict[int, dict[str, Any]] = {}
     start = 0
     for path in parts:
-        count = pq.ParquetFile(path).metadata.num_rows
-        mine = sorted({int(row) for row in rows if start <= row < start + count})
-        if mine:
-            table = pq.read_table(path, columns=list(names)).take([row - start for row in mine])
-            found |= dict(zip(mine, table.to_pylist(), strict=True))
-        start += count
+        with pq.ParquetFile(path) as file:
+            for group in range(file.num_row_groups):
+                end = start + file.metadata.row_group(group).num_rows
+                mine = wanted[bisect_left(wanted, start) : bisect_left(wanted, end)]
+                if mine:
+                    table = file.read_row_group(group, columns=list(names)).take([row - start for row in mine])
+                    found |= dict(zip(mine, table.to_pylist(), strict=True))
+                start = end
     return [found[int(row)] for row in rows]
 
 
