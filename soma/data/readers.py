@@ -220,12 +220,13 @@ def json_rows(item: Item, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
     number = item.first_line - 1
     while data := file.readline(LINE_BYTES):
         number += 1
+        too_long = len(data) == LINE_BYTES and not data.endswith(b"\n")
         if number == 1:
             if is_array(item, data):
                 yield from _read_array(item, data, file)
                 return
             data = data.removeprefix(codecs.BOM_UTF8)
-        if len(data) == LINE_BYTES and not data.endswith(b"\n"):
+        if too_long:
             while (rest := file.readline(LINE_BYTES)) and not rest.endswith(b"\n"):
                 pass
             yield number, Dropped(f"{item.name}#{number}", "too_large", f"a line of more than {LINE_BYTES >> 20} MiB")

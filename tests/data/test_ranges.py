@@ -80,6 +80,13 @@ def test_ranges_read_as_the_file(
     assert [found for item in ranges for found in read_item(item, "text")] == list(read_item(whole, "text"))
 
 
+def test_a_first_line_that_is_too_long_is_one_line_behind_a_byte_order_mark_too(tmp_path: Path) -> None:
+    for start in (b"", codecs.BOM_UTF8):
+        (tmp_path / "a.jsonl").write_bytes(start + b"x" * 100 + b'\n{"text": "one"}\n')
+        long, row = read_item(item_of(tmp_path / "a.jsonl"), "text")
+        assert (long.source, getattr(long, "reason", ""), row.source) == ("a.jsonl#1", "too_large", "a.jsonl#2")
+
+
 def rows_file(path: Path, rows: int = 60) -> Path:
     lines = [json.dumps({"text": prose(row, 20 + row % 30), "n": row}) for row in range(rows)]
     lines[7:7] = ["", "no json", json.dumps({"text": prose(3, 23)})]
