@@ -1,11 +1,14 @@
 """`soma chat` through a pipe, through a terminal, and with Ctrl-C."""
 
+import fcntl
 import io
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -89,6 +92,13 @@ def test_answers_cannot_steer_the_terminal() -> None:
     assert "a\x1b[2J\x07\x9b\nb\tc\x7f".translate(CONTROL) == "a␛[2J␇\nb\tc␡"
 
 
+def as_terminal_does() -> None:
+    """In a new process: the terminal is its own, and SIGINT ends it, also where tests run in the background of a shell
+    that has it ignored."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_stops_the_answer_and_not_the_chat(tiny_folder: Path) -> None:
     """In a real terminal: an endless answer, Ctrl-C, another question, Ctrl-D."""
     code = (
@@ -99,7 +109,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(tiny_folder: Path) -> None:
     parent, child = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdin=child, stdout=child, stderr=child, start_new_session=True,
-        preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+        preexec_fn=as_terminal_does,
     )  # fmt: skip
     os.close(child)
 
