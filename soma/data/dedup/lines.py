@@ -17,14 +17,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from soma.base import progress
-from soma.base.artefact import file_hash, json_hash
-from soma.data.dedup.files import array_hash, map_array, save_array
-from soma.data.workers import Runner, map_tasks
+from soma.data.dedup.files import map_array, save_array
+from soma.data.dedup.ranked import Ranked, open_ranked, run_step
+from soma.data.workers import Runner
 
 FORMAT = 1  # raise it when the same partitions come to give other lines
 BATCH_ROWS = 512
@@ -35,23 +33,13 @@ COUNT = np.dtype([("hash", "<u8"), ("rows", "<u4"), ("first", "<i8")])
 
 
 @dataclass(frozen=True)
-class Job:
-    """What all tasks of one run know. `parts`: Parquet files with a column `text`."""
+class Job(Ranked):
+    """What all tasks of one run know."""
 
-    parts: tuple[Path, ...]
-    starts: tuple[int, ...]  # of each part's rows among all rows, and one past the last
-    folder: Path
-    documents: int
-    min_chars: int
-    keep_first: bool
+    documents: int = 10
+    min_chars: int = 20
+    keep_first: bool = False
     ranges: int = 1
-
-    def file(self, kind: str, number: int) -> Path:
-        return self.folder / kind / f"{number:05d}.npy"
-
-    def ranks(self, part: int) -> np.ndarray:
-        found: np.ndarray = map_array(self.folder / "ranks.npy")[self.starts[part] : self.starts[part + 1]]
-        return found
 
 
 Task = tuple[Job, int]
@@ -84,27 +72,20 @@ def repeated_lines(
 
     `rank_N` as in `near_partitions`; rows of rank -1 are not looked at. `keep_first`: the row of least rank keeps them.
     """
-    import pyarrow.parquet as pq
-
-    sizes = [pq.read_metadata(part).num_rows for part in parts]
-    starts = tuple(np.cumsum([0, *sizes]).tolist())
-    assert starts[-1] == len(rank_N), "one rank for each row of the partitions"
-    settings = [documents, min_chars, keep_first]
-    name = json_hash([FORMAT, [file_hash(part) for part in parts], settings, array_hash(rank_N)])[:20]
-    job = Job(tuple(parts), starts, work / f"lines-{name}", documents, min_chars, keep_first)
-    for kind in ("counts", "repeated", "rows"):
-        (job.folder / kind).mkdir(parents=True, exist_ok=True)
-    if not (job.folder / "ranks.npy").exists():
-        save_array(job.folder / "ranks.npy", rank_N)
-    numbers = range(len(parts))
-    _run(write_counts, job, {n: job.file("counts", n) for n in numbers}, workers, runner, "counts")
+    settings = {"documents": documents, "min_chars": min_chars, "keep_first": keep_first}
+    kinds = ("counts", "repeated", "rows")
+    ranked = open_ranked(parts, rank_N, work, "lines", [FORMAT, *settings.values()], kinds)
+    job = Job(**vars(ranked), **settings)  # type: ignore[arg-type]
+    numbers, title = range(len(parts)), "repeated lines: "
+    run_step(write_counts, job, {n: job.file("counts", n) for n in numbers}, workers, runner, f"{title}counts")
     lines = sum(len(map_array(job.file("counts", n))) for n in numbers)
     job = replace(job, ranges=max(1, -(-lines // RANGE_LINES)))
     workers = workers if lines > FEW_LINES else 1
-    _run(find_repeated, job, {n: job.file("repeated", n) for n in range(job.ranges)}, workers, runner, "ranges")
-    _run(write_rows, job, {n: job.file("rows", n) for n in numbers}, workers, runner, "rows")
+    repeated = {n: job.file("repeated", n) for n in range(job.ranges)}
+    run_step(find_repeated, job, repeated, workers, runner, f"{title}ranges")
+    run_step(write_rows, job, {n: job.file("rows", n) for n in numbers}, workers, runner, f"{title}rows")
     found = _repeated(job)
-    rows = [np.load(job.file("rows", n)) + starts[n] for n in numbers]
+    rows = [np.load(job.file("rows", n)) + job.starts[n] for n in numbers]
     return RepeatedLines(found["hash"], found["first"], np.concatenate([np.zeros(0, np.int64), *rows]),
                          min_chars, keep_first)  # fmt: skip
 
@@ -132,14 +113,6 @@ def is_repeated(
     place = np.minimum(np.searchsorted(hashes, keys), len(hashes) - 1)
     found = (hashes[place] == keys) & (keys != 0)
     return found & (first[place] != rank) if keep_first else found
-
-
-def _run(function: Any, job: Job, outputs: dict[int, Path], workers: int, runner: Runner, name: str) -> None:
-    waiting = [(job, number) for number, path in outputs.items() if not path.exists()]
-    with progress.current().task(f"repeated lines: {name}", total=len(outputs), unit="parts") as bar:
-        bar.skip(len(outputs) - len(waiting))
-        for _ in map_tasks(function, waiting, workers, runner):
-            bar.advance(1)
 
 
 def write_counts(task: Task) -> None:

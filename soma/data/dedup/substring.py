@@ -17,18 +17,17 @@ span wrongly.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from soma.base import progress
-from soma.base.artefact import file_hash, json_hash
-from soma.data.dedup.files import array_hash, map_array, save_array
+from soma.data.dedup.files import map_array, save_array
+from soma.data.dedup.ranked import Ranked, open_ranked, run_step
 from soma.data.dedup.words import SPREAD, mix, parse, word_hashes
-from soma.data.workers import Runner, map_tasks
+from soma.data.workers import Runner
 
 FORMAT = 1  # raise it when the same partitions come to give other spans
 BATCH_ROWS = 512
@@ -42,22 +41,12 @@ Unit = Literal["words", "bytes"]
 
 
 @dataclass(frozen=True)
-class Job:
-    """What all tasks of one run know. `parts`: Parquet files with a column `text`."""
+class Job(Ranked):
+    """What all tasks of one run know."""
 
-    parts: tuple[Path, ...]
-    starts: tuple[int, ...]  # of each part's rows among all rows, and one past the last
-    folder: Path
-    unit: Unit
-    length: int
+    unit: Unit = "words"
+    length: int = 50
     ranges: int = 1
-
-    def file(self, kind: str, number: int) -> Path:
-        return self.folder / kind / f"{number:05d}.npy"
-
-    def ranks(self, part: int) -> np.ndarray:
-        found: np.ndarray = map_array(self.folder / "ranks.npy")[self.starts[part] : self.starts[part + 1]]
-        return found
 
 
 Task = tuple[Job, int]
@@ -75,24 +64,18 @@ def repeated_spans(
     """For each part the spans, `SPAN` by row and start, that occurred before: rows of the part, units from the text's
     start. Spans of a row do not touch. `rank_N` as in `near_partitions`; rows of rank -1 are not looked at.
     """
-    import pyarrow.parquet as pq
-
-    sizes = [pq.read_metadata(part).num_rows for part in parts]
-    starts = tuple(np.cumsum([0, *sizes]).tolist())
-    assert starts[-1] == len(rank_N), "one rank for each row of the partitions"
-    name = json_hash([FORMAT, [file_hash(part) for part in parts], length, unit, array_hash(rank_N)])[:20]
-    job = Job(tuple(parts), starts, work / f"substring-{name}", unit, length)
-    for kind in ("windows", "repeated", "spans"):
-        (job.folder / kind).mkdir(parents=True, exist_ok=True)
-    if not (job.folder / "ranks.npy").exists():
-        save_array(job.folder / "ranks.npy", rank_N)
+    kinds = ("windows", "repeated", "spans")
+    ranked = open_ranked(parts, rank_N, work, "substring", [FORMAT, length, unit], kinds)
+    job = Job(**vars(ranked), unit=unit, length=length)
     numbers = range(len(parts))
-    _run(write_windows, job, {n: job.file("windows", n) for n in numbers}, workers, runner, "windows")
+    title = "repeated substrings: "
+    run_step(write_windows, job, {n: job.file("windows", n) for n in numbers}, workers, runner, f"{title}windows")
     windows = sum(len(map_array(job.file("windows", n))) for n in numbers)
-    job = Job(job.parts, starts, job.folder, unit, length, max(1, -(-windows // RANGE_WINDOWS)))
+    job = replace(job, ranges=max(1, -(-windows // RANGE_WINDOWS)))
     workers = workers if windows > FEW_WINDOWS else 1
-    _run(find_repeated, job, {n: job.file("repeated", n) for n in range(job.ranges)}, workers, runner, "ranges")
-    _run(write_spans, job, {n: job.file("spans", n) for n in numbers}, workers, runner, "spans")
+    repeated = {n: job.file("repeated", n) for n in range(job.ranges)}
+    run_step(find_repeated, job, repeated, workers, runner, f"{title}ranges")
+    run_step(write_spans, job, {n: job.file("spans", n) for n in numbers}, workers, runner, f"{title}spans")
     return [np.load(job.file("spans", n)) for n in numbers]
 
 
@@ -111,14 +94,6 @@ def cut_spans(text: str, spans: np.ndarray, unit: Unit = "words") -> str:
         pieces.append(text[last : places[start]])
         last = places[end]
     return "".join([*pieces, text[last:]]).strip()
-
-
-def _run(function: Any, job: Job, outputs: dict[int, Path], workers: int, runner: Runner, name: str) -> None:
-    waiting = [(job, number) for number, path in outputs.items() if not path.exists()]
-    with progress.current().task(f"repeated substrings: {name}", total=len(outputs), unit="parts") as bar:
-        bar.skip(len(outputs) - len(waiting))
-        for _ in map_tasks(function, waiting, workers, runner):
-            bar.advance(1)
 
 
 # --- Windows ---
