@@ -1,12 +1,16 @@
 """A small real corpus, tokenizer and model, made once for the tests of this room."""
 
 import json
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from soma.base import doctor
 
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -19,6 +23,14 @@ def texts(count: int = 12) -> list[str]:
     """Documents of different lengths, one of them a single character."""
     words = SENTENCE.split(" ")
     return ["x"] + [" ".join(words[(7 * i + j * j) % len(words)] for j in range(3 + 17 * i)) for i in range(1, count)]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_diagnosis() -> Iterator[None]:
+    """Every report says what this machine lacks: it is asked once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(doctor, "diagnose", cache(doctor.diagnose))
+        yield
 
 
 @pytest.fixture(scope="session")
