@@ -73,3 +73,14 @@ def _still_there(path: Path, handle: int) -> bool:
         return os.stat(path).st_ino == os.fstat(handle).st_ino
     except FileNotFoundError:
         return False
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this number is there."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -24,7 +24,7 @@ from typing import Any
 from soma.base import progress
 from soma.base.artefact import directory_bytes, read_json
 from soma.base.errors import UserError
-from soma.base.locks import Busy, Lock, lock
+from soma.base.locks import Busy, Lock, is_alive, lock
 from soma.base.units import human_bytes, parse_bytes
 
 QUOTA_VARIABLE = "SOMA_RUNS_QUOTA"
@@ -278,19 +278,9 @@ def _leftovers(store: Path) -> list[Path]:
     found = []
     for path in [*store.glob(".trash/*"), *store.glob(".*")]:
         match = (TRASH if path.parent.name == ".trash" else TEMPORARY).match(path.name)
-        if match and not _alive(int(match[1])):
+        if match and not is_alive(int(match[1])):
             found.append(path)
     return found
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _remove(

@@ -497,8 +497,15 @@ def crash_at_lines(tmp_path: Path, prices: str, first: int, step: int) -> tuple[
 
 
 def test_killed_at_any_line(tmp_path: Path, prices: str) -> None:
-    kills, _ = crash_at_lines(tmp_path, prices, first=150 + os.getpid() % 301, step=301)
-    assert kills >= 2
+    """At a few places, which differ from run to run; other ones where none of them cut off a call."""
+    for attempt in range(4):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        kills, cut = crash_at_lines(folder, prices, first=150 + (os.getpid() + 83 * attempt) % 301, step=301)
+        assert kills >= 2
+        if cut:
+            return
+    raise AssertionError("no call was under way at any of the kills")
 
 
 @pytest.mark.slow
