@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from soma.model.config import ModelConfig
 from soma.model.transformer import Transformer
 from soma.train.parallel.pipeline.execute import PipelineStep
+from soma.train.parallel.pipeline.microbatch import Microbatch
 from soma.train.parallel.pipeline.schedules import SCHEDULES
-from soma.train.parallel.pipeline.stage import Microbatch, Stage, cut
+from soma.train.parallel.pipeline.stage import Stage, cut
 
 SHAPE = ModelConfig(
     vocab_size=1024, hidden_size=128, intermediate_size=384, num_hidden_layers=8, num_attention_heads=4,

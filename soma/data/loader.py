@@ -46,10 +46,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class PreferenceBatch:
-    """Row b of `chosen` and of `rejected` answer the same prompt; one document a row."""
+    """Row b of `chosen` and of `rejected` answer the same prompt; one document a row. `is_pair`: bool (batch_size,),
+    False for the rows that fill up a last batch.
+    """
 
     chosen: Batch
     rejected: Batch
+    is_pair: np.ndarray
 
 
 class _Order:
@@ -305,7 +308,7 @@ class PreferenceLoader:
             sides[side] = _empty(len(rows), self.sequence_length, self.stores[side].eos_id)
             real = np.flatnonzero(rows >= 0)
             _fill(self.stores[side], self._blocks[side], self.seed, rows[real], real, sides[side])
-        return PreferenceBatch(**sides)
+        return PreferenceBatch(**sides, is_pair=(sides["chosen"].targets != IGNORE).any(axis=1))
 
     @property
     def epoch(self) -> float:

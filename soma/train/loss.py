@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100
 CHUNK = {"cpu": 512, "cuda": 8192}  # positions whose logits exist at a time: what stays in the cache, what fills a GPU
@@ -18,10 +19,9 @@ def cross_entropy_sum(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     return F.cross_entropy(logits_NV.float(), targets_N, ignore_index=IGNORE, reduction="sum")
 
 
-def target_logprobs(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Sum over each sequence of log p(target), (B,), float32; targets of -100 do not count."""
-    losses_BT = F.cross_entropy(logits_BTV.float().transpose(1, 2), targets_BT, ignore_index=IGNORE, reduction="none")
-    return -losses_BT.sum(dim=1)
+def target_logprobs(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """log p(target) in nats, (N,), float32; 0 where the target is -100."""
+    return -F.cross_entropy(logits_NV.float(), targets_N, ignore_index=IGNORE, reduction="none")
 
 
 def kept_rows(targets: np.ndarray) -> np.ndarray | None:
@@ -99,6 +99,28 @@ def loss_sum(x_BTD: Tensor, targets_BT: Tensor, rows: Tensor | None, chunk_loss:
     for piece, target in zip(*chunks(x_BTD, targets_BT, rows, None), strict=True):
         total += chunk_loss(piece, target)
     return total
+
+
+def answer_logprobs(x_BTD: Tensor, targets_BT: Tensor, rows: Tensor | None, chunk_logprobs: ChunkLoss) -> Tensor:
+    """Sum over each sequence of log p(target), (B,), float32, with gradients.
+
+    `rows` are the positions with a target (`kept_rows`); `chunk_logprobs(x_ND, targets_N)` is the head and
+    `target_logprobs`. They run piece by piece, and backwards again, so that no more logits exist than those of a piece.
+    """
+    pieces = zip(*chunks(x_BTD, targets_BT, rows, None), strict=True)
+    found = [checkpoint(chunk_logprobs, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
+    logprobs_N = torch.cat(found)
+    if rows is not None:
+        logprobs_N = logprobs_N.new_zeros(targets_BT.numel()).index_copy(0, rows, logprobs_N[: len(rows)])
+    return logprobs_N[: targets_BT.numel()].view_as(targets_BT).sum(dim=1)
+
+
+def pairs_loss(logprobs_P: Tensor, reference_P: Tensor, is_pair_B: Tensor, beta: float) -> Tensor:
+    """Sum of DPO's loss over the rows that hold a pair, 0-d. Log-probabilities: those of all chosen answers, then those
+    of all rejected ones (P = 2B)."""
+    (chosen_B, rejected_B), (reference_chosen_B, reference_rejected_B) = logprobs_P.chunk(2), reference_P.chunk(2)
+    loss_B, _ = dpo_loss(chosen_B, rejected_B, reference_chosen_B, reference_rejected_B, beta)
+    return (loss_B * is_pair_B).sum()
 
 
 def dpo_loss(

@@ -4,13 +4,13 @@ B sequences, T positions, D model width. A part is a slice of a batch, one forwa
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from soma.data.loader import Batch, PreferenceBatch, PreferenceLoader, TokenLoader
 from soma.model.transformer import Transformer
@@ -116,21 +116,25 @@ class LanguageModeling:
 
 
 class Preference:
-    """DPO (Rafailov et al. 2023): the chosen answer against the rejected one, relative to the frozen starting model."""
+    """DPO (Rafailov et al. 2023): the chosen answer against the rejected one, relative to the frozen starting model.
+
+    Both answers of a pair are rows of one forward pass. `across` sums the log-probabilities of a sequence that lies on
+    several ranks.
+    """
 
     def __init__(
         self, model: Transformer, reference: Transformer, config: PreferenceConfig, compute: Compute,
-        target_logprobs: loss.ChunkLoss = loss.target_logprobs,
+        target_logprobs: loss.ChunkLoss = loss.target_logprobs, across: Callable[[Tensor], Tensor] = lambda x: x,
     ) -> None:  # fmt: skip
-        self.config, self.compute, self.target_logprobs = config, compute, target_logprobs
+        self.config, self.compute, self.target_logprobs, self.across = config, compute, target_logprobs, across
         self.inputs = Inputs(model, config, compute)
         self.reference_inputs = Inputs(reference.eval().requires_grad_(False), config, compute)
 
     def count(self, batch: PreferenceBatch) -> int:
-        return int((batch.chosen.targets != loss.IGNORE).any(axis=1).sum())
+        return int(batch.is_pair.sum())
 
     def parts(self, batch: PreferenceBatch, size: int) -> Iterator[tuple[PreferenceBatch, slice]]:
-        for start in range(0, len(batch.chosen.tokens), size):
+        for start in range(0, len(batch.is_pair), size):
             yield batch, slice(start, start + size)
 
     def backward(self, part: tuple[PreferenceBatch, slice], scale: Tensor, aux_scale: Tensor) -> Tensor:
@@ -146,25 +150,28 @@ class Preference:
         self, part: tuple[PreferenceBatch, slice], features: Features, reference_features: Features
     ) -> tuple[Tensor, Tensor]:
         """Sum of the pairs' losses and the auxiliary loss."""
-        batch, rows = part
-        chosen_B, chosen_aux = self.answer_logprobs(batch.chosen, rows, self.inputs, features)
-        rejected_B, rejected_aux = self.answer_logprobs(batch.rejected, rows, self.inputs, features)
+        answers = both_answers(*part)
         with torch.no_grad():
-            reference_chosen_B, _ = self.answer_logprobs(batch.chosen, rows, self.reference_inputs, reference_features)
-            reference_rejected_B, _ = self.answer_logprobs(
-                batch.rejected, rows, self.reference_inputs, reference_features
-            )
-        loss_B, _ = loss.dpo_loss(chosen_B, rejected_B, reference_chosen_B, reference_rejected_B, self.config.beta)
-        has_pair_B = to_device((batch.chosen.targets[rows] != loss.IGNORE).any(axis=1), loss_B.device)
-        return (loss_B * has_pair_B).sum(), (chosen_aux + rejected_aux) / 2
+            reference_P, _ = self.answer_logprobs(answers, self.reference_inputs, reference_features)
+        logprobs_P, aux = self.answer_logprobs(answers, self.inputs, features)
+        is_pair_B = to_device(part[0].is_pair[part[1]], logprobs_P.device)
+        return loss.pairs_loss(logprobs_P, reference_P, is_pair_B, self.config.beta), aux
 
-    def answer_logprobs(self, batch: Batch, rows: slice, inputs: Inputs, features: Features) -> tuple[Tensor, Tensor]:
-        """log p of each row's answer, (B,), float32, and the auxiliary loss. Backward recomputes the logits."""
-        x_BTD, aux, targets_BT = inputs(batch, rows, features)
+    def answer_logprobs(self, batch: Batch, inputs: Inputs, features: Features) -> tuple[Tensor, Tensor]:
+        """log p of each row's answer, (B,), float32, and the auxiliary loss."""
+        x_BTD, aux, targets_BT = inputs(batch, slice(None), features)
 
-        def head(x_BTD: Tensor) -> Tensor:
+        def chunk_logprobs(x_ND: Tensor, targets_N: Tensor) -> Tensor:
             with self.compute.autocast():
-                logits_BTV = inputs.model.logits(x_BTD)
-            return self.target_logprobs(logits_BTV, targets_BT)
+                logits_NV = inputs.model.logits(x_ND)
+            return self.target_logprobs(logits_NV, targets_N)
 
-        return checkpoint(head, x_BTD, use_reentrant=False, preserve_rng_state=False), aux
+        kept = loss.kept_rows(batch.targets)
+        rows = None if kept is None else to_device(kept, x_BTD.device)
+        return self.across(loss.answer_logprobs(x_BTD, targets_BT, rows, chunk_logprobs)), aux
+
+
+def both_answers(batch: PreferenceBatch, rows: slice) -> Batch:
+    """The chosen answers of some rows, and below them the rejected ones."""
+    sides = [[getattr(side, field.name)[rows] for field in fields(Batch)] for side in (batch.chosen, batch.rejected)]
+    return Batch(*(np.concatenate(both) for both in zip(*sides, strict=True)))

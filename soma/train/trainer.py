@@ -166,11 +166,13 @@ def lay_out(
     filled = partial(fill, network, start, compute.device)
     if world.mesh.layout.engine != "soma" and world.size > 1:
         return bridge(network, config, world.mesh, compute, filled)
-    if world.mesh.layout.pp > 1:
-        return stage_model(network, config, world.mesh, compute, filled)
     reference = copy.deepcopy(network) if isinstance(config, PreferenceConfig) else None
-    rows = config.microbatch_size or config.batch_size // world.data_size
-    tokens_BT = torch.zeros(rows, config.sequence_length, dtype=torch.long, device=compute.device)
+    filled_reference = partial(fill, reference, start, compute.device) if reference is not None else filled
+    if world.mesh.layout.pp > 1:
+        return stage_model(network, config, world.mesh, compute, filled, reference, filled_reference)
+    rows = (config.microbatch_size or config.batch_size // world.data_size) * (1 if reference is None else 2)
+    length = config.sequence_length // world.mesh.layout.cp
+    tokens_BT = torch.zeros(rows, length, dtype=torch.long, device=compute.device)
 
     def measure() -> None:
         with compute.autocast():
@@ -181,7 +183,7 @@ def lay_out(
         whole_batch=config.microbatch_size is None, measure=measure, fill=filled,
     )  # fmt: skip
     if reference is not None:
-        parallelize(reference.requires_grad_(False), world.mesh, fill=partial(fill, reference, start, compute.device))
+        parallelize(reference.requires_grad_(False), world.mesh, fill=filled_reference)
     layered = replace(compute, compile=False) if world.size > 1 else compute  # layers are compiled one by one then
     return parallel, make_objective(config, parallel, reference, layered)
 
@@ -193,7 +195,7 @@ def make_objective(
     if not isinstance(config, PreferenceConfig):
         return LanguageModeling(parallel.model, config, compute, parallel.cross_entropy_sum)
     assert reference is not None
-    return Preference(parallel.model, reference, config, compute, parallel.target_logprobs)
+    return Preference(parallel.model, reference, config, compute, parallel.target_logprobs, parallel.across)
 
 
 def identity(config: TrainConfig, shape: ModelConfig, model: ModelConfig | Path, index: dict[str, Any]) -> str:

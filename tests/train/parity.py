@@ -5,6 +5,7 @@ numbers of targets.
 """
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -15,17 +16,17 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from soma.data.loader import IGNORE, PADDING, Batch
+from soma.data.loader import IGNORE, PADDING, Batch, PreferenceBatch
 from soma.model.config import ModelConfig
 from soma.model.lora import add_lora, lora_layers
 from soma.model.lora_config import LoRAConfig
 from soma.model.quantized import quantize
 from soma.model.transformer import Transformer
 from soma.train.compute import Compute
-from soma.train.config import TrainConfig
+from soma.train.config import PreferenceConfig, TrainConfig
 from soma.train.journal import Journal
 from soma.train.loop import Trainer
-from soma.train.objective import LanguageModeling, Objective
+from soma.train.objective import Objective
 from soma.train.parallel.apply import Parallel, parallelize
 from soma.train.parallel.bridge import bridge
 from soma.train.parallel.config import Layout
@@ -33,6 +34,7 @@ from soma.train.parallel.export import Gather, save_merged, save_whole
 from soma.train.parallel.pipeline.training import stage_model
 from soma.train.start import fill
 from soma.train.tracking import NullTracker
+from soma.train.trainer import make_objective
 from soma.train.world import World
 
 # A first step of AdamW is the sign of the gradient: where bf16 flips a sign, the weight is two rates away.
@@ -77,6 +79,7 @@ class Case:
     compile: bool = False
     isolate: bool = True
     lora: str = ""  # of the frozen weights below: full, int8, int4
+    pairs: bool = False  # preference pairs, by DPO against other weights
 
 
 class Exact(Compute):
@@ -92,6 +95,7 @@ class Outcome:
     """Figures of each step, and every gradient and the final weights and buffers by name, whole."""
 
     losses: list[float] = field(default_factory=list)
+    validation: float | None = None
     norms: list[float] = field(default_factory=list)
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
@@ -122,14 +126,20 @@ class Rows:
 
     left_out = 0
 
-    def __init__(self, world: World) -> None:
-        self.world, self.step = world, 0
+    def __init__(self, world: World, pairs: bool = False) -> None:
+        self.world, self.pairs, self.step = world, pairs, 0
 
-    def __next__(self) -> Batch:
+    def __iter__(self) -> "Rows":
+        return self
+
+    def __next__(self) -> Batch | PreferenceBatch:
         self.step += 1
-        batch, count = make_batch(self.step), ROWS // self.world.data_size
+        count = ROWS // self.world.data_size
         rows = slice(self.world.data_rank * count, (self.world.data_rank + 1) * count)
-        return Batch(batch.tokens[rows], batch.targets[rows], batch.positions[rows], batch.document_ids[rows])
+        if not self.pairs:
+            return rows_of(make_batch(self.step), rows)
+        whole = make_pairs(self.step)
+        return PreferenceBatch(rows_of(whole.chosen, rows), rows_of(whole.rejected, rows), whole.is_pair[rows])
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step}
@@ -155,6 +165,27 @@ def make_batch(step: int) -> Batch:
     return Batch(tokens, targets, positions, documents)
 
 
+def make_pairs(step: int) -> PreferenceBatch:
+    """Answers of unequal lengths after shared prompts; the last row but one holds no pair."""
+    random = np.random.default_rng(100 + step)
+    sides = []
+    prompts, starts = random.integers(0, 96, (ROWS, LENGTH)), random.integers(2, 12, ROWS)
+    is_pair = np.arange(ROWS) != ROWS - 2
+    for _ in ("chosen", "rejected"):
+        tokens, positions = random.integers(0, 96, (ROWS, LENGTH)), np.tile(np.arange(LENGTH), (ROWS, 1))
+        targets, documents = np.roll(tokens, -1, 1), np.zeros((ROWS, LENGTH), np.int64)
+        for row, start in enumerate(starts):
+            end = int(random.integers(start + 2, LENGTH)) if is_pair[row] else 0
+            tokens[row, :start] = prompts[row, :start]
+            targets[row, : start - 1], targets[row, end:], documents[row, end:] = IGNORE, IGNORE, PADDING
+        sides.append(Batch(tokens, targets, positions, documents))
+    return PreferenceBatch(*sides, is_pair=is_pair)
+
+
+def rows_of(batch: Batch, rows: slice) -> Batch:
+    return Batch(batch.tokens[rows], batch.targets[rows], batch.positions[rows], batch.document_ids[rows])
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor that may be cut, as float32."""
     full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -162,16 +193,18 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def make_trainer(case: Case, world: World, folder: Path) -> Recording:
-    config = TrainConfig(
+    kind = PreferenceConfig if case.pairs else TrainConfig
+    config = kind(
         steps=STEPS, batch_size=ROWS, microbatch_size=case.microbatch, sequence_length=LENGTH, warmup=1,
         optimizer=case.optimizer, learning_rate=RATES[case.precision], eps=1e-4, grad_clip=0.5, log_every=100,
-        router_bias_rate=0.05,
+        router_bias_rate=0.05, evaluate_batches=2, weight_decay=0.1,
         activation_checkpointing=case.checkpointing, isolate_documents=case.isolate, layout=world.mesh.layout,
     )  # fmt: skip
     whole = make_model(case, "cpu")
     is_rounded = case.lora not in ("", "full")
     model = whole if is_rounded else make_model(case, "meta")
     filled = partial(fill, model, whole.state_dict().__getitem__, torch.device("cpu"))
+    reference, filled_reference = make_reference(case) if case.pairs else (None, filled)
     world.mesh.layout.check_model(model.config)
     world.mesh.layout.check_batch(ROWS, case.microbatch, LENGTH)
     compute = Exact(torch.device("cpu"), case.precision, False)
@@ -180,16 +213,19 @@ def make_trainer(case: Case, world: World, folder: Path) -> Recording:
     if world.mesh.layout.engine != "soma":
         parallel, objective = bridge(model, config, world.mesh, compute, filled)
     elif world.mesh.layout.pp > 1:
-        parallel, objective = stage_model(model, config, world.mesh, compute, filled)
+        parallel, objective = stage_model(model, config, world.mesh, compute, filled, reference, filled_reference)
     else:
         parallel = parallelize(
             model, world.mesh, activation_checkpointing=case.checkpointing, compile_layers=case.compile,
             whole_batch=case.microbatch is None, fill=filled,
         )  # fmt: skip
-        objective = LanguageModeling(model, config, compute, parallel.cross_entropy_sum)
+        if reference is not None:
+            parallelize(reference.requires_grad_(False), world.mesh, fill=filled_reference)
+        objective = make_objective(config, parallel, reference, compute)
     tokenizer: Any = None
     trainer = Recording(
-        config, folder, parallel=parallel, objective=objective, loader=Rows(world), validation=None, steps=STEPS,
+        config, folder, parallel=parallel, objective=objective, loader=Rows(world, case.pairs),
+        validation=Rows(world, case.pairs), steps=STEPS,
         compute=compute, tokenizer=tokenizer, identity="parity", world=world,
         journal=Journal(folder / "metrics.jsonl", NullTracker(), False),
     )  # fmt: skip
@@ -211,13 +247,23 @@ def make_model(case: Case, device: str) -> Transformer:
     return model
 
 
+def make_reference(case: Case) -> tuple[Transformer, Callable[[], None]]:
+    """Other weights than those that are trained, so that a pair's margin is not 0; and what fills them in."""
+    other = make_model(case, "cpu")
+    other.init_weights(7)
+    is_rounded = case.lora not in ("", "full")
+    model = make_model(case, "cpu" if is_rounded else "meta")
+    return model, partial(fill, model, other.state_dict().__getitem__, torch.device("cpu"))
+
+
 def train(case: Case, world: World) -> Outcome:
-    """Three steps."""
+    """Three steps, and the held-out loss after them."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(case, world, Path(folder))
         for _ in range(STEPS):
             trainer.train_step()
             trainer.at.done += 1
+        trainer.outcome.validation = trainer.validation_loss()
         trainer.outcome.weights = gathered(trainer.parallel, case)
         return trainer.outcome
 
@@ -258,6 +304,11 @@ def differences(ours: Outcome, expected: Outcome, bounds: str) -> list[str]:
         for step, (a, b) in enumerate(zip(mine, theirs, strict=True), 1):
             if not abs(a - b) <= scalar * abs(b):
                 found.append(f"{name} of step {step}: {a:.8g}, expected {b:.8g}")
+    assert expected.validation is not None
+    if not (
+        ours.validation is not None and abs(ours.validation - expected.validation) <= 4 * scalar * expected.validation
+    ):
+        found.append(f"held-out loss: {ours.validation}, expected {expected.validation:.8g}")
     pairs = [
         (f"gradient {step}", a, b)
         for step, (a, b) in enumerate(zip(ours.gradients, expected.gradients, strict=True), 1)
@@ -297,6 +348,7 @@ def resume_on_rank(
     assert trainer.at.done == STEPS - 1
     trainer.train_step()
     outcome = trainer.outcome
+    outcome.validation = trainer.validation_loss()
     outcome.weights = gathered(trainer.parallel, case)
     config, folder_ = trainer.model.config, Path(model)
     if case.lora:

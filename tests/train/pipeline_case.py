@@ -18,9 +18,9 @@ from soma.train.config import TrainConfig
 from soma.train.optim import build_optimizers
 from soma.train.parallel.pipeline import schedules
 from soma.train.parallel.pipeline.execute import PipelineStep
+from soma.train.parallel.pipeline.microbatch import Microbatch
 from soma.train.parallel.pipeline.schedule import Schedule
 from soma.train.parallel.pipeline.search import search, v_half_limit
-from soma.train.parallel.pipeline.stage import Microbatch
 from soma.train.world import World
 
 STEPS, B, T, CLIP = 3, 2, 12, 0.5

@@ -1,9 +1,9 @@
 """The parity grid: every layout gives the loss, every gradient, the clipped norm and the weights of one process.
 
 layouts × {dense, MoE} × {fp32, bf16} × {accumulation 1, 4} × {AdamW, Muon} on four Gloo processes, and layouts × models
-for low-rank updates beside frozen weights, rounded or not. A slice of it that has every value of every axis runs in
-`make test`, all of it in `make test-parallel`. A case trains three steps of the
-real loop on packed documents with unequal numbers of targets; embeddings are tied.
+for low-rank updates beside frozen weights, rounded or not, and for preference pairs. A slice of it that has every value
+of every axis runs in `make test`, all of it in `make test-parallel`. A case trains three steps of the real loop on
+packed documents with unequal numbers of targets; embeddings are tied.
 """
 
 from collections.abc import Callable
@@ -135,6 +135,23 @@ def lora_cases(layout: dict[str, Any]) -> list[Case]:
     return plain + (rounded if layout.get("tp", 1) < 4 else [])
 
 
+# Pairs: answers in pieces on several ranks; scores too; the reference in a pipeline, sharded, and with updates.
+PAIRS_SLICE: dict[str, Case] = {
+    "cp2-tp2-sp": Case("moe", pairs=True),
+    "pp2-tp2-sp": Case("gpt2", pairs=True, microbatch=4),
+    "pp2-fsdp2-v": Case("moe4", pairs=True, microbatch=2),
+    "pp2-cp2": Case(pairs=True, microbatch=4, lora="full"),
+}
+
+
+def pairs_cases(layout: dict[str, Any]) -> list[Case]:
+    """All cases of a layout with preference pairs."""
+    least, deep = accumulated(layout), "4" if layout.get("schedule") in ("zb-v", "dualpipe") else ""
+    dense = [] if "ep" in layout else [Case(f"dense{deep}", "bf16", least, pairs=True, checkpointing=True)]
+    return [*dense, Case(f"moe{deep}", microbatch=least, pairs=True, optimizer="muon"),
+            Case(f"moe{deep}", microbatch=least, pairs=True, lora="full")]  # fmt: skip
+
+
 def check(pool: Pool, layout: dict[str, Any], chosen: list[Case], ranks: int = RANKS, timeout: float = 300) -> None:
     outcomes = pool.run(on_rank, ranks, layout, chosen, timeout=timeout)[0]
     for case, ours in zip(chosen, outcomes, strict=True):
@@ -150,6 +167,17 @@ def test_slice(pool: Pool, name: str) -> None:
 @pytest.mark.parametrize("name", LORA_SLICE)
 def test_lora_slice(pool: Pool, name: str) -> None:
     check(pool, LAYOUTS[name], [LORA_SLICE[name]])
+
+
+@pytest.mark.parametrize("name", PAIRS_SLICE)
+def test_pairs_slice(pool: Pool, name: str) -> None:
+    check(pool, LAYOUTS[name], [PAIRS_SLICE[name]])
+
+
+@pytest.mark.parallel
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_pairs_grid(pool: Pool, name: str) -> None:
+    check(pool, LAYOUTS[name], pairs_cases(LAYOUTS[name]))
 
 
 @pytest.mark.parallel
@@ -253,6 +281,22 @@ def test_an_update_that_is_not_summed_is_seen(pool: Pool) -> None:
     found = differences(pool.run(with_an_update_not_summed, RANKS)[0], alone(Case(lora="full")), "fp32")
     assert any(text.startswith("gradient 1, ") and "q_proj.lora_A" in text for text in found)
     assert not any(text.startswith("gradient 1, ") and "o_proj.lora_A" in text for text in found)
+
+
+def with_answers_not_joined(rank: int, world_size: int) -> Outcome | None:
+    """Each rank takes its piece of an answer for the whole."""
+    from soma.train.parallel.apply import Parallel
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Parallel, "across", lambda self, logprobs_B: logprobs_B)
+        outcome = train(Case(pairs=True), World.join(Layout(cp=4), "cpu"))
+    return outcome if rank == 0 else None
+
+
+def test_answers_that_are_not_joined_are_seen(pool: Pool) -> None:
+    found = differences(pool.run(with_answers_not_joined, RANKS)[0], alone(Case(pairs=True)), "fp32")
+    assert found[0].startswith("loss of step 1")
+    assert any(text.startswith("gradient 1") for text in found)
 
 
 def broken(rank: int, world_size: int, fault: Callable[[World], Outcome]) -> Outcome | None:

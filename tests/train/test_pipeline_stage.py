@@ -11,6 +11,7 @@ from torch import Tensor
 
 from soma.train import loss
 from soma.train.parallel.pipeline.execute import PipelineStep
+from soma.train.parallel.pipeline.heads import LanguageHead
 from soma.train.parallel.pipeline.schedule import layers_of_stages
 from soma.train.parallel.pipeline.schedules import SCHEDULES
 from soma.train.parallel.pipeline.split import SplitExperts, SplitLinear
@@ -30,7 +31,9 @@ def make_worker(case: Case, split: bool, compiled: bool = False) -> tuple[torch.
     def head(x_ND: Tensor, targets_N: Tensor) -> Tensor:
         return loss.cross_entropy_sum(model.logits(x_ND), targets_N)
 
-    worker = StageWorker(stage, head, nullcontext, split=range(8) if split else (), recompute=False, compiled=compiled)
+    worker = StageWorker(
+        stage, LanguageHead(head), nullcontext, split=range(8) if split else (), recompute=False, compiled=compiled
+    )
     worker.microbatches = parts(case, batches(case)[0])
     worker.scale, worker.aux_scale = torch.tensor(0.01), torch.tensor(0.1)
     return model, worker

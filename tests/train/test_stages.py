@@ -79,7 +79,8 @@ def test_target_logprobs_is_the_plain_sum() -> None:
         sum(logits[row, t].log_softmax(-1)[targets[row, t]].item() for t in range(5) if targets[row, t] >= 0)
         for row in range(2)
     ]
-    assert target_logprobs(logits, targets).tolist() == pytest.approx(expected, abs=1e-5)
+    found = target_logprobs(logits.flatten(0, 1), targets.flatten()).view(2, 5).sum(1)
+    assert found.tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_dpo_gradient_is_the_plain_one(shape: ModelConfig, pairs: Path, small: dict) -> None:

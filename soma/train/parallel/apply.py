@@ -68,7 +68,7 @@ class Parallel:
         if layout.cp == 1:
             return batch
         if isinstance(batch, PreferenceBatch):
-            return PreferenceBatch(self.own(batch.chosen), self.own(batch.rejected))
+            return PreferenceBatch(self.own(batch.chosen), self.own(batch.rejected), batch.is_pair)
         columns = columns_of(batch.tokens.shape[1], layout.cp, self.mesh.place["cp"])
         return Batch(*(getattr(batch, field.name)[:, columns] for field in fields(batch)))
 
@@ -81,15 +81,23 @@ class Parallel:
 
         return cross_entropy(logits_NV, targets_N, self.first_word(group), group).sum()
 
-    def target_logprobs(self, logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    def target_logprobs(self, logits_NV: Tensor, targets_N: Tensor) -> Tensor:
         """`soma.train.loss.target_logprobs`, of scores that may be cut over the vocabulary."""
         group = self.mesh.group("tp")
         if group is None:
-            return target_logprobs(logits_BTV, targets_BT)
+            return target_logprobs(logits_NV, targets_N)
         from soma.train.parallel.vocabulary import cross_entropy
 
-        losses_N = cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), self.first_word(group), group)
-        return -losses_N.view_as(targets_BT).sum(dim=1)
+        return -cross_entropy(logits_NV, targets_N, self.first_word(group), group)
+
+    def across(self, logprobs_B: Tensor) -> Tensor:
+        """Of whole sequences, from those of the parts of them that context parallelism gives this rank.
+
+        Every rank then has the whole loss, which the trainer sums and divides by as many times the pairs; so gradients
+        are summed as well.
+        """
+        group = self.mesh.group("cp")
+        return logprobs_B if group is None else sum_both_ways(logprobs_B, group)
 
     def first_word(self, group: dist.ProcessGroup) -> int:
         """The first entry of this rank's part of the vocabulary."""

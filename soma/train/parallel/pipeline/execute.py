@@ -19,11 +19,13 @@ from soma.model.moe import Router
 from soma.model.transformer import Transformer
 from soma.train import loss
 from soma.train.parallel.mesh import Mesh
+from soma.train.parallel.pipeline.heads import Head, LanguageHead
+from soma.train.parallel.pipeline.microbatch import Microbatch
 from soma.train.parallel.pipeline.replicas import Replicas
 from soma.train.parallel.pipeline.schedule import Action, Schedule, layers_of_stages
 from soma.train.parallel.pipeline.sharding import ShardAction, with_shards
 from soma.train.parallel.pipeline.simulate import Span, Timeline, peak
-from soma.train.parallel.pipeline.stage import Microbatch, StageWorker, cut
+from soma.train.parallel.pipeline.stage import StageWorker, cut
 from soma.train.parallel.pipeline.transfers import forward_only, made_by, needed_by, reader_of
 from soma.train.parallel.pipeline.transport import Transport
 from soma.train.parallel.pipeline.validate import validate
@@ -152,21 +154,23 @@ class PipelineStep:
     by layer, or to `pipeline.stages`.
     schedule: is validated here. layers: those of every stage; default as even as can be.
     group: the pipeline's ranks, one for each rank of the schedule; default: all.
-    chunk_loss: as in `soma.train.loss.backward`; default: the model's head and cross-entropy under `autocast`.
+    head: what the last stage makes of its hidden states; default: the model's head and cross-entropy, in `autocast`.
     split: run B and W apart where the schedule has them apart. Without it a B does both (and W nothing): for layouts
     whose gradients must come from autograd's own accumulation (tensor), and for layers that are computed again.
     recompute: a forward keeps its stage's input alone, the backward runs it again.
     dtype: of what is sent; default that of the parameters. It must be the dtype of the residual stream.
     sequence_ranks: over which the residual stream is cut along T (sequence parallelism).
+    trains: False: for `evaluate` alone, without the transfers of a step.
 
     Raises ValueError where group and schedule have other numbers of ranks, and where the schedule is none.
     """
 
     def __init__(
         self, model: Transformer, schedule: Schedule, group: dist.ProcessGroup | None = None, *,
-        layers: Sequence[Sequence[int]] | None = None, chunk_loss: loss.ChunkLoss | None = None,
+        layers: Sequence[Sequence[int]] | None = None, head: Head | None = None,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext, compiled: bool = False,
         split: bool = True, recompute: bool = False, dtype: torch.dtype | None = None, sequence_ranks: int = 1,
+        trains: bool = True,
     ) -> None:  # fmt: skip
         validate(schedule)
         group = dist.group.WORLD if group is None else group
@@ -187,17 +191,17 @@ class PipelineStep:
             if split and action.kind == "B":
                 halves[action.stage].add(action.microbatch)
 
-        def head(x_ND: Tensor, targets_N: Tensor) -> Tensor:
+        def chunk_loss(x_ND: Tensor, targets_N: Tensor) -> Tensor:
             with autocast():
                 logits_NV = model.logits(x_ND)
             return loss.cross_entropy_sum(logits_NV, targets_N)
 
-        if chunk_loss is None:
-            chunk_loss = torch.compile(head, dynamic=False) if compiled else head
+        if head is None:
+            head = LanguageHead(torch.compile(chunk_loss, dynamic=False) if compiled else chunk_loss)
         self.workers = {
             stage.index: StageWorker(
                 stage,
-                chunk_loss,
+                head,
                 autocast,
                 split=halves[stage.index],
                 recompute=recompute,
@@ -206,7 +210,7 @@ class PipelineStep:
             for stage in self.stages
         }
         self.microbatches: Sequence[Microbatch] = ()
-        self.transport = Transport(schedule, group, self.buffer)
+        self.transport = Transport(schedule, group, self.buffer) if trains else None
         self.forward_schedule = forward_only(schedule)
         self.forward_transport: Transport | None = None
         self.shards: PipelineShards | None = None
@@ -236,6 +240,7 @@ class PipelineStep:
         """
         self.begin(microbatches, scale, aux_scale)
         self.clock = Clock(self.device)
+        assert self.transport is not None
         self.run(self.schedule, self.transport, self.clock)
         self.replicas.sum_gradients()
         return self.total()

@@ -7,43 +7,14 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from soma.data.loader import Batch
 from soma.model.transformer import Transformer
-from soma.train import loss
+from soma.train.parallel.pipeline.heads import Head
+from soma.train.parallel.pipeline.microbatch import Microbatch
 from soma.train.parallel.pipeline.schedule import Schedule, layers_of_stages
 from soma.train.parallel.pipeline.split import Saved, Split, Taps, split_layers
-
-
-@dataclass(frozen=True)
-class Microbatch:
-    """What every stage gets from the loader of its own rank: integers (B, T), and `rows`, the positions of all B·T that
-    have a target. None for positions, documents or rows: 0…T-1, one document, all positions.
-    """
-
-    tokens: Tensor
-    targets: Tensor
-    positions: Tensor | None = None
-    document_ids: Tensor | None = None
-    rows: Tensor | None = None
-
-    @classmethod
-    def of(cls, batch: Batch, rows: slice, device: torch.device, isolate: bool = True) -> "Microbatch":
-        """Rows of a loader's batch; without `isolate` documents see each other."""
-
-        def move(array: np.ndarray | None) -> Tensor | None:
-            return None if array is None else torch.from_numpy(array).to(device, non_blocking=True)
-
-        tokens, targets = move(batch.tokens[rows]), move(batch.targets[rows])
-        assert tokens is not None
-        assert targets is not None
-        kept = move(loss.kept_rows(batch.targets[rows]))
-        if not isolate:
-            return cls(tokens, targets, rows=kept)
-        return cls(tokens, targets, move(batch.positions[rows]), move(batch.document_ids[rows]), kept)
 
 
 def cut(
@@ -149,10 +120,10 @@ class StageWorker:
     """
 
     def __init__(
-        self, stage: Stage, chunk_loss: loss.ChunkLoss, autocast: Callable[[], AbstractContextManager[object]], *,
+        self, stage: Stage, head: Head, autocast: Callable[[], AbstractContextManager[object]], *,
         split: Collection[int], recompute: bool, compiled: bool,
     ) -> None:  # fmt: skip
-        self.stage, self.chunk_loss, self.autocast, self.recompute = stage, chunk_loss, autocast, recompute
+        self.stage, self.head, self.autocast, self.recompute = stage, head, autocast, recompute
         self.split = split
         self.layers: list[Split] = split_layers(stage.layers) if split else []
         self.pass_: Callable[..., tuple[Tensor, Tensor | None, list[Saved]]] = self.whole_pass
@@ -204,7 +175,7 @@ class StageWorker:
         """A forward without gradients; the last stage adds its loss."""
         y_BTD = self.run(microbatch, x_BTD, []).y
         if self.stage.is_last:
-            self.total += loss.loss_sum(y_BTD, microbatch.targets, microbatch.rows, self.chunk_loss)
+            self.total += self.head.loss(y_BTD, microbatch)
         return y_BTD
 
     def backward(self, index: int, grad_BTD: Tensor | None) -> Tensor | None:
@@ -216,9 +187,7 @@ class StageWorker:
         else:
             held = self.held.pop(index)
         if self.stage.is_last:
-            total, grad_BTD = loss.head_backward(
-                held.y, microbatch.targets, microbatch.rows, self.chunk_loss, self.scale
-            )
+            total, grad_BTD = self.head.backward(held.y, microbatch, self.scale)
             self.total += total
         assert grad_BTD is not None
         outputs, seeds = [held.y], [grad_BTD]

@@ -9,53 +9,77 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from soma.base.errors import UserError
-from soma.data.loader import Batch
+from soma.data.loader import Batch, PreferenceBatch
 from soma.model.transformer import Transformer
 from soma.train import loss
 from soma.train.compute import Compute
 from soma.train.config import PreferenceConfig, TrainConfig
+from soma.train.objective import Objective
 from soma.train.parallel.apply import Parallel, divide, replicate
 from soma.train.parallel.config import Layout
 from soma.train.parallel.mesh import Mesh
 from soma.train.parallel.pipeline.execute import PipelineStep
+from soma.train.parallel.pipeline.heads import (
+    Head,
+    LanguageHead,
+    Logprobs,
+    PairHead,
+    Pairs,
+    ReferenceHead,
+)
+from soma.train.parallel.pipeline.microbatch import Microbatch
 from soma.train.parallel.pipeline.schedule import Schedule
 from soma.train.parallel.pipeline.schedules import SCHEDULES, interleaved
 from soma.train.parallel.pipeline.simulate import simulate
-from soma.train.parallel.pipeline.stage import Microbatch
 from soma.train.recompute import needs_measure, recompute_layers
 
 
 def stage_model(
-    model: Transformer, config: TrainConfig, mesh: Mesh, compute: Compute, fill: Callable[[], None] = lambda: None
-) -> tuple["StagedParallel", "StagedLanguageModeling"]:  # fmt: skip
+    model: Transformer, config: TrainConfig, mesh: Mesh, compute: Compute, fill: Callable[[], None] = lambda: None,
+    reference: Transformer | None = None, fill_reference: Callable[[], None] = lambda: None,
+) -> tuple["StagedParallel", Objective]:  # fmt: skip
     """Cut the model, in place, into the stages of a resolved layout with pp > 1; the loop's model and its objective.
 
-    `fill` as in `parallelize`.
+    `fill` as in `parallelize`. For a PreferenceConfig the `reference` is cut likewise.
 
-    Raises UserError where the schedule does not fit ranks, microbatches or layers, and for what a pipeline cannot do.
+    Raises UserError where the schedule does not fit ranks, microbatches or layers.
     """
-    layout = mesh.layout
-    check(config, layout)
-    plan = make_plan(config, layout)
-    again = config.activation_checkpointing
-    group, tensor, whole = mesh.group("pp"), mesh.axis("tp"), Parallel(model, mesh)
+    plan = make_plan(config, mesh.layout)
+    whole = Parallel(model, mesh)
+
+    def chunk_loss(x_ND: Tensor, targets_N: Tensor) -> Tensor:
+        with compute.autocast():
+            logits_NV = model.logits(x_ND)
+        return whole.cross_entropy_sum(logits_NV, targets_N)
+
+    if not isinstance(config, PreferenceConfig):
+        pipeline = make_pipeline(model, plan, config, mesh, compute, LanguageHead(chunk_loss), fill)
+        return StagedParallel(mesh, pipeline), StagedLanguageModeling(pipeline, config)
+    assert reference is not None
+    head = PairHead(answer_logprobs(whole, compute), config.beta)
+    pipeline = make_pipeline(model, plan, config, mesh, compute, head, fill)
+    before = ReferenceHead(answer_logprobs(Parallel(reference, mesh), compute))
+    reference_pipeline = make_reference(reference, plan, mesh, compute, before, fill_reference)
+    return StagedParallel(mesh, pipeline), StagedPreference(pipeline, reference_pipeline, before, config)
+
+
+def make_pipeline(
+    model: Transformer, plan: Schedule, config: TrainConfig, mesh: Mesh, compute: Compute, head: Head,
+    fill: Callable[[], None],
+) -> PipelineStep:  # fmt: skip
+    """This rank's stages of the model that is trained, with all else that the layout applies to them."""
+    layout, again, group = mesh.layout, config.activation_checkpointing, mesh.group("pp")
     assert group is not None
     divide(model, mesh, whole_batch=config.microbatch_size is None and plan.microbatches == 1)
     # Layers that talk to other ranks are compiled one by one, and so are those that are wrapped one by one.
     by_layer = again not in (False, True)
     in_layers = layout.tp * layout.cp * layout.ep * layout.fsdp > 1 or by_layer
-
-    def head(x_ND: Tensor, targets_N: Tensor) -> Tensor:
-        with compute.autocast():
-            logits_NV = model.logits(x_ND)
-        return whole.cross_entropy_sum(logits_NV, targets_N)
-
     try:
         # A matrix that is cut over tp ranks gets its gradient from autograd, and a layer that autograd computes again
         # has no taps left: a B does all there.
         pipeline = PipelineStep(
-            model, plan, group, chunk_loss=head, autocast=compute.autocast, compiled=compute.compile and not in_layers,
-            split=tensor is None and not by_layer, recompute=again is True,
+            model, plan, group, head=head, autocast=compute.autocast, compiled=compute.compile and not in_layers,
+            split=layout.tp == 1 and not by_layer, recompute=again is True,
             sequence_ranks=layout.tp if layout.sp else 1,
         )  # fmt: skip
     except ValueError as error:
@@ -64,6 +88,7 @@ def stage_model(
         fill()
     if by_layer:
         rows = config.batch_size // layout.data_ranks // plan.microbatches
+        rows *= 2 if isinstance(config, PreferenceConfig) else 1
         tokens_BT = torch.zeros(rows, config.sequence_length // layout.cp, dtype=torch.long, device=compute.device)
         recompute_layers(model, again, partial(pipeline.try_out, tokens_BT), simulate(plan).peaks[pipeline.rank])
     if in_layers and compute.compile:
@@ -73,15 +98,37 @@ def stage_model(
     if layout.fsdp > 1:
         pipeline.shard(mesh)
         fill()
-    return StagedParallel(mesh, pipeline), StagedLanguageModeling(pipeline, config)
+    return pipeline
 
 
-def check(config: TrainConfig, layout: Layout) -> None:
-    """Raise UserError for what does not go with a pipeline."""
-    if isinstance(config, PreferenceConfig):
-        raise UserError(f"layout: pp {layout.pp}: preference tuning has no pipeline; take dp, fsdp or tp")
-    if config.sample_prompts:
-        raise UserError(f"layout: pp {layout.pp} with sample_prompts: no rank has the whole model; leave them out")
+def make_reference(
+    model: Transformer, plan: Schedule, mesh: Mesh, compute: Compute, head: Head, fill: Callable[[], None]
+) -> PipelineStep:  # fmt: skip
+    """The same of a frozen model, of which only `evaluate` is wanted."""
+    group = mesh.group("pp")
+    divide(model.eval().requires_grad_(False), mesh, whole_batch=False)
+    pipeline = PipelineStep(
+        model, plan, group, head=head, autocast=compute.autocast, split=False, trains=False,
+        sequence_ranks=mesh.layout.tp if mesh.layout.sp else 1,
+    )  # fmt: skip
+    if mesh.layout.fsdp > 1:
+        pipeline.shard(mesh)
+    fill()
+    return pipeline
+
+
+def answer_logprobs(whole: Parallel, compute: Compute) -> Logprobs:
+    """From hidden states to log p of whole answers, of scores and sequences that may be cut."""
+
+    def chunk_logprobs(x_ND: Tensor, targets_N: Tensor) -> Tensor:
+        with compute.autocast():
+            logits_NV = whole.model.logits(x_ND)
+        return whole.target_logprobs(logits_NV, targets_N)
+
+    def logprobs(y_BTD: Tensor, microbatch: Microbatch) -> Tensor:
+        return whole.across(loss.answer_logprobs(y_BTD, microbatch.targets, microbatch.rows, chunk_logprobs))
+
+    return logprobs
 
 
 def make_plan(config: TrainConfig, layout: Layout) -> Schedule:
@@ -173,7 +220,42 @@ class StagedLanguageModeling:
         return self.pipeline.evaluate(self.microbatches(part[0]))
 
     def microbatches(self, batch: Batch) -> list[Microbatch]:
-        count = self.pipeline.schedule.microbatches
-        size = len(batch.tokens) // count
-        device = self.pipeline.device
-        return [Microbatch.of(batch, slice(i * size, (i + 1) * size), device, self.isolate) for i in range(count)]
+        pieces, device = cut_rows(len(batch.tokens), self.pipeline), self.pipeline.device
+        return [Microbatch.of(batch, rows, device, self.isolate) for rows in pieces]
+
+
+class StagedPreference:
+    """DPO through a pipeline: both answers of a pair are in one microbatch. The reference model lies on the same stages
+    and goes first, forward alone; the log-probabilities stay where the last stage is."""
+
+    def __init__(
+        self, pipeline: PipelineStep, reference: PipelineStep, head: ReferenceHead, config: PreferenceConfig
+    ) -> None:
+        self.pipeline, self.reference, self.head, self.isolate = pipeline, reference, head, config.isolate_documents
+
+    def count(self, batch: PreferenceBatch) -> int:
+        return int(batch.is_pair.sum())
+
+    def parts(self, batch: PreferenceBatch, size: int) -> Iterator[tuple[PreferenceBatch, int]]:
+        yield batch, size
+
+    def backward(self, part: tuple[PreferenceBatch, int], scale: Tensor, aux_scale: Tensor) -> Tensor:
+        microbatches = self.microbatches(part[0])
+        share = len(part[0].is_pair) / len(microbatches) / part[1]
+        return self.pipeline.step(microbatches, scale, aux_scale * share)
+
+    def loss(self, part: tuple[PreferenceBatch, int]) -> Tensor:
+        return self.pipeline.evaluate(self.microbatches(part[0]))
+
+    def microbatches(self, batch: PreferenceBatch) -> list[Pairs]:
+        """Of pairs, with what the reference says of them."""
+        pieces, device = cut_rows(len(batch.is_pair), self.pipeline), self.pipeline.device
+        microbatches = [Pairs.of_pairs(batch, rows, device, self.isolate) for rows in pieces]
+        self.reference.evaluate(microbatches)
+        return self.head.take(microbatches)
+
+
+def cut_rows(rows: int, pipeline: PipelineStep) -> list[slice]:
+    """The rows of each microbatch of a batch."""
+    size = rows // pipeline.schedule.microbatches
+    return [slice(i * size, (i + 1) * size) for i in range(pipeline.schedule.microbatches)]
