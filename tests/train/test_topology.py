@@ -77,6 +77,7 @@ def test_one_process_goes_on_and_a_missing_shard_is_named(pool: Pool, tmp_path: 
     trainer = make_trainer(case, World(), tmp_path)
     trainer.resume()
     trainer.train_step()
+    trainer.outcome.validation = trainer.validation_loss()
     trainer.outcome.weights = gathered(trainer.parallel, case)
     assert differences(trainer.outcome, last_step(alone(case)), "fp32") == []
     shards = sorted((checkpoint / "state").glob("*.distcp"))
