@@ -35,6 +35,7 @@ from soma.model.config import ModelConfig
 from soma.model.transformer import Transformer
 from soma.train.parallel.pipeline.draw import svg
 from soma.train.parallel.pipeline.execute import Clock, PipelineStep, execute, gather_timeline
+from soma.train.parallel.pipeline.lower import lower, one_by_one
 from soma.train.parallel.pipeline.microbatch import Microbatch
 from soma.train.parallel.pipeline.schedule import Action, Schedule
 from soma.train.parallel.pipeline.schedules import SCHEDULES
@@ -56,7 +57,7 @@ def plan(name: str, ranks: int) -> Schedule:
         made = replace(search(ranks, microbatches, v_half_limit(ranks)), name=name)
     else:
         made = SCHEDULES[name](ranks, microbatches)
-    return replace(made, steps=tuple(tuple(made.actions(rank)) for rank in range(ranks)))
+    return one_by_one(made)
 
 
 def nominal(schedule: Schedule, unit: float) -> Costs:
@@ -129,7 +130,8 @@ class WaitingPipeline:
 
     def __init__(self, schedule: Schedule, group: dist.ProcessGroup) -> None:
         self.schedule, self.group, self.rank = schedule, group, dist.get_rank(group)
-        self.transport = DelayedTransport(schedule, group, lambda index: torch.empty(WIDTH, WIDTH))
+        self.plan = lower(schedule)
+        self.transport = DelayedTransport(self.plan, group, lambda index: torch.empty(WIDTH, WIDTH))
 
     def run(self, unit: float) -> Timeline:
         costs = nominal(self.schedule, unit)
@@ -137,7 +139,7 @@ class WaitingPipeline:
         workers = {stage: Waiting(costs) for stage in self.schedule.stages_of(self.rank)}
         clock = Clock(torch.device("cpu"))
         dist.barrier(self.group)
-        execute(self.schedule, self.rank, workers, self.transport, clock)
+        execute(self.plan, self.rank, workers, self.transport, clock)
         last = self.schedule.stages - 1
         if last in workers:  # what arrived is what was sent, through all stages
             for index, value in workers[last].result.items():

@@ -12,8 +12,10 @@ from soma.train.compute import Compute
 from soma.train.config import TrainConfig
 from soma.train.parallel.config import Layout
 from soma.train.parallel.pipeline import execute as executor
+from soma.train.parallel.pipeline.lower import one_by_one
+from soma.train.parallel.pipeline.schedule import Action, ShardAction
 from soma.train.parallel.pipeline.schedules import SCHEDULES
-from soma.train.parallel.pipeline.sharding import ShardAction, with_shards
+from soma.train.parallel.pipeline.sharding import add_shards
 from soma.train.parallel.pipeline.training import stage_model
 from soma.train.parallel.shard import StageShards
 from soma.train.recompute import kept_bytes
@@ -23,31 +25,34 @@ from tests.train.pool import Pool
 
 
 def words(name: str, rank: int, microbatches: int, zero: int) -> list[str]:
-    return [str(action) for action in with_shards(SCHEDULES[name](2, microbatches), rank, zero)]
+    return [str(step) for step in add_shards(SCHEDULES[name](2, microbatches), zero).steps[rank]]
 
 
 def test_the_worked_example() -> None:
     assert words("1f1b", 1, 2, 2) == [
-        "unshard 1", "F1.0", "BW1.0", "reduce 1", "F1.1", "BW1.1", "reduce 1", "reshard 1",
+        "unshard1", "F1.0", "BW1.0", "reduce1", "F1.1", "BW1.1", "reduce1", "reshard1",
     ]  # fmt: skip
-    assert words("1f1b", 1, 2, 1) == ["unshard 1", "F1.0", "BW1.0", "F1.1", "BW1.1", "reduce 1", "reshard 1"]
+    assert words("1f1b", 1, 2, 1) == ["unshard1", "F1.0", "BW1.0", "F1.1", "BW1.1", "reduce1", "reshard1"]
 
 
 @pytest.mark.parametrize("name", ["zb-v", "dualpipe", "dualpipe-v", "zb-h2"])
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_every_plan(name: str, zero: int) -> None:
     """An action finds its stage together; all are cut in the end; each gradient is reduced after it was made."""
-    schedule = SCHEDULES[name](4, 8)
+    schedule = one_by_one(SCHEDULES[name](4, 8))
+    sharded = add_shards(schedule, zero)
     for rank in range(4):
         together: set[int] = set()
         waiting: dict[int, int] = {}
         most = 0
-        for action in with_shards(schedule, rank, zero):
-            if not isinstance(action, ShardAction):
+        for action in sharded.steps[rank]:
+            if isinstance(action, Action):
                 assert action.stage in together
                 if action.kind in ("W", "BW"):
                     waiting[action.stage] = waiting.get(action.stage, 0) + 1
-            elif action.kind == "unshard":
+                continue
+            assert isinstance(action, ShardAction)
+            if action.kind == "unshard":
                 assert action.stage not in together
                 together.add(action.stage)
                 most = max(most, len(together))
@@ -59,8 +64,7 @@ def test_every_plan(name: str, zero: int) -> None:
         assert not together
         assert not waiting
         assert most <= 2
-        plain = [action for action in with_shards(schedule, rank, zero) if not isinstance(action, ShardAction)]
-        assert plain == schedule.actions(rank)
+        assert sharded.actions(rank) == schedule.actions(rank)
 
 
 def whole_stages(rank: int, world_size: int, zero: int) -> list[tuple[int, set[int]]]:

@@ -12,11 +12,12 @@ from torch import Tensor
 from soma.train import loss
 from soma.train.parallel.pipeline.execute import PipelineStep
 from soma.train.parallel.pipeline.heads import LanguageHead
+from soma.train.parallel.pipeline.lower import forward_only
 from soma.train.parallel.pipeline.schedule import layers_of_stages
 from soma.train.parallel.pipeline.schedules import SCHEDULES
 from soma.train.parallel.pipeline.split import SplitExperts, SplitLinear
 from soma.train.parallel.pipeline.stage import StageWorker, cut, holders
-from soma.train.parallel.pipeline.transfers import channels, forward_only, made_by, needed_by
+from soma.train.parallel.pipeline.transfers import channels, made_by, needed_by
 from tests.train.pipeline_case import Case, batches, make_model, parts
 from tests.train.pool import Pool
 
@@ -196,13 +197,13 @@ def test_evaluation_timeline_and_mistakes(pool: Pool, name: str) -> None:
 def without_receives_ahead(rank: int, world_size: int, case: Case) -> bool:
     """As over NCCL: in the first step a receive is posted when it is needed; with the same gradients as the second."""
     pipeline = PipelineStep(make_model(case), case.plan())
-    pipeline.transport.ahead = 0
+    pipeline.transport.when_needed = True
     gradients = []
     for _ in range(2):
         pipeline.model.zero_grad(set_to_none=True)
         pipeline.step(parts(case, batches(case)[0]), 1.0, 1.0)
         gradients.append({name: parameter.grad for name, parameter in pipeline.model.named_parameters()})
-    assert pipeline.transport.ahead > 0
+    assert not pipeline.transport.when_needed
     return all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
 
 

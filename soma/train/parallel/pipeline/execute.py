@@ -1,4 +1,4 @@
-"""Runs a schedule: each rank its own list of actions, over real transfers.
+"""Runs a lowered schedule: each rank its own list of steps, over real transfers.
 
 The executor knows nothing of models. It asks `Worker`s for forwards and backwards and a `Transport` for what comes
 from other ranks. `PipelineStep` puts a `Transformer` in its hands: what a training loop calls in place of its own
@@ -20,13 +20,21 @@ from soma.model.transformer import Transformer
 from soma.train import loss
 from soma.train.parallel.mesh import Mesh
 from soma.train.parallel.pipeline.heads import Head, LanguageHead
+from soma.train.parallel.pipeline.lower import forward_only, lower, one_by_one
 from soma.train.parallel.pipeline.microbatch import Microbatch
 from soma.train.parallel.pipeline.replicas import Replicas
-from soma.train.parallel.pipeline.schedule import Action, Schedule, layers_of_stages
-from soma.train.parallel.pipeline.sharding import ShardAction, with_shards
+from soma.train.parallel.pipeline.schedule import (
+    Action,
+    Compute,
+    Schedule,
+    ShardAction,
+    Transfer,
+    actions_of,
+    layers_of_stages,
+)
 from soma.train.parallel.pipeline.simulate import Span, Timeline, peak
 from soma.train.parallel.pipeline.stage import StageWorker, cut
-from soma.train.parallel.pipeline.transfers import forward_only, made_by, needed_by, reader_of
+from soma.train.parallel.pipeline.transfers import made_by, needed_by, reader_of
 from soma.train.parallel.pipeline.transport import Transport
 from soma.train.parallel.pipeline.validate import validate
 from soma.train.parallel.shard import PipelineShards, StageShards
@@ -50,7 +58,7 @@ class Clock:
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
-        self.marks: list[tuple[Action, torch.cuda.Event | float]] = []
+        self.marks: list[tuple[Compute, torch.cuda.Event | float]] = []
         self.zero: torch.cuda.Event | float = 0.0
         self.zero_time = 0.0
 
@@ -70,14 +78,14 @@ class Clock:
         event.record()
         return event
 
-    def mark(self, action: Action) -> None:
-        """An action starts or ends here."""
-        self.marks.append((action, self.now()))
+    def mark(self, step: Compute) -> None:
+        """A step starts or ends here."""
+        self.marks.append((step, self.now()))
 
     def spans(self) -> list[Span]:
-        """The actions that were marked twice, in order; times on the monotonic clock."""
-        times = [(action, self.seconds(mark)) for action, mark in self.marks]
-        return [Span(action, start, end) for (action, start), (_, end) in list(pairwise(times))[::2]]
+        """The steps that were marked twice, in order; times on the monotonic clock."""
+        times = [(step, self.seconds(mark)) for step, mark in self.marks]
+        return [Span(step, start, end) for (step, start), (_, end) in list(pairwise(times))[::2]]
 
     def seconds(self, mark: "torch.cuda.Event | float") -> float:
         """A mark on the monotonic clock."""
@@ -90,46 +98,56 @@ class Clock:
 
 def execute(
     schedule: Schedule, rank: int, workers: Mapping[int, Worker], transport: Transport, clock: Clock,
-    plan: Sequence[Action | ShardAction] | None = None, shards: Mapping[int, StageShards] | None = None,
+    shards: Mapping[int, StageShards] | None = None,
 ) -> None:  # fmt: skip
-    """Run the rank's actions in the schedule's order. `workers` are this rank's stages by their index.
+    """Run the rank's steps of a lowered schedule, in order. `workers` (and `shards`, where the schedule has actions for
+    them) are this rank's stages by their index.
 
-    plan: those of `with_shards`, where the stages are sharded; `shards` does what it says of them.
-
-    An action starts when its rank is free and what it needs has come; what it makes leaves while the next one runs. A
-    pair that a schedule overlaps runs one after the other here: that takes two streams of a GPU.
+    An action starts when its rank is free and what it needs has come; what it makes leaves while the next one runs.
+    Overlapped pairs take two streams of a GPU: `lower.one_by_one` takes them apart for ranks that have one.
     """
     clock.begin()  # first: it waits for the GPU, which would wait for the receives that `transport` posts
     transport.begin()
-    here: dict[Action, Tensor | None] = {}  # made on this rank for this rank: the turn of a V
-    for action in schedule.actions(rank) if plan is None else plan:
-        if isinstance(action, ShardAction):
+    made: dict[Action, Tensor] = {}  # on this rank: to be sent, or read here at the turn of a V
+    for step in schedule.steps[rank]:
+        if isinstance(step, Transfer):
+            if step.kind == "receive":
+                transport.open(step)
+            else:
+                transport.send(step.message, step.peer, made.pop(step.message))
+        elif isinstance(step, ShardAction):
             assert shards is not None
-            getattr(shards[action.stage], action.kind)()
-            continue
-        need = needed_by(schedule, action)
-        value = None
-        if need is not None:
-            value = here.pop(need) if need in here else transport.receive(need)
-        worker = workers[action.stage]
-        if shards is not None:
-            shards[action.stage].ready()
-        clock.mark(action)
-        result = None
-        if action.kind == "F":
-            result = worker.forward(action.microbatch, value)
-        elif action.kind in ("B", "BW"):
-            result = worker.backward(action.microbatch, value)
-        if action.kind in ("W", "BW"):
-            worker.weight(action.microbatch)
-        clock.mark(action)
-        reader = reader_of(schedule, action)
-        if reader == rank:
-            here[made_by(action)] = result
-        elif reader is not None:
-            assert result is not None
-            transport.send(made_by(action), reader, result)
+            getattr(shards[step.stage], step.kind)()
+        else:
+            values: list[Tensor | None] = []
+            for action in actions_of(step):
+                need = needed_by(schedule, action)
+                value = None
+                if need is not None:
+                    value = made.pop(need) if need in made else transport.receive(need)
+                values.append(value)
+                if shards is not None:
+                    shards[action.stage].ready()
+            clock.mark(step)
+            results = compute(workers, step, values)
+            clock.mark(step)
+            for action, result in zip(actions_of(step), results, strict=True):
+                if result is not None and reader_of(schedule, action) is not None:
+                    made[made_by(action)] = result
     transport.finish()
+
+
+def compute(workers: Mapping[int, Worker], step: Compute, values: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """A step: from what its actions read to what they put out."""
+    assert isinstance(step, Action)
+    worker, result = workers[step.stage], None
+    if step.kind == "F":
+        result = worker.forward(step.microbatch, values[0])
+    elif step.kind in ("B", "BW"):
+        result = worker.backward(step.microbatch, values[0])
+    if step.kind in ("W", "BW"):
+        worker.weight(step.microbatch)
+    return [result]
 
 
 def gather_timeline(schedule: Schedule, clock: Clock, group: dist.ProcessGroup) -> Timeline:
@@ -210,11 +228,10 @@ class PipelineStep:
             for stage in self.stages
         }
         self.microbatches: Sequence[Microbatch] = ()
-        self.transport = Transport(schedule, group, self.buffer) if trains else None
-        self.forward_schedule = forward_only(schedule)
-        self.forward_transport: Transport | None = None
         self.shards: PipelineShards | None = None
-        self.zero = 0
+        self.lower(0)
+        self.transport = Transport(self.plan, group, self.buffer) if trains else None
+        self.forward_transport: Transport | None = None
         self.clock: Clock | None = None
 
     @property
@@ -241,7 +258,7 @@ class PipelineStep:
         self.begin(microbatches, scale, aux_scale)
         self.clock = Clock(self.device)
         assert self.transport is not None
-        self.run(self.schedule, self.transport, self.clock)
+        self.run(self.plan, self.transport, self.clock)
         self.replicas.sum_gradients()
         return self.total()
 
@@ -250,23 +267,28 @@ class PipelineStep:
         """The sum of cross-entropies without gradients, in whatever mode the model is; the same on all ranks."""
         self.begin(microbatches, 0.0, 0.0)
         if self.forward_transport is None:
-            self.forward_transport = Transport(self.forward_schedule, self.group, self.buffer)
-        self.run(self.forward_schedule, self.forward_transport, Clock(self.device))
+            self.forward_transport = Transport(self.forward_plan, self.group, self.buffer)
+        self.run(self.forward_plan, self.forward_transport, Clock(self.device))
         return self.total()
 
     def shard(self, mesh: Mesh) -> None:
         """Cut the stages over the fsdp ranks of a layout, after all else has been applied to them."""
         layers = {stage.index: list(stage.layers) for stage in self.stages}
-        self.shards, self.zero = PipelineShards(self.model, mesh, layers), mesh.layout.zero
+        self.shards = PipelineShards(self.model, mesh, layers)
+        self.lower(mesh.layout.zero)
 
-    def run(self, schedule: Schedule, transport: Transport, clock: Clock) -> None:
-        """Execute the whole schedule or its forward part."""
+    def lower(self, zero: int) -> None:
+        """What this schedule's ranks do, step by step, in training and in evaluation."""
+        self.plan = lower(one_by_one(self.schedule), zero)
+        self.forward_plan = lower(forward_only(self.schedule), zero)
+
+    def run(self, plan: Schedule, transport: Transport, clock: Clock) -> None:
+        """Execute the whole plan or its forward part."""
         if self.shards is None:
-            execute(schedule, self.rank, self.workers, transport, clock)
+            execute(plan, self.rank, self.workers, transport, clock)
             return
         self.shards.begin()
-        plan = with_shards(schedule, self.rank, self.zero)
-        execute(schedule, self.rank, self.workers, transport, clock, plan, self.shards.stages)
+        execute(plan, self.rank, self.workers, transport, clock, self.shards.stages)
         self.shards.finish(reduce=torch.is_grad_enabled())
 
     def try_out(self, tokens_BT: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What a pipeline schedule is: for every rank, the list of what it computes, in order. Loads no torch.
+"""What a pipeline schedule is: for every rank, the list of what it does, in order. Loads no torch.
 
 A model is cut into S stages. A microbatch runs forward through stages 0 to S-1 and backward from S-1 to 0. A
 backward may be split (zero bubble, arXiv:2401.10241): the gradient of the stage's input, which the stage before waits
@@ -35,12 +35,43 @@ class Overlap:
         return f"{self.forward}&{self.backward}"
 
 
-Step = Action | Overlap
+@dataclass(frozen=True)
+class Transfer:
+    """One end of a message between two ranks: what the action `message` put out, to or from the rank `peer`.
+
+    A forward puts out its stage's output, for the stage after it, a backward (`B`, also where it is part of a `BW`) the
+    gradient of its stage's input, for the stage before it. A send does not hold its rank up. A receive opens a buffer
+    and does not wait either: the action that reads it does.
+    """
+
+    kind: Literal["send", "receive"]
+    message: Action
+    peer: int
+
+    def __str__(self) -> str:
+        return f"{self.message}>{self.peer}" if self.kind == "send" else f"{self.peer}>{self.message}"
+
+
+@dataclass(frozen=True)
+class ShardAction:
+    """Gather the parameters of a stage, cut them again, or sum its gradients so far and cut those."""
+
+    kind: Literal["unshard", "reshard", "reduce"]
+    stage: int
+
+    def __str__(self) -> str:
+        return f"{self.kind}{self.stage}"
+
+
+Compute = Action | Overlap
+Step = Compute | Transfer | ShardAction
 
 
 def actions_of(step: Step) -> tuple[Action, ...]:
-    """The one or two actions of a step."""
-    return (step,) if isinstance(step, Action) else (step.forward, step.backward)
+    """The one or two actions of a step that computes, none of another."""
+    if isinstance(step, Overlap):
+        return (step.forward, step.backward)
+    return (step,) if isinstance(step, Action) else ()
 
 
 @dataclass(frozen=True)
@@ -51,6 +82,8 @@ class Schedule:
     the microbatches enter at the other end (direction 1) and every rank holds the parameters of two stages.
     activations: most activations, in full stages of an unsplit model (a rank's layers), that the plan promises to
     hold on any rank at once; None: it promises nothing.
+    zero: None where the steps only compute. A lowered schedule has all steps and says for which stage of ZeRO: 0 for
+    stages that are not sharded.
     """
 
     name: str
@@ -58,6 +91,7 @@ class Schedule:
     placements: tuple[tuple[int, ...], ...]
     steps: tuple[tuple[Step, ...], ...]
     activations: float | None = None
+    zero: int | None = None
 
     @property
     def ranks(self) -> int:
@@ -80,6 +114,10 @@ class Schedule:
     def stages_of(self, rank: int) -> list[int]:
         """The stages whose parameters a rank holds."""
         return sorted({stage for place in self.placements for stage, there in enumerate(place) if there == rank})
+
+    def computing(self, rank: int) -> list[Compute]:
+        """A rank's steps in order, those that compute."""
+        return [step for step in self.steps[rank] if isinstance(step, Action | Overlap)]
 
     def actions(self, rank: int) -> list[Action]:
         """A rank's actions in order, overlaps taken apart."""

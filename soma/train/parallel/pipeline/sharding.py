@@ -4,62 +4,56 @@ Read off a schedule, like the transfers. Loads no torch.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import groupby
-from typing import Literal
+from dataclasses import replace
 
-from soma.train.parallel.pipeline.schedule import Action, Schedule
+from soma.train.parallel.pipeline.schedule import Action, Schedule, ShardAction, Step, actions_of
 
 
-@dataclass(frozen=True)
-class ShardAction:
-    """Gather the parameters of a stage, cut them again, or sum its gradients so far and cut those."""
+def add_shards(schedule: Schedule, zero: int) -> Schedule:
+    """What happens to the shards of the stages, between the steps that compute; `zero` is 1, 2 or 3.
 
-    kind: Literal["unshard", "reshard", "reduce"]
-    stage: int
-
-    def __str__(self) -> str:
-        return f"{self.kind} {self.stage}"
-
-
-def with_shards(schedule: Schedule, rank: int, zero: int) -> list[Action | ShardAction]:
-    """A rank's actions in order, and between them what happens to the shards of its stages.
-
-    Stages 1 and 2 of ZeRO keep the parameters of a stage together from its first action to its last, stage 3 cuts them
+    Stages 1 and 2 of ZeRO keep the parameters of a stage together from its first step to its last, stage 3 cuts them
     whenever another stage of the rank takes its turn. Gradients are summed once, after a stage's last backward (1), or
-    after each backward (2, 3). A stage is gathered one action before its turn, so that the gathering hides behind it.
-    Worked example: rank 1 of 1F1B with two microbatches, ZeRO-2: unshard 1, F1.0, BW1.0, reduce 1, F1.1, BW1.1,
-    reduce 1, reshard 1.
+    after each backward (2, 3). A stage is gathered one step before its turn, so that the gathering hides behind it.
+    Worked example: rank 1 of 1F1B with two microbatches, ZeRO-2: unshard1, F1.0, BW1.0, reduce1, F1.1, BW1.1, reduce1,
+    reshard1.
     """
-    actions = schedule.actions(rank)
-    begins, ends = turns(actions, zero)
-    last = {action.stage: place for place, action in enumerate(actions) if action.kind in ("W", "BW")}
-    plan: list[Action | ShardAction] = []
-    for place, action in enumerate(actions):
-        if place == 0:
-            plan += [ShardAction("unshard", stage) for stage in begins.get(0, [])]
+    return replace(schedule, steps=tuple(tuple(shard_row(row, zero)) for row in schedule.steps))
+
+
+def shard_row(row: Sequence[Step], zero: int) -> list[Step]:
+    """One rank's steps."""
+    begins, ends = turns(row, zero)
+    last = {action.stage: place for place, step in enumerate(row) for action in weights_of(step)}
+    plan: list[Step] = [ShardAction("unshard", stage) for stage in begins.get(0, [])]
+    for place, step in enumerate(row):
         plan += [ShardAction("unshard", stage) for stage in begins.get(place + 1, [])]
-        plan.append(action)
-        if action.kind in ("W", "BW") and (zero > 1 or last[action.stage] == place):
-            plan.append(ShardAction("reduce", action.stage))
+        plan.append(step)
+        for action in weights_of(step):
+            if zero > 1 or last[action.stage] == place:
+                plan.append(ShardAction("reduce", action.stage))
         plan += [ShardAction("reshard", stage) for stage in ends.get(place, [])]
     return plan
 
 
-def turns(actions: Sequence[Action], zero: int) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
-    """Where the turn of a stage begins and where it ends: places in the list, each with the stages."""
-    spans: list[tuple[int, int, int]] = []  # stage, first place, last place
-    if zero == 3:
-        for stage, run in groupby(enumerate(actions), key=lambda item: item[1].stage):
-            places = [place for place, _ in run]
-            spans.append((stage, places[0], places[-1]))
-    else:
-        for stage in dict.fromkeys(action.stage for action in actions):
-            places = [place for place, action in enumerate(actions) if action.stage == stage]
-            spans.append((stage, places[0], places[-1]))
+def weights_of(step: Step) -> list[Action]:
+    """The actions of a step that end with a gradient of the weights."""
+    return [action for action in actions_of(step) if action.kind in ("W", "BW")]
+
+
+def turns(row: Sequence[Step], zero: int) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+    """Where the turns of stages begin and where they end: places in the row, each with the stages."""
+    places: dict[int, list[int]] = {}
+    for place, step in enumerate(row):
+        for action in actions_of(step):
+            places.setdefault(action.stage, []).append(place)
     begins: dict[int, list[int]] = {}
     ends: dict[int, list[int]] = {}
-    for stage, first, last in spans:
-        begins.setdefault(first, []).append(stage)
-        ends.setdefault(last, []).append(stage)
+    for stage, own in places.items():
+        for before, place in zip([None, *own], own, strict=False):
+            if before is None or (zero == 3 and place > before + 1):
+                begins.setdefault(place, []).append(stage)
+        for place, after in zip(own, [*own[1:], None], strict=True):
+            if after is None or (zero == 3 and after > place + 1):
+                ends.setdefault(place, []).append(stage)
     return begins, ends

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from soma.train.parallel.pipeline.schedule import Action, Overlap, Schedule, Step, actions_of
+from soma.train.parallel.pipeline.schedule import Action, Compute, Overlap, Schedule, actions_of
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Costs:
     transfer: float = 0.0
     overlapped: float | None = None
 
-    def of(self, step: Step) -> float:
+    def of(self, step: Compute) -> float:
         """How long a step takes."""
         if isinstance(step, Overlap):
             return self.of(step.forward) + self.of(step.backward) if self.overlapped is None else self.overlapped
@@ -34,7 +34,7 @@ class Costs:
 class Span:
     """A step on the time line."""
 
-    step: Step
+    step: Compute
     start: float
     end: float
 
@@ -83,7 +83,7 @@ class Timeline:
 class DeadlockError(ValueError):
     """A schedule that stops: `stuck` holds each rank's next step and what it waits for; `done` is how far each came."""
 
-    def __init__(self, stuck: dict[int, tuple[Step, Action]], done: list[int]) -> None:
+    def __init__(self, stuck: dict[int, tuple[Compute, Action]], done: list[int]) -> None:
         self.stuck, self.done = stuck, done
         lines = [f"rank {rank} cannot start {step}: it waits for {need}" for rank, (step, need) in stuck.items()]
         super().__init__("the schedule stops: " + "; ".join(lines))
@@ -107,14 +107,15 @@ def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
     """
     costs = costs or Costs()
     ready: dict[Action, float] = {}
-    spans: list[list[Span]] = [[] for _ in schedule.steps]
+    rows = [schedule.computing(rank) for rank in range(schedule.ranks)]
+    spans: list[list[Span]] = [[] for _ in rows]
     places = [0] * schedule.ranks
     clocks = [0.0] * schedule.ranks
     waiting: dict[Action, list[int]] = {}
     todo = deque(range(schedule.ranks))
     while todo:
         rank = todo.popleft()
-        row = schedule.steps[rank]
+        row = rows[rank]
         while places[rank] < len(row):
             step = row[places[rank]]
             start, lacking = arrival(schedule, step, rank, ready, costs.transfer)
@@ -129,11 +130,11 @@ def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
                 for done in finished(action):
                     ready[done] = end
                     todo.extend(waiting.pop(done, []))
-    if any(place < len(row) for place, row in zip(places, schedule.steps, strict=True)):
+    if any(place < len(row) for place, row in zip(places, rows, strict=True)):
         stuck = {}
         for action, ranks in waiting.items():
             for rank in ranks:
-                stuck[rank] = (schedule.steps[rank][places[rank]], action)
+                stuck[rank] = (rows[rank][places[rank]], action)
         raise DeadlockError(dict(sorted(stuck.items())), places)
     return Timeline(schedule, spans, [peak(schedule, row) for row in spans])
 
@@ -146,7 +147,7 @@ def finished(action: Action) -> list[Action]:
 
 
 def arrival(
-    schedule: Schedule, step: Step, rank: int, ready: dict[Action, float], transfer: float
+    schedule: Schedule, step: Compute, rank: int, ready: dict[Action, float], transfer: float
 ) -> tuple[float, Action | None]:
     """When all that a step needs is there, or what is lacking."""
     latest = 0.0

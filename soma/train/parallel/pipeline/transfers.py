@@ -4,11 +4,13 @@ Two things travel: what a forward puts out, to the stage after it, and what a ba
 stage's input), to the stage before it. Both are named by the action that makes them, `F` or `B`.
 """
 
+from collections import deque
 from dataclasses import replace
 
-from soma.train.parallel.pipeline.schedule import Action, Schedule
+from soma.train.parallel.pipeline.schedule import Action, Schedule, Step, Transfer, actions_of
 
 Channel = tuple[int, int]  # from rank, to rank
+AHEAD = 2  # receives that a channel has open before they are needed: one arrives while the other is worked on
 
 
 def made_by(action: Action) -> Action:
@@ -52,9 +54,49 @@ def channels(schedule: Schedule) -> dict[Channel, list[Action]]:
     return dict(sorted(found.items()))
 
 
-def forward_only(schedule: Schedule) -> Schedule:
-    """The same plan without its backward: for evaluation."""
-    steps = tuple(
-        tuple(action for action in schedule.actions(rank) if action.kind == "F") for rank in range(schedule.ranks)
-    )
-    return replace(schedule, steps=steps, activations=None)
+def add_transfers(schedule: Schedule, ahead: int = AHEAD) -> Schedule:
+    """A send after each step whose outcome another rank reads, and receives `ahead` of their readers.
+
+    A channel's receives come in the order of its sends. The first `ahead` open before the rank's first step, and as
+    many as keep that number open after each step that read one.
+    """
+    orders = channels(schedule)
+    number = {message: place for order in orders.values() for place, message in enumerate(order)}
+    rows = []
+    for rank in range(schedule.ranks):
+        closed = {channel: deque(order) for channel, order in orders.items() if channel[1] == rank}
+
+        def open_until(channel: Channel, count: int, closed: dict[Channel, deque[Action]] = closed) -> list[Step]:
+            """The receives that bring the number that the channel has opened to `count`."""
+            more = count - (len(orders[channel]) - len(closed[channel]))
+            return [
+                Transfer("receive", closed[channel].popleft(), channel[0])
+                for _ in range(min(more, len(closed[channel])))
+            ]
+
+        row = [receive for channel in closed for receive in open_until(channel, ahead)]
+        for step in schedule.steps[rank]:
+            wanted = [need for action in actions_of(step) if (need := needed_by(schedule, action)) is not None]
+            read = [(need, (schedule.rank_of(need.stage, need.microbatch), rank)) for need in wanted]
+            read = [(need, channel) for need, channel in read if channel in orders]
+            for need, channel in read:
+                row += open_until(channel, number[need] + 1)
+            row.append(step)
+            for action in actions_of(step):
+                reader = reader_of(schedule, action)
+                if reader is not None and reader != rank:
+                    row.append(Transfer("send", made_by(action), reader))
+            for need, channel in read:
+                row += open_until(channel, number[need] + 1 + ahead)
+        rows.append(tuple(row))
+    return replace(schedule, steps=tuple(rows))
+
+
+def sends(schedule: Schedule) -> dict[Channel, list[Action]]:
+    """The messages of every channel of a lowered schedule, in the order in which its steps send them."""
+    found: dict[Channel, list[Action]] = {}
+    for rank, row in enumerate(schedule.steps):
+        for step in row:
+            if isinstance(step, Transfer) and step.kind == "send":
+                found.setdefault((rank, step.peer), []).append(step.message)
+    return dict(sorted(found.items()))

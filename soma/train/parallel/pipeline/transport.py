@@ -8,39 +8,38 @@ import torch.distributed as dist
 from torch import Tensor
 
 from soma.train.parallel.groups import make_groups
-from soma.train.parallel.pipeline.schedule import Action, Schedule
-from soma.train.parallel.pipeline.transfers import Channel, channels
+from soma.train.parallel.pipeline.schedule import Action, Schedule, Transfer
+from soma.train.parallel.pipeline.transfers import sends
 from soma.train.parallel.watch import waiting
-
-AHEAD = 2  # receives that a channel has posted before they are needed: one arrives while the other is worked on
 
 
 class Transport:
-    """One rank's ends of all channels of a schedule.
+    """One rank's ends of all channels of a lowered schedule.
 
-    Sends are asynchronous and keep their tensor alive until it has left. Receives are posted in the channel's order,
-    `AHEAD` of them at any time, into buffers made by `buffer(microbatch)`: what comes over a wire has that shape. Over
-    NCCL every channel has a communicator of its own, since those of two directions on one would wait for each other. A
-    posted receive is a kernel that waits there, and CUDA loads a kernel that is new only when no other runs: so the
-    first step, in which most are new, posts each receive when it is needed.
+    Sends are asynchronous and keep their tensor alive until it has left. Receives are posted where the schedule has
+    them, into buffers made by `buffer(microbatch)`: what comes over a wire has that shape. Over NCCL every channel has
+    a communicator of its own, since those of two directions on one would wait for each other. A posted receive is a
+    kernel that waits there, and CUDA loads a kernel that is new only when no other runs: so the first step, in which
+    most are new, posts each receive when it is needed.
     """
 
     def __init__(self, schedule: Schedule, group: dist.ProcessGroup, buffer: Callable[[int], Tensor]) -> None:
         self.group, self.buffer, self.rank = group, buffer, dist.get_rank(group)
-        self.orders = channels(schedule)
-        self.reads = {channel: order for channel, order in self.orders.items() if channel[1] == self.rank}
+        self.orders = sends(schedule)
         self.groups = dict.fromkeys(self.orders, group)
         self.number = {
             (channel, message): place for channel, order in self.orders.items() for place, message in enumerate(order)
         }
-        self.channel_of = {message: channel for channel, order in self.reads.items() for message in order}
-        self.ahead = AHEAD
-        if dist.get_backend(group) == "nccl":
-            self.ahead = 0
+        self.source_of = {
+            message: source for (source, reader), order in self.orders.items() if reader == self.rank
+            for message in order
+        }  # fmt: skip
+        self.when_needed = dist.get_backend(group) == "nccl"
+        if self.when_needed:
             self.open_channels()
         self.sending: deque[tuple[dist.Work, Tensor, int]] = deque()
         self.posted: dict[Action, tuple[dist.Work, Tensor]] = {}
-        self.next: dict[Channel, int] = {}
+        self.put_off: dict[int, deque[Action]] = {source: deque() for source in self.source_of.values()}
 
     def open_channels(self) -> None:
         """A communicator for each channel, used once in an order that is the same everywhere."""
@@ -62,37 +61,38 @@ class Transport:
         torch.cuda.synchronize()
 
     def begin(self) -> None:
-        """A new step: post the first receives."""
+        """A new step."""
         assert not self.sending
         assert not self.posted
-        self.next = dict.fromkeys(self.reads, 0)
-        for channel in self.reads:
-            self.post(channel, self.ahead)
 
-    def post(self, channel: Channel, until: int) -> None:
-        """Post the channel's receives up to the one numbered `until` (not included)."""
-        order = self.reads[channel]
-        for place in range(self.next[channel], min(until, len(order))):
-            message = order[place]
-            buffer = self.buffer(message.microbatch)
-            source = dist.get_global_rank(self.group, channel[0])
-            work = dist.irecv(buffer, source, group=self.groups[channel], tag=place)
-            assert work is not None
-            self.posted[message] = (work, buffer)
-        self.next[channel] = max(self.next[channel], min(until, len(order)))
+    def open(self, receive: Transfer) -> None:
+        """Post a receive."""
+        if self.when_needed:
+            self.put_off[receive.peer].append(receive.message)
+        else:
+            self.post(receive.message, receive.peer)
+
+    def post(self, message: Action, source: int) -> None:
+        """Open a buffer for a message of the rank `source`."""
+        channel = (source, self.rank)
+        buffer = self.buffer(message.microbatch)
+        sender = dist.get_global_rank(self.group, source)
+        work = dist.irecv(buffer, sender, group=self.groups[channel], tag=self.number[channel, message])
+        assert work is not None
+        self.posted[message] = (work, buffer)
 
     def receive(self, message: Action) -> Tensor:
         """What `message` names, as soon as it is here. Raises RuntimeError, with who waits for what, on a time-out."""
-        channel = self.channel_of[message]
-        self.post(channel, self.number[channel, message] + 1)
+        source = self.source_of[message]
+        while message not in self.posted:
+            self.post(self.put_off[source].popleft(), source)
         work, buffer = self.posted.pop(message)
         try:
-            with waiting(dist.get_global_rank(self.group, channel[0]), f"the receipt of {message}"):
+            with waiting(dist.get_global_rank(self.group, source), f"the receipt of {message}"):
                 work.wait()
         except RuntimeError as error:
-            who = f"pipeline rank {self.rank} waits for {message} of rank {channel[0]}"
+            who = f"pipeline rank {self.rank} waits for {message} of rank {source}"
             raise RuntimeError(f"{who}: {error}") from error
-        self.post(channel, self.number[channel, message] + 1 + self.ahead)
         return buffer
 
     def send(self, message: Action, reader: int, value: Tensor) -> None:
@@ -113,4 +113,4 @@ class Transport:
             work, _, target = self.sending.popleft()
             with waiting(target, "the sending of a microbatch"):
                 work.wait()
-        self.ahead = AHEAD
+        self.when_needed = False
