@@ -29,7 +29,8 @@ class RouterBalance:
         routers = (module for module in model.modules() if isinstance(module, Router))
         self.routers = [router for router in routers if rate and router.config.topk_method == "noaux_tc"]
         for router in self.routers:
-            router.load = torch.zeros(router.config.num_experts, dtype=torch.int64, device=router.weight.device)
+            device = router.e_score_correction_bias.device  # where it computes: weights may be offloaded
+            router.load = torch.zeros(router.config.num_experts, dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def step(self) -> None:

@@ -197,7 +197,12 @@ class TrainConfig(BaseModel):
             raise ValueError(f"lora and {other} exclude each other: take adamw and float8: false")
         if self.length_stages != sorted({stage for stage in self.length_stages if stage > 0}):
             raise ValueError(f"length_stages {self.length_stages}: give lengths above 0 in ascending order")
-        checkpointing_form(self.activation_checkpointing)
+        form, _ = checkpointing_form(self.activation_checkpointing)
+        if form == "budget" and self.layout.cpu_offload:
+            raise ValueError(
+                "activation_checkpointing with a budget is measured with whole layers on the GPU, and layout: "
+                "cpu_offload keeps them from there: take true, every:N or selective"
+            )
         if self.steps is not None:
             check_schedule(self, self.steps)
         return self

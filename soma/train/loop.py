@@ -97,10 +97,11 @@ class Trainer:
         self.identity, self.world, self.journal = identity, world, journal
         self.planned = self.steps = steps
         self.at = Progress()
-        self.optimizers = build_optimizers(model, config, compute.muon_dtype, compute.compile)
+        self.optimizers = build_optimizers(model, config, compute.muon_dtype, compute.compile, compute.device)
         self.balance = RouterBalance(model, config.router_bias_rate, world)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.scaler = LossScaler(compute.device, compute.precision == "fp16", world.size)
+        gradients = torch.device("cpu") if world.mesh.layout.cpu_offload else compute.device
+        self.scaler = LossScaler(gradients, compute.precision == "fp16", world.size)
         self.divergence = DivergenceGuard(config.divergence_factor, config.divergence_steps)
         self.clock = TimeGuard(config.max_seconds or float("inf"))
         self.checkpoints = Checkpoints(
@@ -162,7 +163,8 @@ class Trainer:
             self.parallel.begin(last=number == len(parts))
             total += self.objective.backward(part, one / count, one * (self.microbatch / self.config.batch_size))
         self.parallel.finish()
-        loss, norm = torch.stack([self.world.sum(total) / count, self.clip()]).tolist()  # a GPU is waited for once
+        figures = [self.world.sum(total) / count, self.clip().to(total.device)]
+        loss, norm = torch.stack(figures).tolist()  # a GPU is waited for once
         self.stop_if_diverged(self.divergence.check(loss), batch)
         if not self.scaler.enabled and not np.isfinite(norm):
             self.stop_if_diverged(f"the gradient norm is {norm}", batch)
@@ -243,6 +245,7 @@ class Trainer:
                 config.sample_temperature,
                 config.seed,
                 chat=isinstance(config, TuneConfig) and self.tokenizer.has_chat_template,
+                device=self.compute.device,
             )
             self.journal.write("sample", at.done, prompt=prompt, text=text)
         self.model.train()

@@ -54,7 +54,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum orthogonalized by Newton-Schulz (Jordan et al. 2024), decoupled weight decay, AdamW-sized updates.
 
     For 2-D weights of hidden layers and (E, M, N) stacks of experts. Deterministic at one thread count. `dtype` is that
-    of the iteration: bf16 where the machine has it, fp32 elsewhere (bf16 there is emulated, and slow).
+    of the iteration: bf16 where the machine has it, fp32 elsewhere (bf16 there is emulated, and slow). `device` is
+    where it runs: a GPU, for parameters that lie in the CPU's memory.
     """
 
     def __init__(
@@ -64,9 +65,10 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         weight_decay: float = 0.1,
         dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.dtype = dtype
+        self.dtype, self.device = dtype, device
         self.matrices = WholeMatrices(each for group in self.param_groups for each in group["params"])
 
     @torch.no_grad()
@@ -93,14 +95,14 @@ class Muon(torch.optim.Optimizer):
                 local_part(tensor) for tensor in (state["momentum_buffer"], parameter.grad, parameter.detach())
             )
             buffer.lerp_(grad, 1 - group["momentum"])
-            directions.append(torch.lerp(grad, buffer, group["momentum"]).to(self.dtype))
+            directions.append(torch.lerp(grad, buffer, group["momentum"]).to(self.device, self.dtype))
             pieces.append(piece)
         rows, columns = parameters[0].shape[-2:]
         scale = group["lr"] * update_scale(rows, columns)
         updates = self.matrices.map(orthogonalize, parameters, directions)
         for piece, update in zip(pieces, updates, strict=True):
             piece.mul_(1 - group["lr"] * group["weight_decay"])
-            piece.add_(update.to(piece.dtype), alpha=-scale)
+            piece.add_(update.to(piece.device, piece.dtype), alpha=-scale)
 
 
 def split_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -123,11 +125,13 @@ def split_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def build_optimizers(
-    model: nn.Module, config: TrainConfig, muon_dtype: torch.dtype, compiled: bool = False
+    model: nn.Module, config: TrainConfig, muon_dtype: torch.dtype, compiled: bool = False,
+    device: torch.device | None = None,
 ) -> list[torch.optim.Optimizer]:  # fmt: skip
     """AdamW alone, or Muon and AdamW, over the model's trainable parameters.
 
-    `compiled`: whether what gains by it, the update of bf16 parameters, is compiled.
+    `compiled`: whether what gains by it, the update of bf16 parameters, is compiled. `device`: where Muon multiplies,
+    if not where the parameters lie.
     """
     split = split_parameters(model)
     adamw: list[dict[str, Any]] = [
@@ -137,7 +141,7 @@ def build_optimizers(
     optimizers: list[torch.optim.Optimizer] = []
     if config.optimizer == "muon":
         optimizers.append(
-            Muon(split["hidden"], config.learning_rate, config.momentum, config.weight_decay, dtype=muon_dtype)
+            Muon(split["hidden"], config.learning_rate, config.momentum, config.weight_decay, muon_dtype, device)
         )
     else:
         adamw[0]["params"] = split["hidden"] + split["matrices"]

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+WIDTH = (
+    1024  # a compiled update of any number of rows reads and writes 16 bytes at a time if their length divides by it
+)
 FIRST, SECOND = 0x7FEB352D, 0x846CA68B - (1 << 32)  # lowbias32's factors, as int32
 
 
@@ -44,16 +47,21 @@ def round_stochastically(x: Tensor, noise_16: Tensor) -> Tensor:
 
 
 def _update(
-    weight: Tensor, grad: Tensor, mean: Tensor, square: Tensor, key: Tensor, rate: Tensor, decay: float, beta1: float,
-    beta2: float, eps: float, step: Tensor,
+    weight: Tensor, grad: Tensor, mean: Tensor, square: Tensor, key_4: Tensor, figures_4: Tensor, decay: float,
+    beta1: float, beta2: float, eps: float,
 ) -> None:  # fmt: skip
-    """One AdamW update of a flat bf16 weight in float32 arithmetic; all that is kept is rounded stochastically."""
+    """One AdamW update of a bf16 weight in float32 arithmetic; all that is kept is rounded stochastically.
+
+    `figures_4`: 1 - beta1^step, 1 - beta2^step, learning rate: a power for each number would cost more than the rest.
+    """
+    first_share, second_share, rate = figures_4[0], figures_4[1], figures_4[2]
     gradient = grad.float()
     new_mean = mean.float().lerp(gradient, 1 - beta1)
     new_square = square.float().lerp(gradient * gradient, 1 - beta2)
-    root = (new_square / (1 - beta2**step)).sqrt() + eps
-    new = weight.float() * (1 - rate * decay) - rate * (new_mean / (1 - beta1**step)) / root
-    random = _mix(torch.arange(weight.numel(), dtype=torch.int32, device=weight.device) + key)
+    root = (new_square / second_share).sqrt() + eps
+    new = weight.float() * (1 - rate * decay) - rate * (new_mean / first_share) / root
+    places = torch.arange(weight.numel(), dtype=torch.int32, device=weight.device).view(weight.shape)
+    random = _mix(places + key_4[0])
     weight.copy_(round_stochastically(new, random & 0xFFFF))
     mean.copy_(round_stochastically(new_mean, (random >> 16) & 0xFFFF))
     square.copy_(round_stochastically(new_square, (_mix(random) >> 8) & 0xFFFF))
@@ -74,7 +82,9 @@ class RoundedAdamW(torch.optim.Optimizer):
         self.seed = seed
         # Uncompiled, an update holds some 40 bytes a number for a moment: large tensors are worked on in pieces.
         self.piece = 1 << 62 if compiled else 1 << 24
-        self.update: Callable[..., None] = torch.compile(_update, dynamic=True) if compiled else _update
+        self.width = WIDTH if compiled else 1
+        self.update: Callable[..., None] = torch.compile(_update) if compiled else _update
+        self.places: dict[tuple[int, ...], Tensor] = {}
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.dtype != torch.bfloat16:
@@ -84,25 +94,51 @@ class RoundedAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
         assert closure is None, "RoundedAdamW takes no closure"
-        for number, (group, parameter) in enumerate(self._every()):
-            if parameter.grad is None:
-                continue
-            state = self.state[parameter]
+        first = 0
+        for group in self.param_groups:
+            numbered = enumerate(group["params"], first)
+            members = [(number, parameter) for number, parameter in numbered if parameter.grad is not None]
+            first += len(group["params"])
+            if members:
+                self._step_group(group, members)
+
+    def _step_group(self, group: dict[str, Any], members: list[tuple[int, nn.Parameter]]) -> None:
+        """One update of a group's parameters, each with its number among all. No wait for a GPU, and nothing small is
+        computed parameter by parameter."""
+        states = [self.state[parameter] for _, parameter in members]
+        for state, (_, parameter) in zip(states, members, strict=True):
             if not state:
                 state |= new_state(parameter)
-            state["step"] += 1
-            beta1, beta2 = group["betas"]
-            key = _key(self.seed, number, state["step"]) + _first_place(parameter)
-            rate = torch.tensor(float(group["lr"]), device=parameter.device)
-            whole = [_flat(one) for one in (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])]
-            for first in range(0, whole[0].numel(), self.piece):
-                part = [one[first : first + self.piece] for one in whole]
-                self.update(
-                    *part, key + first, rate, group["weight_decay"], beta1, beta2, group["eps"], state["step"]
-                )  # fmt: skip
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(steps, 1)
+        steps_P = torch.stack(steps)
+        beta1, beta2 = group["betas"]
+        rate_P = torch.full_like(steps_P, float(group["lr"]))
+        # Four numbers a row: rows then begin where compiled code may read 16 bytes at a time.
+        figures_P4 = torch.stack([1 - beta1**steps_P, 1 - beta2**steps_P, rate_P, rate_P], dim=1)
+        keys_P4 = self._keys(members, steps_P)[:, None].expand(-1, 4).contiguous()
+        rows = zip(members, states, keys_P4.unbind(), figures_P4.unbind(), strict=True)
+        for (_, parameter), state, key_4, figures_4 in rows:
+            assert parameter.grad is not None
+            whole = [
+                _flat(one, self.width) for one in (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+            ]
+            for place in range(0, len(whole[0]), self.piece):
+                part = [one[place : place + self.piece] for one in whole]
+                key = key_4 + place if place else key_4
+                self.update(*part, key, figures_4, group["weight_decay"], beta1, beta2, group["eps"])
 
-    def _every(self) -> Iterable[tuple[dict[str, Any], nn.Parameter]]:
-        return ((group, parameter) for group in self.param_groups for parameter in group["params"])
+    def _keys(self, members: list[tuple[int, nn.Parameter]], steps_P: Tensor) -> Tensor:
+        """Where each tensor's noise begins at its step, int32: (seed, number of the tensor, step), far apart, and as
+        far on as this rank's piece lies in the whole."""
+        numbers = tuple(number for number, _ in members)
+        if numbers not in self.places:
+            seeds = [number * 0x85EBCA77 + self.seed * 0xC2B2AE3D for number in numbers]
+            offsets = [_first_place(parameter) for _, parameter in members]
+            both = [[_wrapped(one) for one in line] for line in (seeds, offsets)]
+            self.places[numbers] = torch.tensor(both, dtype=torch.int32).to(steps_P.device)
+        seeds_P, offsets_P = self.places[numbers]
+        return _mix(steps_P.to(torch.int32) * _wrapped(0x9E3779B1) + seeds_P) + offsets_P
 
 
 def new_state(parameter: Tensor) -> dict[str, Tensor]:
@@ -113,10 +149,12 @@ def new_state(parameter: Tensor) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    """A view of all numbers in a row; of a tensor that is cut over ranks, of this rank's piece."""
+def _flat(tensor: Tensor, width: int) -> Tensor:
+    """A view of all numbers in a row; of a tensor that is cut over ranks, of this rank's piece. `width` above 1: in
+    rows of so many, if they fill them."""
     tensor = tensor.detach()
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).view(-1)
+    flat = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).view(-1)
+    return flat.view(-1, width) if width > 1 and len(flat) % width == 0 else flat
 
 
 def _first_place(parameter: Tensor) -> int:
@@ -127,7 +165,6 @@ def _first_place(parameter: Tensor) -> int:
     return sum(first * stride for first, stride in zip(offset, parameter.stride(), strict=True))
 
 
-def _key(seed: int, number: int, step: Tensor) -> Tensor:
-    """Where a tensor's noise begins at a step: (seed, number of the tensor, step), far apart, without a wait."""
-    place = (number * 0x85EBCA77 + seed * 0xC2B2AE3D + (1 << 31)) % (1 << 32) - (1 << 31)
-    return _mix(step.to(torch.int32) * (0x9E3779B1 - (1 << 32)) + place)
+def _wrapped(number: int) -> int:
+    """An integer modulo 2^32, as int32."""
+    return (number + (1 << 31)) % (1 << 32) - (1 << 31)

@@ -18,7 +18,7 @@ FIRST, GROWTH, BACKOFF, INTERVAL = 2.0**16, 2.0, 0.5, 2000  # torch's defaults
 
 
 class LossScaler:
-    """Does nothing unless `enabled`. Every rank makes the same calls."""
+    """Does nothing unless `enabled`. Every rank makes the same calls. `device` is where the gradients lie."""
 
     def __init__(self, device: torch.device, enabled: bool, ranks: int = 1) -> None:
         self.enabled, self.ranks = enabled, ranks
@@ -28,7 +28,7 @@ class LossScaler:
 
     def scale(self, x: Tensor) -> Tensor:
         """x times the scale."""
-        return x * self.value if self.enabled else x
+        return x * self.value.to(x.device) if self.enabled else x
 
     @torch.no_grad()
     def unscale(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:

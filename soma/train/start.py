@@ -68,11 +68,13 @@ class Start:
 
 
 @torch.no_grad()
-def fill(model: Transformer, fetch: Fetch, device: torch.device) -> None:
+def fill(model: Transformer, fetch: Fetch, device: torch.device, offload: bool = False) -> None:
     """Give all tensors of a model that have no memory yet memory on a device, and their numbers from `fetch(name)`.
 
-    Tensors may be cut over ranks, and their modules wrapped; those that several modules share stay shared.
+    Tensors may be cut over ranks, and their modules wrapped; those that several modules share stay shared. `offload`:
+    parameters get theirs in the CPU's memory, page-locked beside a GPU; buffers stay with what computes.
     """
+    place = torch.device("cpu") if offload else device
     made: dict[int, tuple[Tensor, nn.Parameter]] = {}  # with the old one, so that no other takes its id
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
@@ -80,7 +82,7 @@ def fill(model: Transformer, fetch: Fetch, device: torch.device) -> None:
             if parameter is None or not local_part(parameter).is_meta:
                 continue
             if id(parameter) not in made:
-                piece = own_piece(parameter, fetch(prefix + name), device)
+                piece = own_piece(parameter, fetch(prefix + name), place, pinned=place.type != device.type)
                 made[id(parameter)] = (parameter, nn.Parameter(piece, requires_grad=parameter.requires_grad))
             module._parameters[name] = made[id(parameter)][1]
         for name, buffer in module._buffers.items():
@@ -90,13 +92,14 @@ def fill(model: Transformer, fetch: Fetch, device: torch.device) -> None:
         model.rope.to(device)
 
 
-def own_piece(tensor: Tensor, whole: Tensor, device: torch.device) -> Tensor:
-    """This rank's piece of a whole tensor, cut and in the dtype as `tensor` is, on a device."""
+def own_piece(tensor: Tensor, whole: Tensor, device: torch.device, pinned: bool = False) -> Tensor:
+    """This rank's piece of a whole tensor, cut and in the dtype as `tensor` is, on a device; `pinned` (if it is cut):
+    in page-locked memory."""
     if not isinstance(tensor, DTensor):
         return whole.to(device, tensor.dtype, copy=True)
     shape, start = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     for dimension, (length, first) in enumerate(zip(shape, start, strict=True)):
         whole = whole.narrow(dimension, min(first, whole.size(dimension)), length)
-    piece = torch.empty(shape, dtype=tensor.dtype, device=device)
+    piece = torch.empty(shape, dtype=tensor.dtype, device=device, pin_memory=pinned)
     piece.copy_(whole)
     return DTensor(piece, tensor._spec, requires_grad=False)

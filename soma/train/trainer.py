@@ -32,6 +32,7 @@ from soma.train.parallel.apply import Parallel, parallelize
 from soma.train.parallel.bridge import bridge
 from soma.train.parallel.config import Layout
 from soma.train.parallel.export import save_merged, save_whole
+from soma.train.parallel.offload import offloading
 from soma.train.parallel.pipeline.training import stage_model
 from soma.train.parallel.watch import watched
 from soma.train.start import Start, fill
@@ -60,8 +61,19 @@ def train(
     Raises UserError where config, model and data do not fit, the disk is full, or (DivergenceError) the loss is not
     finite or diverges.
     """
-    tracker = tracker or NullTracker()
-    world = world or World.join(config.layout, resolve_device(config.device).type)
+    device = resolve_device(config.device).type
+    with offloading(config.layout, device):
+        return train_in(
+            world or World.join(config.layout, device), config, out, work, tokens, tokenizer, model,
+            tracker or NullTracker(),
+        )  # fmt: skip
+
+
+def train_in(
+    world: World, config: TrainConfig, out: Path, work: Path, tokens: Path, tokenizer: Path, model: ModelConfig | Path,
+    tracker: Tracker,
+) -> TrainResult:  # fmt: skip
+    """`train`, in a world that has been joined."""
     if config.threads:
         torch.set_num_threads(config.threads)
     seed_everything(config.seed)
@@ -163,11 +175,12 @@ def lay_out(
     config: TrainConfig, network: Transformer, start: Start, world: World, compute: Compute
 ) -> tuple[Parallel, Objective]:  # fmt: skip
     """Apply the layout to the network, in place, fill it, and make the objective that trains it."""
-    filled = partial(fill, network, start, compute.device)
+    offload = world.mesh.layout.cpu_offload
+    filled = partial(fill, network, start, compute.device, offload)
     if world.mesh.layout.engine != "soma" and world.size > 1:
         return bridge(network, config, world.mesh, compute, filled)
     reference = copy.deepcopy(network) if isinstance(config, PreferenceConfig) else None
-    filled_reference = partial(fill, reference, start, compute.device) if reference is not None else filled
+    filled_reference = partial(fill, reference, start, compute.device, offload) if reference is not None else filled
     if world.mesh.layout.pp > 1:
         return stage_model(network, config, world.mesh, compute, filled, reference, filled_reference)
     rows = (config.microbatch_size or config.batch_size // world.data_size) * (1 if reference is None else 2)
@@ -184,7 +197,8 @@ def lay_out(
     )  # fmt: skip
     if reference is not None:
         parallelize(reference.requires_grad_(False), world.mesh, fill=filled_reference)
-    layered = replace(compute, compile=False) if world.size > 1 else compute  # layers are compiled one by one then
+    # Layers are compiled one by one where the layout is applied.
+    layered = replace(compute, compile=False) if world.size > 1 or offload else compute
     return parallel, make_objective(config, parallel, reference, layered)
 
 

@@ -2,10 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from soma.model.config import ModelConfig
+from soma.model.float8 import why_not
 from soma.train import loop
 from soma.train.config import PreferenceConfig, TrainConfig
 from soma.train.trainer import TrainResult
@@ -58,3 +61,47 @@ def test_preferences(run: Run, gpu: dict, pairs: Path) -> None:
     base = run("base", TrainConfig(**gpu))
     config = PreferenceConfig(**gpu | {"steps": 50, "sequence_length": 64, "learning_rate": 1e-3})
     assert run("dpo", config, tokens=pairs, model=base.model).loss < 0.3
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("precision", ["fp16", "bf16 parameters", "float8"])
+def test_every_precision_by_the_layer(run: Run, gpu: dict, precision: str, compiled: bool) -> None:
+    """What a recipe can ask for learns as bf16 with fp32 parameters does."""
+    settings: dict[str, Any] = {
+        "fp16": {"precision": "fp16"},
+        "bf16 parameters": {"precision": "bf16", "parameters": "bf16"},
+        "float8": {"precision": "bf16", "float8": True},
+    }[precision]
+    if "float8" in settings and (reason := why_not(torch.device("cuda"))):
+        pytest.skip(reason)
+    gpu |= {"steps": 60, "precision": "bf16"}
+    expected = run("bf16", TrainConfig(**gpu)).loss
+    assert run("other", TrainConfig(**gpu | settings | {"compile": compiled})).loss == pytest.approx(expected, abs=0.2)
+
+
+WIDE: dict[str, Any] = {
+    "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256,
+}  # fmt: skip
+FORMS = [True, "every:2", "selective", "budget:350MB"]  # of 437 MB
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_every_form_of_recomputation(run: Run, gpu: dict, shape: ModelConfig, compiled: bool) -> None:
+    """The same loss in less memory; compiled, that of the plain run to rounding."""
+    wide = ModelConfig(vocab_size=shape.vocab_size, **WIDE)
+    gpu |= {"steps": 4, "warmup": 1, "sequence_length": 256, "batch_size": 16, "evaluate_batches": 0}
+
+    def peak(mode: bool | str) -> tuple[float, int]:
+        torch._dynamo.reset()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        config = TrainConfig(**gpu | {"activation_checkpointing": mode, "compile": compiled})
+        return run(f"{mode}".replace(":", "-"), config, model=wide).loss, torch.cuda.max_memory_allocated()
+
+    plain, most = peak(False)
+    for mode in FORMS:
+        loss, memory = peak(mode)
+        assert loss == pytest.approx(plain, abs=1e-3), mode
+        # The compiler's own choice of what to keep is much like the selective one.
+        assert memory < (1.02 if compiled and mode == "selective" else 0.9) * most, (mode, memory, most)

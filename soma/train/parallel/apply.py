@@ -36,7 +36,7 @@ class Parallel:
 
     def begin(self, last: bool) -> None:
         """Before each microbatch's forward pass; `last` of the step: gradients are summed with its backward pass."""
-        if self.mesh.layout.fsdp > 1:
+        if self.mesh.shards is not None:
             begin_microbatch(self.model, self.mesh.layout.zero, last)
         for reducer in self.reducers:
             reducer.last = last
@@ -49,7 +49,7 @@ class Parallel:
 
     def clip(self, parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
         """Clip the global norm; returns it as it was before."""
-        if self.mesh.size == 1:
+        if self.mesh.size == 1 and self.mesh.shards is None:
             return nn.utils.clip_grad_norm_(parameters, limit)
         return clip_gradients(parameters, limit, self.mesh.group("pp"))
 
@@ -116,18 +116,18 @@ def parallelize(
     `whole_batch`: there is no microbatch_size, so experts are balanced over the tokens of all ranks. `measure` runs the
     forward pass of a microbatch, for an activation checkpointing that has a budget.
     """
-    if mesh.size == 1:  # compiled as a whole, by the objective
+    if mesh.size == 1 and mesh.shards is None:  # compiled as a whole, by the objective
         fill()
         recompute_layers(model, activation_checkpointing, measure)
         return Parallel(model, mesh)
     divide(model, mesh, whole_batch)
-    if mesh.layout.fsdp == 1 or needs_measure(activation_checkpointing):
+    if mesh.shards is None or needs_measure(activation_checkpointing):
         fill()
     recompute_layers(model, activation_checkpointing, measure)
     if compile_layers:
         for layer in model.layers:
             layer.forward = torch.compile(layer.forward, dynamic=False)
-    if mesh.layout.fsdp > 1:
+    if mesh.shards is not None:
         apply_shards(model, mesh)
         fill()
         return Parallel(model, mesh)

@@ -32,6 +32,11 @@ class Layout(BaseModel):
         description="What the fsdp ranks cut: 1 the optimizer state; 2 gradients too, after each microbatch; "
         "3 parameters too.",
     )
+    cpu_offload: bool = Field(
+        False,
+        description="With fsdp, or on one GPU alone: parameters, gradients and optimizer state lie in the CPU's "
+        "memory; a layer's parameters come to the GPU for its turn, and the optimizer runs on the CPU.",
+    )
     tp: int = Field(1, description="Ranks that share each matrix, attention by heads (Megatron's tensor parallelism).")
     sp: bool = Field(False, description="With tp: norms and the residual stream are cut along the sequence as well.")
     cp: int = Field(1, description="Ranks that share each sequence (context parallelism).")
@@ -65,9 +70,24 @@ class Layout(BaseModel):
         rest = [name for name in GRID if sizes[name] == REST]
         if len(rest) > 1:
             raise ValueError(f"{' and '.join(rest)} are all -1: only one can be all ranks that are left")
+        if self.cpu_offload:
+            self._check_offload()
         if self.sp and self.tp == 1:
             raise ValueError("sp cuts the sequence over the tp ranks and tp is 1: set tp, or leave sp out")
         return self
+
+    def _check_offload(self) -> None:
+        """Raise ValueError for what does not go with cpu_offload."""
+        if self.zero < 3:
+            whole = "gradients and parameters" if self.zero == 1 else "parameters"
+            raise ValueError(
+                f"zero {self.zero} keeps whole {whole} on the GPU between microbatches, and cpu_offload takes them "
+                "from there: take zero 3"
+            )
+        if self.pp != 1:
+            raise ValueError("cpu_offload and pp exclude each other: take fsdp, or pp without cpu_offload")
+        if self.engine != "soma":
+            raise ValueError(f"cpu_offload and engine {self.engine} exclude each other: take engine soma")
 
     def resolve(self, world: int) -> "Layout":
         """The layout with every size settled for `world` ranks.
@@ -96,6 +116,15 @@ class Layout(BaseModel):
             raise UserError(
                 f"layout: ep {self.ep} does not divide dp × fsdp × cp = {sizes['dp']} × {sizes['fsdp']} × "
                 f"{sizes['cp']} = {holders} ({holders / self.ep:.3g}): take ep {near}"
+            )
+        if self.cpu_offload and sizes["fsdp"] == 1 and world > 1:
+            raise UserError(
+                "layout: cpu_offload takes what the fsdp ranks cut to the CPU's memory, and fsdp is 1: take fsdp -1"
+            )
+        if self.cpu_offload and 1 < self.ep == holders:
+            raise UserError(
+                f"layout: ep {self.ep} on {holders} ranks puts each expert on one rank, where fsdp has nothing to cut "
+                f"and cpu_offload nothing to take: take ep {nearest_divisor(holders, holders // 2)}"
             )
         if sizes["tp"] == 1 and self.sp:
             return self.model_copy(update={**sizes, "sp": False})

@@ -59,8 +59,9 @@ class Mesh:
 
 def make_mesh(layout: Layout, device_type: str) -> Mesh:
     """The mesh of a layout that is resolved for the ranks of the default process group; all ranks call it together."""
-    if layout.world == 1:
-        return Mesh(layout)
+    if layout.world == 1:  # FSDP2 is what offloads: it gets a mesh of this rank
+        alone = init_device_mesh(device_type, (1,), mesh_dim_names=("shard",)) if layout.cpu_offload else None
+        return Mesh(layout, shards=alone)
     assert dist.get_world_size() == layout.world, (dist.get_world_size(), layout)
     assert layout.dp is not None
     shard = layout.fsdp * layout.cp

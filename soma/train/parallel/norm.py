@@ -57,4 +57,6 @@ def clip_gradients(parameters: Sequence[nn.Parameter], limit: float, stages: dis
 def scale_gradients(parameters: Sequence[nn.Parameter], norm: Tensor, limit: float) -> None:
     """Scale gradients of the norm `norm` to one of at most `limit`, as `clip_grad_norm_` does."""
     factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+    if factor.device.type == "cpu" and factor == 1.0:  # a GPU is not waited for, and multiplies by 1 in no time
+        return
     torch._foreach_mul_([local_part(p.grad) for p in parameters if p.grad is not None and p.grad.numel()], factor)

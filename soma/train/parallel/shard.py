@@ -4,7 +4,13 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)  # fmt: skip
 
 from soma.model.moe import MoE
 from soma.model.transformer import Transformer
@@ -15,22 +21,24 @@ def apply_shards(model: Transformer, mesh: Mesh) -> None:
     """Cut parameters, gradients and optimizer state over the fsdp (and cp) ranks, a layer at a time.
 
     Embedding, final norm and head are the root's and stay whole from the forward pass to the end of the backward pass:
-    the head's loss runs after `features` and before its backward pass.
+    the head's loss runs after `features` and before its backward pass. With `cpu_offload` the pieces lie in the CPU's
+    memory (ZeRO-Offload, arXiv:2101.06840).
     """
     dense = mesh.shards
     assert dense is not None
     same_experts = mesh.axis("edp")
     reshard = mesh.layout.zero == 3
+    policy = CPUOffloadPolicy(dense.device_type == "cuda") if mesh.layout.cpu_offload else OffloadPolicy()
     for layer in model.layers:
         apart: set[nn.Parameter] = set()
         if isinstance(layer.mlp, MoE) and mesh.layout.ep > 1:
             if same_experts is not None:
-                fully_shard(layer.mlp.experts, mesh=same_experts, reshard_after_forward=reshard)
+                fully_shard(layer.mlp.experts, mesh=same_experts, reshard_after_forward=reshard, offload_policy=policy)
             else:
                 apart = set(layer.mlp.experts.parameters())
-        fully_shard(layer, mesh=dense, reshard_after_forward=reshard, ignored_params=apart)
+        fully_shard(layer, mesh=dense, reshard_after_forward=reshard, ignored_params=apart, offload_policy=policy)
     apart = {p for layer in model.layers for p in layer.parameters()}
-    fully_shard(model, mesh=dense, reshard_after_forward=False, ignored_params=apart)
+    fully_shard(model, mesh=dense, reshard_after_forward=False, ignored_params=apart, offload_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Each rank's loss is divided by the global count, so gradients are summed and not averaged.
