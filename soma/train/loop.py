@@ -30,7 +30,7 @@ from soma.train.objective import Objective
 from soma.train.optim import build_optimizers, set_learning_rate
 from soma.train.parallel.apply import Parallel
 from soma.train.peak import matmul_peak
-from soma.train.samples import continue_text
+from soma.train.samples import continue_texts
 from soma.train.scaler import LossScaler
 from soma.train.schedule import learning_rate
 from soma.train.snapshot import PATIENCE
@@ -236,18 +236,14 @@ class Trainer:
         loss = self.validation_loss() if self.validation is not None else None
         at.validated_at = at.done
         self.model.eval()
-        for prompt in config.sample_prompts:  # on all ranks: with shards each has a part of the weights
-            text = continue_text(
-                self.model,
-                self.tokenizer,
-                prompt,
-                config.sample_tokens,
-                config.sample_temperature,
-                config.seed,
-                chat=isinstance(config, TuneConfig) and self.tokenizer.has_chat_template,
-                device=self.compute.device,
-            )
-            self.journal.write("sample", at.done, prompt=prompt, text=text)
+        if config.sample_prompts:
+            is_chat = isinstance(config, TuneConfig) and self.tokenizer.has_chat_template
+            texts = continue_texts(
+                self.parallel, self.tokenizer, config.sample_prompts, config.sample_tokens, config.sample_temperature,
+                config.seed, self.compute.device, is_chat,
+            )  # fmt: skip
+            for prompt, text in zip(config.sample_prompts, texts, strict=True):
+                self.journal.write("sample", at.done, prompt=prompt, text=text)
         self.model.train()
         if loss is None:
             return False

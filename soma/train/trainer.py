@@ -288,11 +288,6 @@ def check_layout(config: TrainConfig, layout: Layout, model: ModelConfig) -> Non
     """Raise UserError where the layout does not fit the batch, the model, or what else is asked for."""
     layout.check_batch(config.batch_size, config.microbatch_size, config.sequence_length)
     layout.check_model(model)
-    cut = [name for name in ("tp", "cp", "pp") if getattr(layout, name) > 1]
-    if cut and config.sample_prompts:
-        raise UserError(
-            f"sample_prompts: no samples are drawn under layout {cut[0]}: leave them out, or use dp or fsdp"
-        )
 
 
 def write_artefact(result: TrainResult, compute: Compute, out: Path, work: Path) -> None:

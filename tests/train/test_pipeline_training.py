@@ -12,7 +12,7 @@ import pytest
 from soma.base.errors import UserError
 from soma.model.config import ModelConfig
 from soma.model.hub import load_model
-from soma.train.config import TrainConfig
+from soma.train.config import PreferenceConfig, TrainConfig
 from soma.train.parallel.config import Layout
 from soma.train.parallel.pipeline.training import make_plan
 from soma.train.trainer import TrainResult, train
@@ -23,9 +23,11 @@ Run = Callable[..., TrainResult]
 
 
 def train_rank(rank: int, world_size: int, job: dict[str, Any]) -> dict[str, Any]:
+    kind = PreferenceConfig if job.get("pairs") else TrainConfig
+    model = job["model"]
     result = train(
-        TrainConfig(**job["config"]), Path(job["out"]), Path(job["work"]), tokens=Path(job["tokens"]),
-        tokenizer=Path(job["tokenizer"]), model=ModelConfig(**job["model"]),
+        kind(**job["config"]), Path(job["out"]), Path(job["work"]), tokens=Path(job["tokens"]),
+        tokenizer=Path(job["tokenizer"]), model=Path(model) if isinstance(model, str) else ModelConfig(**model),
     )  # fmt: skip
     return {"parameters": result.parameters, "validation": result.validation_loss, "loss": result.loss}
 
@@ -89,6 +91,35 @@ def test_pipeline_trains_as_one_process(
     shutil.rmtree(out)
     again = run("b", TrainConfig(**settings), tokens=chats, model=model, work=work)
     same_model(alone.model, again.model)
+
+
+def test_pipeline_prefers_as_one_process(
+    run: Run, pool: Pool, small: dict, tmp_path: Path, pairs: Path, tokenizer: Path, shape: ModelConfig
+) -> None:  # fmt: skip
+    """Low-rank updates by DPO, from a folder, with samples on the way."""
+    base = run("base", TrainConfig(**small | {"steps": 2, "warmup": 0})).model
+    settings = small | {
+        "sequence_length": 64, "microbatch_size": 1, "steps": 4, "warmup": 1, "learning_rate": 1e-2,
+        "lora": {"r": 4}, "evaluate_every": 2, "sample_prompts": ["say 1", "say"], "sample_tokens": 6,
+    }  # fmt: skip
+    alone = run("a", PreferenceConfig(**settings), tokens=pairs, model=base)
+    out = tmp_path / "b"
+    out.mkdir()
+    job = {
+        "config": settings | {"layout": {"pp": 2, "schedule": "zb-h1"}}, "pairs": True, "out": str(out),
+        "work": str(tmp_path / "b-work"), "tokens": str(pairs), "tokenizer": str(tokenizer), "model": str(base),
+    }  # fmt: skip
+    for answer in pool.run(train_rank, 2, job):
+        assert answer["validation"] == pytest.approx(alone.validation_loss, abs=1e-4)
+    assert losses(out) == pytest.approx(losses(tmp_path / "a"), abs=1e-4)
+    same_model(alone.model, out / "model")
+    assert samples(out) == samples(tmp_path / "a")
+    assert len(samples(out)) == 4
+
+
+def samples(folder: Path) -> list[tuple[str, str]]:
+    records = [json.loads(line) for line in (folder / "logs" / "metrics.jsonl").read_text().splitlines()]
+    return [(record["prompt"], record["text"]) for record in records if record["event"] == "sample"]
 
 
 def test_what_does_not_fit_is_said() -> None:

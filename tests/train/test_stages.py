@@ -20,9 +20,10 @@ from soma.train.compute import Compute
 from soma.train.config import PreferenceConfig, TrainConfig, TuneConfig
 from soma.train.loss import dpo_loss, target_logprobs
 from soma.train.objective import Preference, make_loader
-from soma.train.samples import continue_text
+from soma.train.parallel.apply import Parallel
+from soma.train.samples import continue_texts
 from soma.train.trainer import TrainResult
-from soma.train.world import World
+from soma.train.world import ALONE, World
 
 Run = Callable[..., TrainResult]
 
@@ -134,10 +135,12 @@ def test_samples(run: Run, small: dict, tokenizer: Path) -> None:
     model = load_model(run("a", TrainConfig(**small)).model)
     runtime = Tokenizer.load(tokenizer)
     before = torch.get_rng_state()
-    greedy = [continue_text(model, runtime, "the ", 6, 0.0, seed) for seed in (0, 1)]
+    alone = Parallel(model, ALONE)
+    greedy = [continue_texts(alone, runtime, ["the "], 6, 0.0, seed, model.device)[0] for seed in (0, 1)]
     assert greedy[0] == greedy[1]
-    warm = [continue_text(model, runtime, "the ", 12, 2.0, seed) for seed in (0, 1, 0)]
+    warm = [continue_texts(alone, runtime, ["the ", "the "], 12, 2.0, seed, model.device) for seed in (0, 1, 0)]
     assert warm[0] == warm[2] != warm[1]
+    assert warm[0][0] == warm[0][1]
     assert torch.equal(before, torch.get_rng_state())
     with torch.no_grad():
         ids = runtime.encode("the ")

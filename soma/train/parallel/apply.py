@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from soma.data.loader import Batch, PreferenceBatch
@@ -19,7 +20,7 @@ from soma.model.transformer import Transformer
 from soma.train.loss import cross_entropy_sum, target_logprobs
 from soma.train.parallel.context import apply_context, columns_of
 from soma.train.parallel.expert import apply_experts
-from soma.train.parallel.local import scale_gradient, shard_offset, sum_both_ways
+from soma.train.parallel.local import gather_sequence, scale_gradient, shard_offset, sum_both_ways
 from soma.train.parallel.mesh import Mesh
 from soma.train.parallel.norm import clip_gradients
 from soma.train.parallel.reduce import Reducer, settle_partial
@@ -98,6 +99,38 @@ class Parallel:
         """
         group = self.mesh.group("cp")
         return logprobs_B if group is None else sum_both_ways(logprobs_B, group)
+
+    @torch.no_grad()
+    def scores_at(self, tokens_BT: Tensor, positions_BT: Tensor, places: Sequence[int]) -> Tensor:
+        """Scores of the whole vocabulary, (B, V), after one token of each row; every rank is given whole rows, and gets
+        all scores."""
+        own_tokens_BT, own_positions_BT = self.columns(tokens_BT), self.columns(positions_BT)
+        x_BTD, _ = self.model.features(own_tokens_BT, own_positions_BT)
+        return self.head_at(x_BTD, tokens_BT.size(1), places)
+
+    def columns(self, tensor_BT: Tensor) -> Tensor:
+        """This rank's columns of whole rows."""
+        layout = self.mesh.layout
+        if layout.cp == 1:
+            return tensor_BT
+        return tensor_BT[:, torch.from_numpy(columns_of(tensor_BT.size(1), layout.cp, self.mesh.place["cp"]))]
+
+    def head_at(self, x_BTD: Tensor, length: int, places: Sequence[int]) -> Tensor:
+        """The scores of `scores_at` from hidden states of this rank's columns of rows of `length`."""
+        layout, device = self.mesh.layout, x_BTD.device
+        columns = columns_of(length, layout.cp, self.mesh.place["cp"]).tolist() if layout.cp > 1 else range(length)
+        index_of = {column: index for index, column in enumerate(columns)}
+        index_B = torch.tensor([index_of.get(place, 0) for place in places], device=device)
+        is_here_B = torch.tensor([place in index_of for place in places], device=device)
+        x_BD = x_BTD[torch.arange(len(places), device=device), index_B] * is_here_B[:, None]
+        if (across := self.mesh.group("cp")) is not None:
+            dist.all_reduce(x_BD, group=across)
+        scores_BW = self.model.logits(x_BD)
+        if (group := self.mesh.group("tp")) is None:
+            return scores_BW
+        vocabulary = self.model.config.vocab_size
+        short = -(-vocabulary // group.size()) - scores_BW.size(1)  # of the last ranks
+        return gather_sequence(F.pad(scores_BW, (0, short)), group)[:, :vocabulary]
 
     def first_word(self, group: dist.ProcessGroup) -> int:
         """The first entry of this rank's part of the vocabulary."""

@@ -31,6 +31,7 @@ from soma.train.parallel.pipeline.microbatch import Microbatch
 from soma.train.parallel.pipeline.schedule import Schedule
 from soma.train.parallel.pipeline.schedules import SCHEDULES, interleaved
 from soma.train.parallel.pipeline.simulate import simulate
+from soma.train.parallel.pipeline.whole import hidden_states
 from soma.train.recompute import needs_measure, recompute_layers
 
 
@@ -184,6 +185,20 @@ class StagedParallel(Parallel):
         whole = torch.empty(like.shape, device=device) if tensor is None else tensor.to(device, torch.float32)
         dist.broadcast(whole, group=self.pipeline.group, group_src=first)
         return whole
+
+    @torch.no_grad()
+    def scores_at(self, tokens_BT: Tensor, positions_BT: Tensor, places: Sequence[int]) -> Tensor:
+        pipeline = self.pipeline
+        x_BTD = hidden_states(pipeline, self.columns(tokens_BT), self.columns(positions_BT))
+        if x_BTD is None:
+            shape = (len(places), self.model.config.vocab_size)
+            scores_BV = torch.empty(shape, dtype=pipeline.dtype, device=pipeline.device)
+        else:
+            scores_BV = self.head_at(x_BTD, tokens_BT.size(1), places).contiguous()
+        if pipeline.shards is not None:
+            pipeline.shards.finish(reduce=False)
+        dist.broadcast(scores_BV, group=pipeline.group, group_src=pipeline.schedule.placements[0][-1])
+        return scores_BV
 
     def count_parameters(self) -> int:
         """Of the whole model, each once."""
