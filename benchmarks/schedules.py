@@ -33,6 +33,7 @@ from torch import Tensor
 
 from soma.model.config import ModelConfig
 from soma.model.transformer import Transformer
+from soma.train.parallel.pipeline.costs import Costs
 from soma.train.parallel.pipeline.draw import svg
 from soma.train.parallel.pipeline.execute import Clock, PipelineStep, execute, gather_timeline
 from soma.train.parallel.pipeline.lower import lower, one_by_one
@@ -40,7 +41,7 @@ from soma.train.parallel.pipeline.microbatch import Microbatch
 from soma.train.parallel.pipeline.schedule import Action, Schedule
 from soma.train.parallel.pipeline.schedules import SCHEDULES
 from soma.train.parallel.pipeline.search import per_stage, search, v_half_limit
-from soma.train.parallel.pipeline.simulate import Costs, Timeline, simulate
+from soma.train.parallel.pipeline.simulate import Timeline, simulate
 from soma.train.parallel.pipeline.transport import Transport
 
 MICROBATCHES = {2: 8, 4: 12, 8: 16}

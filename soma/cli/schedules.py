@@ -1,56 +1,182 @@
 """`soma schedule`: a pipeline schedule checked, timed and drawn."""
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from soma.base.errors import UserError
+from soma.base.units import human_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from soma.train.parallel.pipeline.costs import Costs, Memory, PerStage
+    from soma.train.parallel.pipeline.schedule import Schedule
+    from soma.train.parallel.pipeline.simulate import Timeline
+
+EACH = "one number for a rank's whole share of the model, or one for each stage: 1,1,2,1"
 
 
 def schedule(
-    name: str = typer.Argument(help="gpipe, 1f1b, interleaved, zb-h1, zb-h2, zb-v, dualpipe, dualpipe-v, or search"),
+    name: str = typer.Argument("", help="A schedule, or search; --list names them."),
     stages: int = typer.Option(
         4, min=1, help="Ranks of the pipeline (schedules on a V or interleaved cut each in two)."
     ),
     microbatches: int = typer.Option(8, min=1, help="Microbatches of a step."),
-    forward: float = typer.Option(1.0, min=0.0, help="Time of a rank's forward."),
-    backward: float = typer.Option(1.0, min=0.0, help="Time of a rank's backward for the input alone."),
-    weight: float = typer.Option(1.0, min=0.0, help="Time of a rank's backward for the weights."),
-    transfer: float = typer.Option(0.0, min=0.0, help="Time from rank to rank."),
-    overlapped: float | None = typer.Option(None, min=0.0, help="Time of an overlapped forward and backward."),
+    forward: str = typer.Option("1", help=f"Time of a forward: {EACH}."),
+    backward: str = typer.Option("1", help="Time of a backward for the input alone, likewise."),
+    weight: str = typer.Option("1", help="Time of a backward for the weights, likewise."),
+    transfer: float = typer.Option(0.0, min=0.0, help="Time of a message from rank to rank."),
+    link: list[str] = typer.Option([], help="Time of messages on one link: 3-4=0.5. May be given again."),
+    all_to_all: str = typer.Option(
+        "0", help="Time in which tokens travel to experts and back in a pass, likewise."
+    ),
+    overlapped: float | None = typer.Option(
+        None, min=0.0, help="Time of an overlapped forward and backward, if measured."
+    ),
+    zero: int = typer.Option(0, min=0, max=3, help="Stage of ZeRO of stages that are sharded (0: not sharded)."),
+    shards: int = typer.Option(1, min=1, help="Ranks over which a stage is sharded."),
+    unshard: str = typer.Option("0", help="Time in which a stage's parameters are gathered, likewise."),
+    reduce: str = typer.Option("0", help="Time in which a stage's gradients are reduced, likewise."),
+    activation_bytes: str = typer.Option("0", help="What a microbatch's forward leaves: 2GB, or one for each stage."),
+    parameter_bytes: str = typer.Option("0", help="Parameters, likewise."),
+    gradient_bytes: str = typer.Option("0", help="Gradients, likewise."),
+    message_bytes: str = typer.Option("0", help="A message from rank to rank."),
+    virtual_stages: int = typer.Option(2, min=2, help="For interleaved: stages of a rank."),
     memory: float | None = typer.Option(None, help="For search: most activations a rank; default ceil(p/2)+1."),
     draw: Path | None = typer.Option(None, help="Write a picture (.svg) or a Chrome trace (.json)."),
+    list_: bool = typer.Option(False, "--list", help="Name the schedules."),
 ) -> None:
     """Check, time and draw a pipeline schedule; the published formula stands beside the simulated bubble."""
-    from soma.train.parallel.pipeline import formulas, search, simulate
+    from soma.train.parallel.pipeline import costs as costs_
+    from soma.train.parallel.pipeline import formulas, search
     from soma.train.parallel.pipeline.draw import chrome_trace, svg
-    from soma.train.parallel.pipeline.schedules import SCHEDULES
+    from soma.train.parallel.pipeline.lower import lower
+    from soma.train.parallel.pipeline.simulate import simulate
     from soma.train.parallel.pipeline.validate import validate
 
-    costs = simulate.Costs(forward, backward, weight, transfer, overlapped)
+    if list_:
+        show_list()
+        return
     if draw is not None and draw.suffix not in (".svg", ".json"):
         raise UserError(f"--draw {draw}: expected a name that ends in .svg or .json")
-    if forward + backward + weight <= 0:
+    times = {
+        "forward": forward, "backward": backward, "weight": weight, "all-to-all": all_to_all, "unshard": unshard,
+        "reduce": reduce,
+    }  # fmt: skip
+    number = {key: numbers(text, key) for key, text in times.items()}
+    if all(not any(each(number[key])) for key in ("forward", "backward", "weight")):
         raise UserError("--forward, --backward, --weight: all are 0, so nothing would take any time")
+    costs = costs_.Costs(
+        number["forward"], number["backward"], number["weight"], links(transfer, link, stages), overlapped,
+        number["all-to-all"], number["unshard"], number["reduce"],
+    )  # fmt: skip
+    sizes = {"activation": activation_bytes, "parameter": parameter_bytes, "gradient": gradient_bytes}
+    bytes_ = {key: byte_counts(text, f"--{key}-bytes") for key, text in sizes.items()}
+    message = parse_bytes(message_bytes, "--message-bytes")
+    held = costs_.Memory(bytes_["activation"], bytes_["parameter"], bytes_["gradient"], message, shards)
     try:
-        if name == "search":
-            limit = search.v_half_limit(stages) if memory is None else memory
-            plan = search.search(stages, microbatches, limit, costs)
-        elif name in SCHEDULES:
-            plan = SCHEDULES[name](stages, microbatches)
-        else:
-            raise UserError(f"schedule {name!r}: expected search or one of {', '.join(SCHEDULES)}")
+        plan = make(name, stages, microbatches, virtual_stages, memory, costs)
+        check_lengths(plan, number | {f"{key}-bytes": count for key, count in bytes_.items()})
+        plan = lower(plan, zero)
         validate(plan)
     except ValueError as error:
         raise UserError(str(error)) from None
-    timeline = simulate.simulate(plan, search.per_stage(costs, plan))
-    published = formulas.bubble(plan.name, stages, costs)
-    typer.echo(f"{plan.name}: {stages} ranks, {microbatches} microbatches, {plan.stages} stages")
-    typer.echo(f"step         {timeline.length:.6g}")
-    typer.echo(f"bubble       {timeline.bubble:.6g}   formula {'none' if published is None else f'{published:.6g}'}")
-    typer.echo(f"idle share   {timeline.idle_share:.2%}")
-    typer.echo(f"activations  {' '.join(f'{held:g}' for held in timeline.peaks)}   (by rank, in a rank's forwards)")
+    timeline = simulate(plan, search.per_stage(costs, plan), search.memory_per_stage(held, plan))
+    is_even = not any(isinstance(value, tuple) for value in number.values())
+    published = formulas.bubble(plan.name, stages, costs, virtual_stages) if is_even else None
+    show(timeline, published, held)
     if draw is not None:
         draw.write_text(svg(timeline) if draw.suffix == ".svg" else json.dumps(chrome_trace(timeline)))
         typer.echo(f"drawn: {draw}")
+
+
+def make(
+    name: str, stages: int, microbatches: int, virtual_stages: int, memory: float | None, costs: "Costs"
+) -> "Schedule":
+    """The schedule of that name. Raises ValueError where there is none."""
+    from soma.train.parallel.pipeline import search
+    from soma.train.parallel.pipeline.schedules import SCHEDULES, interleaved
+
+    if name == "search":
+        if any(isinstance(time, tuple) for time in (costs.forward, costs.backward, costs.weight, costs.all_to_all)):
+            raise ValueError("search: times are one number each, since stages differ between the schedules it tries")
+        return search.search(stages, microbatches, search.v_half_limit(stages) if memory is None else memory, costs)
+    if name == "interleaved":
+        return interleaved(stages, microbatches, virtual_stages)
+    if name not in SCHEDULES:
+        raise ValueError(f"schedule {name!r}: expected search or one of {', '.join(SCHEDULES)}")
+    return SCHEDULES[name](stages, microbatches)
+
+
+def show_list() -> None:
+    """The schedules, each with the first sentence of its documentation and the formula of its bubble."""
+    from soma.train.parallel.pipeline.formulas import FORMULAS
+    from soma.train.parallel.pipeline.schedules import SCHEDULES
+
+    for name, function in SCHEDULES.items():
+        first = (function.__doc__ or "").split("\n")[0].split(". ")[0].rstrip(".")
+        typer.echo(f"{name:12} {first}; bubble {FORMULAS[name]}")
+    typer.echo(f"{'search':12} The shortest for your times that holds at most --memory activations")
+
+
+def show(timeline: "Timeline", published: float | None, memory: "Memory") -> None:
+    """What a schedule costs."""
+    from soma.train.parallel.pipeline.formulas import FORMULAS
+
+    plan = timeline.schedule
+    formula = "none" if published is None else f"{published:.6g}   = {FORMULAS[plan.name]}"
+    typer.echo(f"{plan.name}: {plan.ranks} ranks, {plan.microbatches} microbatches, {plan.stages} stages")
+    typer.echo(f"step         {timeline.length:.6g}")
+    typer.echo(f"bubble       {timeline.bubble:.6g}   formula {formula}")
+    typer.echo(f"idle share   {timeline.idle_share:.2%}")
+    typer.echo(f"activations  {' '.join(f'{held:g}' for held in timeline.peaks)}   (by rank, in a rank's forwards)")
+    if any(timeline.exposed):
+        typer.echo(f"all-to-all   {' '.join(f'{time:g}' for time in timeline.exposed)}   (by rank, not hidden)")
+    if any(timeline.peak_bytes):
+        peaks = "   ".join(human_bytes(count) for count in timeline.peak_bytes)
+        cut = f", {memory.shards} shards" if plan.zero else ""
+        typer.echo(f"memory       {peaks}   (by rank, at most{cut})")
+
+
+def each(value: "PerStage") -> Sequence[float]:
+    return (value,) if isinstance(value, int | float) else value
+
+
+def numbers(text: str, option: str) -> "PerStage":
+    """`1` or `1,2,1`."""
+    found = []
+    for part in text.split(","):
+        if not re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)(e-?\d+)?\s*", part):
+            raise UserError(f"--{option} {text!r}: {part!r} is no time; write one number, or one for each stage: 1,1,2")
+        found.append(float(part))
+    return found[0] if len(found) == 1 else tuple(found)
+
+
+def byte_counts(text: str, option: str) -> "PerStage":
+    """`2GB` or `2GB,1GB`."""
+    found = [float(parse_bytes(part, option)) for part in text.split(",")]
+    return found[0] if len(found) == 1 else tuple(found)
+
+
+def links(transfer: float, link: list[str], ranks: int) -> "float | dict[tuple[int, int], float]":
+    """The time of a message, or that of every link in both directions."""
+    if not link:
+        return transfer
+    times = {(one, other): transfer for one in range(ranks) for other in range(ranks)}
+    for text in link:
+        match = re.fullmatch(r"(\d+)-(\d+)=(\d+\.?\d*|\.\d+)", text)
+        if match is None or max(int(match[1]), int(match[2])) >= ranks:
+            raise UserError(f"--link {text!r}: expected two ranks below {ranks} and a time, such as 0-1=0.5")
+        one, other = int(match[1]), int(match[2])
+        times[one, other] = times[other, one] = float(match[3])
+    return times
+
+
+def check_lengths(plan: "Schedule", given: "dict[str, PerStage]") -> None:
+    """As many numbers as stages. Raises ValueError."""
+    for option, value in given.items():
+        if len(each(value)) not in (1, plan.stages):
+            raise ValueError(f"--{option}: {len(each(value))} numbers, {plan.name} has {plan.stages} stages")

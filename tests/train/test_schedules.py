@@ -10,11 +10,12 @@ from typer.testing import CliRunner
 
 from soma.cli import app
 from soma.train.parallel.pipeline import formulas
+from soma.train.parallel.pipeline.costs import Costs
 from soma.train.parallel.pipeline.draw import LEFT, chrome_trace, svg
 from soma.train.parallel.pipeline.schedule import Action, Overlap, Schedule, layers_of_stages
 from soma.train.parallel.pipeline.schedules import SCHEDULES, interleaved
 from soma.train.parallel.pipeline.search import fixed, per_stage, search, v_half_limit
-from soma.train.parallel.pipeline.simulate import Costs, DeadlockError, simulate
+from soma.train.parallel.pipeline.simulate import DeadlockError, simulate
 from soma.train.parallel.pipeline.validate import validate
 
 SIZES = [(2, 4), (2, 8), (4, 8), (4, 16), (8, 16), (8, 24), (6, 12)]
@@ -164,7 +165,7 @@ def test_search_is_never_worse_than_the_fixed() -> None:
         schedule = search(3, 5, limit, costs)
         timeline = simulate(schedule, per_stage(costs, schedule))
         assert timeline.peak <= limit
-        others = [simulate(other, per_stage(costs, other)) for other in fixed(3, 5)]
+        others = [simulate(other, per_stage(costs, other)) for other, _ in fixed(3, 5)]
         best = min((other.length for other in others if other.peak <= limit), default=float("inf"))
         assert timeline.length <= best + 1e-9
         better += timeline.length < best - 1e-9

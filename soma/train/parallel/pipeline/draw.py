@@ -1,10 +1,11 @@
 """Draws a time line: SVG for people, Chrome's trace format for chrome://tracing and Perfetto. Loads no torch."""
 
 from html import escape
-from typing import Any
+from typing import Any, get_args
 
+from soma.base.units import human_bytes
 from soma.train.parallel.pipeline.schedule import Action, actions_of
-from soma.train.parallel.pipeline.simulate import Span, Timeline
+from soma.train.parallel.pipeline.simulate import Lane, Span, Timeline, Traffic
 
 # Forwards blue, backwards green, weight gradients amber; the paler one of a pair is a rank's second stage or direction.
 COLOURS = {
@@ -15,17 +16,25 @@ COLOURS = {
 }
 ROW, PLAN, GAP, LEFT, TOP, WIDTH = 26, 13, 6, 64, 40, 1200
 NAMES = {"F": "forward", "B": "backward, input", "BW": "backward, whole", "W": "backward, weights"}
+# Links below them, a thin lane for each kind that there is: messages violet, gathers teal, reductions red, tokens grey.
+LANE = 7
+LANES: tuple[Lane, ...] = get_args(Lane)
+LINKS = {
+    "send": "#6f42c1", "receive": "#b794f4", "unshard": "#128a8a", "reduce": "#c2412d", "all-to-all": "#6e7781",
+}  # fmt: skip
 
 
 def svg(timeline: Timeline, plan: Timeline | None = None) -> str:
-    """One row a rank, time to the right, microbatch numbers inside; hover shows stage, start and end.
+    """One row a rank, time to the right, microbatch numbers inside; hover shows stage, start and end. Links that are
+    busy have lanes below it.
 
     With a `plan` in the same unit of time `timeline` is a measured run of it: the plan lies above it, half as high.
     """
     schedule = timeline.schedule
     length = timeline.length if plan is None else max(timeline.length, plan.length)
     scale = (WIDTH - LEFT - 12) / length
-    band = ROW + GAP + (0 if plan is None else PLAN)
+    lanes = [lane for lane in LANES if any(traffic.lane == lane for row in timeline.traffic for traffic in row)]
+    band = ROW + GAP + LANE * len(lanes) + (0 if plan is None else PLAN)
     height = TOP + schedule.ranks * band + 34
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
@@ -44,14 +53,41 @@ def svg(timeline: Timeline, plan: Timeline | None = None) -> str:
         own = min(schedule.stages_of(rank))
         for span in row:
             parts += boxes(span, y, scale, own)
-    x = LEFT
-    for kind, (dark, _) in COLOURS.items():
-        if any(action.kind == kind for rank in range(schedule.ranks) for action in schedule.actions(rank)):
-            y = height - 22
-            parts.append(f'<rect x="{x}" y="{y}" width="12" height="12" fill="{dark}"/>')
-            parts.append(f'<text x="{x + 18}" y="{y + 10}" fill="#57606a">{NAMES[kind]}</text>')
-            x += 150
-    return "\n".join([*parts, "</svg>", ""])
+        for traffic in timeline.traffic[rank] if lanes else []:
+            parts.append(strip(traffic, y + ROW + LANE * lanes.index(traffic.lane), scale))
+    return "\n".join([*parts, *legend(timeline, height - 22), "</svg>", ""])
+
+
+def strip(traffic: Traffic, y: float, scale: float) -> str:
+    """What a link does, as a thin bar."""
+    x, width = LEFT + traffic.start * scale, (traffic.end - traffic.start) * scale
+    hint = f"{traffic.lane}: {traffic.name}: {traffic.start:.4g} to {traffic.end:.4g}"
+    return (
+        f'<rect x="{x:.2f}" y="{y + 1:.2f}" width="{width:.2f}" height="{LANE - 1}" fill="{LINKS[kind_of(traffic)]}" '
+        f'stroke="#ffffff" stroke-width="0.5"><title>{escape(hint)}</title></rect>'
+    )
+
+
+def kind_of(traffic: Traffic) -> str:
+    """Its name in `LINKS`."""
+    if traffic.lane == "shards":
+        return "unshard" if traffic.name.startswith("unshard") else "reduce"
+    return traffic.lane
+
+
+def legend(timeline: Timeline, y: float) -> list[str]:
+    """The colours that are there."""
+    schedule = timeline.schedule
+    kinds = {action.kind for rank in range(schedule.ranks) for action in schedule.actions(rank)}
+    links = {kind_of(traffic) for row in timeline.traffic for traffic in row}
+    shown = [(dark, NAMES[kind]) for kind, (dark, _) in COLOURS.items() if kind in kinds]
+    shown += [(colour, name) for name, colour in LINKS.items() if name in links]
+    parts, x = [], LEFT
+    for colour, name in shown:
+        parts.append(f'<rect x="{x}" y="{y}" width="12" height="12" fill="{colour}"/>')
+        parts.append(f'<text x="{x + 18}" y="{y + 10}" fill="#57606a">{name}</text>')
+        x += 40 + 7 * len(name)
+    return parts
 
 
 def headline(timeline: Timeline, plan: Timeline | None = None) -> str:
@@ -63,9 +99,11 @@ def headline(timeline: Timeline, plan: Timeline | None = None) -> str:
             f"{plan.length:.4g} and {timeline.length:.4g} a step, idle {plan.idle_share:.1%} and "
             f"{timeline.idle_share:.1%}"
         )
+    bytes_ = max(timeline.peak_bytes, default=0)
     return (
         f"{schedule.name}: {schedule.ranks} ranks, {schedule.microbatches} microbatches; bubble {timeline.bubble:.4g}, "
         f"idle {timeline.idle_share:.1%}, at most {timeline.peak:.4g} activations"
+        f"{f', {human_bytes(bytes_)}' if bytes_ else ''}"
     )
 
 
@@ -96,6 +134,7 @@ def chrome_trace(
     timeline: Timeline, unit_microseconds: float = 1000.0, plan: Timeline | None = None
 ) -> dict[str, Any]:  # fmt: skip
     """The time line as complete events (`ph: X`), a process for each rank; a unit of time is shown as a millisecond.
+    What links do lies in threads of its own, bytes held are a counter.
 
     A measured run is in seconds: its unit is 1e6 microseconds. Its `plan`, in the same unit, lies in threads below it.
     """
@@ -105,6 +144,7 @@ def chrome_trace(
         for span in row:
             for thread, action in enumerate(actions_of(span.step)):
                 events.append(event(action, span, rank, thread, unit_microseconds))
+        events += link_events(timeline, rank, unit_microseconds)
         if plan is None:
             continue
         for thread, name in ((0, "run"), (2, "plan")):
@@ -122,3 +162,25 @@ def event(action: Action, span: Span, rank: int, thread: int, unit: float) -> di
         "ts": span.start * unit, "dur": (span.end - span.start) * unit,
         "args": {"stage": action.stage, "microbatch": action.microbatch},
     }  # fmt: skip
+
+
+def link_events(timeline: Timeline, rank: int, unit: float) -> list[dict[str, Any]]:
+    """A rank's traffic, and its bytes as counter events."""
+    events: list[dict[str, Any]] = []
+    traffic = timeline.traffic[rank] if timeline.traffic else []
+    for thread, lane in enumerate(LANES, 4):
+        own = [entry for entry in traffic if entry.lane == lane]
+        if own:
+            events.append({"ph": "M", "name": "thread_name", "pid": rank, "tid": thread, "args": {"name": lane}})
+        events += [
+            {"ph": "X", "name": entry.name, "cat": kind_of(entry), "pid": rank, "tid": thread,
+             "ts": entry.start * unit, "dur": (entry.end - entry.start) * unit}
+            for entry in own
+        ]  # fmt: skip
+    held = timeline.held[rank] if timeline.held else []
+    if any(count for _, count in held):
+        events += [
+            {"ph": "C", "name": "bytes", "pid": rank, "ts": time * unit, "args": {"bytes": count}}
+            for time, count in held
+        ]
+    return events

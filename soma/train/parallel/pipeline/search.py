@@ -8,11 +8,13 @@ memory, whatever their number. The order is what counts: the real times decide b
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
+from soma.train.parallel.pipeline.costs import Costs, Memory, PerStage
+from soma.train.parallel.pipeline.lower import lower
 from soma.train.parallel.pipeline.schedule import Action, Schedule, Step, vee
 from soma.train.parallel.pipeline.schedules import SCHEDULES, make
-from soma.train.parallel.pipeline.simulate import Costs, simulate
+from soma.train.parallel.pipeline.simulate import LongerError, most_held, simulate
 
 PERIOD = 6  # ticks: a rank of a V does two forwards, two backwards, two weight gradients for each microbatch
 STEPS = (1, 2, 3, 4)  # ticks between neighbouring stages
@@ -28,48 +30,80 @@ def search(ranks: int, microbatches: int, limit: float, costs: Costs | None = No
     """The schedule of the shortest time line among the fixed ones that hold at most `limit` activations (in units of
     a rank's whole forward) and all building blocks that do.
 
-    costs: times of a rank's whole forward, backward and weight gradient (one number each); a schedule with two stages a
-    rank has half of each for a stage. Raises ValueError where nothing fits; the message names the least that does.
+    costs: as for `per_stage`, one number each, since stages differ between schedules. Raises ValueError where nothing
+    fits; the message names the least that does.
     """
     costs = costs or Costs()
-    fitting: list[tuple[float, float, Schedule]] = []
+    best: tuple[float, float, Schedule] | None = None
     least = math.inf
-    for schedule in itertools.chain(fixed(ranks, microbatches), blocks(ranks, microbatches, limit)):
-        timeline = simulate(schedule, per_stage(costs, schedule))
-        least = min(least, timeline.peak)
-        if timeline.peak <= limit + 1e-9:
-            fitting.append((timeline.length, timeline.peak, schedule))
-    if not fitting:
+    for schedule, held in itertools.chain(fixed(ranks, microbatches), blocks(ranks, microbatches, limit)):
+        least = min(least, held)
+        if held > limit + 1e-9:
+            continue
+        within = math.inf if best is None else best[0] + 1e-9
+        try:
+            length = simulate(schedule, per_stage(costs, schedule), within=within).length
+        except LongerError:
+            continue
+        if best is None or (length, held) < best[:2]:
+            best = (length, held, schedule)
+    if best is None:
         raise ValueError(f"no schedule of {ranks} ranks holds at most {limit:g} activations: the least is {least:g}")
-    return min(fitting, key=lambda entry: entry[:2])[2]
+    return replace(best[2], steps=tuple(tuple(best[2].computing(rank)) for rank in range(ranks)), zero=None)
 
 
 def per_stage(costs: Costs, schedule: Schedule) -> Costs:
-    """Times of a stage from those of a rank's whole share of the model."""
+    """Times of stages, where one number is the time of a rank's whole share of the model: a schedule with two stages a
+    rank has half of it for each. Times that were given for each stage stay."""
     parts = schedule.stages_per_rank
 
-    def share(time: float | Sequence[float]) -> float:
-        if not isinstance(time, int | float):
-            raise ValueError("times of a rank are one number each: stages differ between schedules")
-        return time / parts
+    def share(time: PerStage) -> PerStage:
+        """One number is a rank's; several are those of stages."""
+        return time / parts if isinstance(time, int | float) else time
 
-    overlapped = None if costs.overlapped is None else costs.overlapped / parts
-    return Costs(share(costs.forward), share(costs.backward), share(costs.weight), costs.transfer, overlapped)
+    return replace(
+        costs, forward=share(costs.forward), backward=share(costs.backward), weight=share(costs.weight),
+        overlapped=None if costs.overlapped is None else costs.overlapped / parts,
+        all_to_all=share(costs.all_to_all), unshard=share(costs.unshard), reduce=share(costs.reduce),
+    )  # fmt: skip
 
 
-def fixed(ranks: int, microbatches: int) -> Iterator[Schedule]:
-    """The named schedules that exist for these sizes and keep one copy of the parameters."""
-    for name, schedule in SCHEDULES.items():
-        if name != "dualpipe":
-            try:
-                yield schedule(ranks, microbatches)
-            except ValueError:
-                continue
+def memory_per_stage(memory: Memory, schedule: Schedule) -> Memory:
+    """The same for bytes; a message is as large as ever."""
+    parts = schedule.stages_per_rank
+
+    def share(count: PerStage) -> PerStage:
+        return count / parts if isinstance(count, int | float) else count
+
+    return replace(
+        memory, activation=share(memory.activation), parameters=share(memory.parameters),
+        gradients=share(memory.gradients),
+    )  # fmt: skip
 
 
 @functools.cache
-def blocks(ranks: int, microbatches: int, limit: float) -> list[Schedule]:
-    """Every repeated building block on a V whose activations stay within `limit`."""
+def fixed(ranks: int, microbatches: int) -> list[tuple[Schedule, float]]:
+    """The named schedules that exist for these sizes and keep one copy of the parameters, and what each holds."""
+    found = []
+    for name, schedule in SCHEDULES.items():
+        if name != "dualpipe":
+            try:
+                found.append(weighed(schedule(ranks, microbatches)))
+            except ValueError:
+                continue
+    return found
+
+
+def weighed(schedule: Schedule) -> tuple[Schedule, float]:
+    """A schedule, lowered, and the most activations that it holds on a rank, whatever the times."""
+    most = max(most_held(schedule.computing(rank)) for rank in range(schedule.ranks))
+    return lower(schedule), most / schedule.stages_per_rank
+
+
+@functools.cache
+def blocks(ranks: int, microbatches: int, limit: float) -> list[tuple[Schedule, float]]:
+    """Every repeated building block on a V whose activations stay within `limit`, as `weighed`; those first that are
+    short when all times are equal: the sooner a short one is found, the sooner the others are given up."""
     found: dict[tuple[tuple[Step, ...], ...], Schedule] = {}
     for down, up, back_down, back_up in itertools.product(STEPS, repeat=4):
         for turn, last, back_turn in itertools.product(TURNS, repeat=3):
@@ -78,7 +112,8 @@ def blocks(ranks: int, microbatches: int, limit: float) -> list[Schedule]:
                 continue
             schedule = repeat(ranks, microbatches, ticks)
             found.setdefault(schedule.steps, schedule)
-    return list(found.values())
+    weighed_ones = [weighed(schedule) for schedule in found.values()]
+    return sorted(weighed_ones, key=lambda one: simulate(one[0]).length)
 
 
 def visit(ranks: int, forward: tuple[int, int, int], backward: tuple[int, int, int, int]) -> dict[tuple[str, int], int]:

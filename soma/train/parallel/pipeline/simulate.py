@@ -1,33 +1,17 @@
-"""Runs a schedule on paper: when every action starts and ends, who waits, who holds how much. Loads no torch."""
+"""Runs a schedule on paper: when every step starts and ends, who waits, who holds how much. Loads no torch."""
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
-from soma.train.parallel.pipeline.schedule import Action, Compute, Overlap, Schedule, actions_of
+from soma.train.parallel.pipeline.costs import Costs, Memory, at
+from soma.train.parallel.pipeline.lower import lower
+from soma.train.parallel.pipeline.schedule import Action, Compute, Schedule, ShardAction, Step, Transfer, actions_of
+from soma.train.parallel.pipeline.transfers import Channel, made_by, needed_by
 
-
-@dataclass(frozen=True)
-class Costs:
-    """Times, in any one unit. One number for all stages, or one for each stage of the model.
-
-    forward: F. backward: the gradient of a stage's input alone. weight: that of its weights. transfer: from rank to
-    rank, hidden behind computation of others. overlapped: of a forward and a full backward that run side by side
-    (None: their sum, nothing gained). Times are those of a stage: a rank with two stages computes twice as long.
-    """
-
-    forward: float | Sequence[float] = 1.0
-    backward: float | Sequence[float] = 1.0
-    weight: float | Sequence[float] = 1.0
-    transfer: float = 0.0
-    overlapped: float | None = None
-
-    def of(self, step: Compute) -> float:
-        """How long a step takes."""
-        if isinstance(step, Overlap):
-            return self.of(step.forward) + self.of(step.backward) if self.overlapped is None else self.overlapped
-        times = {"F": (self.forward,), "B": (self.backward,), "W": (self.weight,), "BW": (self.backward, self.weight)}
-        return sum(time if isinstance(time, int | float) else time[step.stage] for time in times[step.kind])
+Lane = Literal["send", "receive", "shards", "all-to-all"]
 
 
 @dataclass(frozen=True)
@@ -39,22 +23,38 @@ class Span:
     end: float
 
 
+@dataclass(frozen=True)
+class Traffic:
+    """What a rank's links do meanwhile. A message is there on both of its ends."""
+
+    lane: Lane
+    name: str
+    start: float
+    end: float
+
+
 @dataclass
 class Timeline:
     """What a schedule does in time.
 
     spans: per rank. peaks: most activations that each rank held at once, in units of a rank's whole forward (a stage's
     activations count 1/stages_per_rank; they live from the start of the forward to the end of the weight gradient).
+    traffic: per rank, that of more than no time. held: per rank the bytes from each moment on, in order of time.
+    exposed: per rank how long steps stand still for an all-to-all.
     """
 
     schedule: Schedule
     spans: list[list[Span]]
     peaks: list[float] = field(default_factory=list)
+    traffic: list[list[Traffic]] = field(default_factory=list)
+    held: list[list[tuple[float, float]]] = field(default_factory=list)
+    exposed: list[float] = field(default_factory=list)
 
     @property
     def length(self) -> float:
-        """From the first start to the last end."""
-        return max(row[-1].end for row in self.spans if row)
+        """From the first start to the last end, of steps and of what is under way then."""
+        ends = [row[-1].end for row in self.spans if row]
+        return max(ends + [traffic.end for row in self.traffic for traffic in row])
 
     def busy(self, rank: int) -> float:
         return sum(span.end - span.start for span in self.spans[rank])
@@ -79,98 +79,244 @@ class Timeline:
         """The most activations on any rank."""
         return max(self.peaks)
 
+    @property
+    def peak_bytes(self) -> list[float]:
+        """The most bytes that each rank held at once."""
+        return [max(held for _, held in row) for row in self.held]
+
 
 class DeadlockError(ValueError):
     """A schedule that stops: `stuck` holds each rank's next step and what it waits for; `done` is how far each came."""
 
-    def __init__(self, stuck: dict[int, tuple[Compute, Action]], done: list[int]) -> None:
+    def __init__(self, stuck: dict[int, tuple[Step, str]], done: list[int]) -> None:
         self.stuck, self.done = stuck, done
         lines = [f"rank {rank} cannot start {step}: it waits for {need}" for rank, (step, need) in stuck.items()]
         super().__init__("the schedule stops: " + "; ".join(lines))
 
 
-def needs(action: Action, stages: int) -> Action | None:
-    """What must be done before: of another stage, or of the same one. A `B` may come as part of a `BW`."""
-    kind, stage, microbatch = action.kind, action.stage, action.microbatch
-    if kind == "F":
-        return Action("F", stage - 1, microbatch) if stage else None
-    if kind == "W":
-        return Action("B", stage, microbatch)
-    return Action("B", stage + 1, microbatch) if stage < stages - 1 else Action("F", stage, microbatch)
+class LongerError(Exception):
+    """A schedule that takes longer than was asked for."""
 
 
-def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
-    """The time line. A step starts when its rank is free and what it needs has arrived; sends cost the sender nothing.
+def simulate(
+    schedule: Schedule, costs: Costs | None = None, memory: Memory | None = None, within: float = math.inf
+) -> Timeline:  # fmt: skip
+    """The time line of a schedule; one that is not lowered is, without shards.
 
-    Raises DeadlockError where a rank would wait for ever. Worked number: 1F1B of 4 ranks and 8 microbatches with
-    F = 1, B = W = 1 ends after (8 + 3)·3 = 33, idle share 3/11.
+    A step starts when its rank is free, what it needs has arrived and its stages are gathered. Sends, receives and
+    shard actions do not hold their rank up. A message leaves when it is made, its link is free, and its receive open.
+
+    Raises DeadlockError where a rank would wait for ever, LongerError as soon as it is sure that it takes longer than
+    `within`. Worked number: 1F1B of 4 ranks and 8 microbatches with F = 1, B = W = 1 ends after (8 + 3)·3 = 33, idle
+    share 3/11.
     """
-    costs = costs or Costs()
-    ready: dict[Action, float] = {}
-    rows = [schedule.computing(rank) for rank in range(schedule.ranks)]
-    spans: list[list[Span]] = [[] for _ in rows]
-    places = [0] * schedule.ranks
-    clocks = [0.0] * schedule.ranks
-    waiting: dict[Action, list[int]] = {}
-    todo = deque(range(schedule.ranks))
-    while todo:
-        rank = todo.popleft()
-        row = rows[rank]
-        while places[rank] < len(row):
-            step = row[places[rank]]
-            start, lacking = arrival(schedule, step, rank, ready, costs.transfer)
-            if lacking is not None:
-                waiting.setdefault(lacking, []).append(rank)
-                break
-            start = max(start, clocks[rank])
-            clocks[rank] = end = start + costs.of(step)
-            spans[rank].append(Span(step, start, end))
-            places[rank] += 1
-            for action in actions_of(step):
-                for done in finished(action):
-                    ready[done] = end
-                    todo.extend(waiting.pop(done, []))
-    if any(place < len(row) for place, row in zip(places, rows, strict=True)):
-        stuck = {}
-        for action, ranks in waiting.items():
-            for rank in ranks:
-                stuck[rank] = (rows[rank][places[rank]], action)
-        raise DeadlockError(dict(sorted(stuck.items())), places)
-    return Timeline(schedule, spans, [peak(schedule, row) for row in spans])
+    plan = lower(schedule) if schedule.zero is None else schedule
+    return Simulation(plan, costs or Costs(), memory or Memory(), within).run()
 
 
-def finished(action: Action) -> list[Action]:
-    """What others may wait for, now that `action` is over."""
-    if action.kind == "BW":
-        return [Action("B", action.stage, action.microbatch), Action("W", action.stage, action.microbatch)]
-    return [action]
+class Link:
+    """A channel: messages that wait for their turn, in the order of the sends, and what was opened for them."""
+
+    def __init__(self) -> None:
+        self.queue: deque[tuple[Action, float]] = deque()
+        self.opened: dict[Action, float] = {}
+        self.free = 0.0
 
 
-def arrival(
-    schedule: Schedule, step: Compute, rank: int, ready: dict[Action, float], transfer: float
-) -> tuple[float, Action | None]:
-    """When all that a step needs is there, or what is lacking."""
-    latest = 0.0
-    for action in actions_of(step):
-        wanted = [needs(action, schedule.stages)]
-        if action.kind in ("B", "BW"):
-            wanted.append(Action("F", action.stage, action.microbatch))
-        for need in wanted:
-            if need is None:
+class Simulation:
+    """Goes from rank to rank, as far as each can. Who waits for what is data, so the order in which it does is not."""
+
+    def __init__(self, schedule: Schedule, costs: Costs, memory: Memory, within: float) -> None:
+        self.schedule, self.costs, self.memory, self.within = schedule, costs, memory, within
+        ranks = range(schedule.ranks)
+        self.clocks = [0.0 for _ in ranks]
+        self.times: dict[tuple[str, int], float] = {}  # of single actions, by kind and stage
+        self.left = [sum(self.time(step) for step in schedule.computing(rank)) for rank in ranks]
+        self.lanes = [0.0 for _ in ranks]  # when a rank's gathers and reductions are through
+        self.done: dict[Action, float] = {}  # for the rank that did it
+        self.arrived: dict[Action, float] = {}  # for the rank that reads it
+        self.gathered: dict[tuple[int, int], float] = {}  # rank, stage
+        self.links: dict[Channel, Link] = {}
+        self.waiting: dict[tuple[str, Action], int] = {}
+        self.spans: list[list[Span]] = [[] for _ in ranks]
+        self.traffic: list[list[Traffic]] = [[] for _ in ranks]
+        self.changes: list[list[tuple[float, float]]] = [[] for _ in ranks]  # of bytes
+        self.whole: set[tuple[int, int]] = set()  # rank, stage with gradients that are not reduced
+        self.pieces: set[tuple[int, int]] = set()
+        self.exposed = [0.0 for _ in ranks]
+        self.todo = deque(ranks)
+
+    def time(self, step: Compute) -> float:
+        """How long a step takes."""
+        if not isinstance(step, Action):
+            return self.costs.of(step)
+        key = step.kind, step.stage
+        if key not in self.times:
+            self.times[key] = self.costs.of(step)
+        return self.times[key]
+
+    def run(self) -> Timeline:
+        schedule = self.schedule
+        places = [0] * schedule.ranks
+        for rank in range(schedule.ranks):
+            parts = self.memory.shards if schedule.zero else 1
+            self.change(rank, 0.0, sum(at(self.memory.parameters, s) for s in schedule.stages_of(rank)) / parts)
+        while self.todo:
+            rank = self.todo.popleft()
+            row = schedule.steps[rank]
+            while places[rank] < len(row) and self.take(rank, row[places[rank]]):
+                places[rank] += 1
+        if any(place < len(row) for place, row in zip(places, schedule.steps, strict=True)):
+            stuck = {
+                rank: (schedule.steps[rank][places[rank]], f"{need}" + (" to arrive" if how == "arrived" else ""))
+                for (how, need), rank in self.waiting.items()
+            }
+            raise DeadlockError(dict(sorted(stuck.items())), places)
+        peaks = [peak(schedule, row) for row in self.spans]
+        return Timeline(schedule, self.spans, peaks, self.traffic, self.held(), self.exposed)
+
+    def take(self, rank: int, step: Step) -> bool:
+        """Do a rank's next step, or note what it waits for."""
+        now = self.clocks[rank]
+        if isinstance(step, ShardAction):
+            self.shard(rank, step, now)
+        elif isinstance(step, Transfer):
+            channel = (rank, step.peer) if step.kind == "send" else (step.peer, rank)
+            link = self.links.setdefault(channel, Link())
+            if step.kind == "send":
+                link.queue.append((step.message, now))
+            else:
+                link.opened[step.message] = now
+            self.change(rank, now, self.memory.message)
+            self.carry(channel, link)
+        else:
+            return self.compute(rank, step)
+        return True
+
+    def compute(self, rank: int, step: Compute) -> bool:
+        """A step that computes, if all that it needs is there."""
+        start, messages = self.clocks[rank], 0
+        for action in actions_of(step):
+            need = needed_by(self.schedule, action)
+            remote = need is not None and self.schedule.rank_of(need.stage, need.microbatch) != rank
+            if need is not None:
+                there = self.arrived if remote else self.done
+                if need not in there:
+                    self.waiting["arrived" if remote else "done", need] = rank
+                    return False
+                start = max(start, there[need])
+            own = own_need(action)
+            if own is not None and own not in self.done:
+                self.waiting["done", own] = rank
+                return False
+            start = max(start, self.gathered.get((rank, action.stage), 0.0))
+            messages += remote
+        self.change(rank, start, -messages * self.memory.message)
+        if start + self.left[rank] > self.within:
+            raise LongerError
+        end = self.clocks[rank] = start + self.time(step)
+        self.left[rank] -= end - start
+        self.spans[rank].append(Span(step, start, end))
+        self.note(rank, step, start, end)
+        for action in actions_of(step):
+            self.done[made_by(action)] = end
+            self.wake("done", made_by(action))
+        return True
+
+    def note(self, rank: int, step: Compute, start: float, end: float) -> None:
+        """Trips to experts, and what a step allocates and frees."""
+        phases = self.costs.phases(step) if self.costs.all_to_all else []
+        for phase in phases:
+            if phase.lane == "all-to-all":
+                self.traffic[rank].append(Traffic("all-to-all", phase.name, start + phase.start, start + phase.end))
+        if phases:
+            self.exposed[rank] += end - start - sum(self.costs.computation(action) for action in actions_of(step))
+        for action in actions_of(step):
+            activation, stage = at(self.memory.activation, action.stage), (rank, action.stage)
+            if action.kind == "F":
+                self.change(rank, start, activation)
                 continue
-            if need not in ready:
-                return latest, need
-            is_remote = schedule.rank_of(need.stage, need.microbatch) != rank
-            latest = max(latest, ready[need] + (transfer if is_remote else 0.0))
-    return latest, None
+            if stage not in self.whole:
+                self.whole.add(stage)
+                self.change(rank, start, at(self.memory.gradients, action.stage))
+            if action.kind != "B":
+                self.change(rank, end, -activation)
+
+    def shard(self, rank: int, step: ShardAction, now: float) -> None:
+        """Gather, cut or reduce a stage."""
+        stage = (rank, step.stage)
+        parameters, gradients = at(self.memory.parameters, step.stage), at(self.memory.gradients, step.stage)
+        if step.kind == "reshard":
+            self.gathered.pop(stage)
+            self.change(rank, now, -parameters)
+            return
+        time = at(self.costs.unshard if step.kind == "unshard" else self.costs.reduce, step.stage)
+        start = max(now, self.lanes[rank])
+        end = self.lanes[rank] = start + time
+        if time:
+            self.traffic[rank].append(Traffic("shards", str(step), start, end))
+        if step.kind == "unshard":
+            self.gathered[stage] = end
+            self.change(rank, now, parameters)
+            return
+        if stage not in self.pieces:
+            self.pieces.add(stage)
+            self.change(rank, now, gradients / self.memory.shards)
+        self.whole.discard(stage)
+        self.change(rank, end, -gradients)
+
+    def carry(self, channel: Channel, link: Link) -> None:
+        """Move a link's messages on as far as both of their ends are ready."""
+        time = self.costs.over(channel)
+        while link.queue and link.queue[0][0] in link.opened:
+            message, sent = link.queue.popleft()
+            start = max(sent, link.opened.pop(message), link.free)
+            end = link.free = self.arrived[message] = start + time
+            if time:
+                self.traffic[channel[0]].append(Traffic("send", f"{message} to rank {channel[1]}", start, end))
+                self.traffic[channel[1]].append(Traffic("receive", f"{message} of rank {channel[0]}", start, end))
+            self.change(channel[0], end, -self.memory.message)
+            self.wake("arrived", message)
+
+    def wake(self, how: str, what: Action) -> None:
+        rank = self.waiting.pop((how, what), None)
+        if rank is not None:
+            self.todo.append(rank)
+
+    def change(self, rank: int, time: float, count: float) -> None:
+        if count:
+            self.changes[rank].append((time, count))
+
+    def held(self) -> list[list[tuple[float, float]]]:
+        """The bytes of every rank over time; what is freed at a moment makes room for what is allocated in it."""
+        rows = []
+        for changes in self.changes:
+            held, row = 0.0, [(0.0, 0.0)]
+            for time, count in sorted(changes, key=lambda change: change[0]):
+                held += count
+                row.append((time, held))
+            rows.append(row)
+        return rows
 
 
-def peak(schedule: Schedule, row: list[Span]) -> float:
+def own_need(action: Action) -> Action | None:
+    """What the same stage must have done before."""
+    if action.kind == "F":
+        return None
+    return Action("B" if action.kind == "W" else "F", action.stage, action.microbatch)
+
+
+def peak(schedule: Schedule, row: Sequence[Span]) -> float:
     """Most activations alive at once on a rank, in units of its whole forward."""
+    return most_held([span.step for span in row]) / schedule.stages_per_rank
+
+
+def most_held(steps: Sequence[Compute]) -> int:
+    """Most activations of a stage alive at once when these steps run in order."""
     held = most = 0
-    for span in row:
-        actions = actions_of(span.step)
+    for step in steps:
+        actions = actions_of(step)
         held += sum(action.kind == "F" for action in actions)
         most = max(most, held)
         held -= sum(action.kind in ("W", "BW") for action in actions)
-    return most / schedule.stages_per_rank
+    return most
