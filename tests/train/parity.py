@@ -36,6 +36,7 @@ from soma.train.start import fill
 from soma.train.tracking import NullTracker
 from soma.train.trainer import make_objective
 from soma.train.world import World
+from tests.train.pool import device
 
 # A first step of AdamW is the sign of the gradient: where bf16 flips a sign, the weight is two rates away.
 RATES = {"fp32": 1e-2, "bf16": 1e-3, "fp16": 1e-3}
@@ -189,7 +190,7 @@ def rows_of(batch: Batch, rows: slice) -> Batch:
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor that may be cut, as float32."""
     full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return full.detach().float().clone()
+    return full.detach().to("cpu", torch.float32, copy=True)
 
 
 def make_trainer(case: Case, world: World, folder: Path) -> Recording:
@@ -202,12 +203,12 @@ def make_trainer(case: Case, world: World, folder: Path) -> Recording:
     )  # fmt: skip
     whole = make_model(case, "cpu")
     is_rounded = case.lora not in ("", "full")
-    model = whole if is_rounded else make_model(case, "meta")
-    filled = partial(fill, model, whole.state_dict().__getitem__, torch.device("cpu"))
+    model = whole.to(device()) if is_rounded else make_model(case, "meta")
+    filled = partial(fill, model, whole.state_dict().__getitem__, device())
     reference, filled_reference = make_reference(case) if case.pairs else (None, filled)
     world.mesh.layout.check_model(model.config)
     world.mesh.layout.check_batch(ROWS, case.microbatch, LENGTH)
-    compute = Exact(torch.device("cpu"), case.precision, False)
+    compute = Exact(device(), case.precision, False)
     parallel: Parallel
     objective: Objective
     if world.mesh.layout.engine != "soma":
@@ -234,11 +235,11 @@ def make_trainer(case: Case, world: World, folder: Path) -> Recording:
     return trainer
 
 
-def make_model(case: Case, device: str) -> Transformer:
+def make_model(case: Case, place: str) -> Transformer:
     """The model; updates begin somewhere, so that both of their matrices have gradients from the first step on."""
-    model = Transformer(ModelConfig(**MODELS[case.model]), device=device, dtype=torch.float32)
+    model = Transformer(ModelConfig(**MODELS[case.model]), device=place, dtype=torch.float32)
     if case.lora:
-        if case.lora != "full" and device != "meta":
+        if case.lora != "full" and place != "meta":
             quantize(model, {"int8": 8, "int4": 4}[case.lora], head=False)
         add_lora(model, LORA, seed=1)
         generator = torch.Generator().manual_seed(2)
@@ -252,8 +253,8 @@ def make_reference(case: Case) -> tuple[Transformer, Callable[[], None]]:
     other = make_model(case, "cpu")
     other.init_weights(7)
     is_rounded = case.lora not in ("", "full")
-    model = make_model(case, "cpu" if is_rounded else "meta")
-    return model, partial(fill, model, other.state_dict().__getitem__, torch.device("cpu"))
+    model = make_model(case, "cpu").to(device()) if is_rounded else make_model(case, "meta")
+    return model, partial(fill, model, other.state_dict().__getitem__, device())
 
 
 def train(case: Case, world: World) -> Outcome:
@@ -283,9 +284,14 @@ def alone(case: Case) -> Outcome:
     return train(case, World())
 
 
+def alone_on_rank(rank: int, world_size: int, cases: list[Case]) -> list[Outcome]:
+    """One process, which is a rank of the pool: for a GPU."""
+    return [train(case, World()) for case in cases]
+
+
 def on_rank(rank: int, world_size: int, layout: dict[str, Any], cases: list[Case]) -> list[Outcome] | None:
     """On a rank of the pool: the outcomes of a layout; every rank takes part, rank 0 answers."""
-    world = World.join(Layout(**layout), "cpu")
+    world = World.join(Layout(**layout), device().type)
     outcomes = [train(case, world) for case in cases]
     return outcomes if rank == 0 else None
 
@@ -296,41 +302,46 @@ def on_rank(rank: int, world_size: int, layout: dict[str, Any], cases: list[Case
 BOUNDS = {"fp32": (2e-5, 1e-5), "fp16": (1e-2, 2e-3), "bf16": (4e-2, 2e-2), "bf16 moe": (4e-1, 5e-2)}
 
 
-def differences(ours: Outcome, expected: Outcome, bounds: str) -> list[str]:
-    """What is out of bounds, in words; empty if the outcomes are equal."""
-    bound, scalar = BOUNDS[bounds]
-    found = []
+def errors(ours: Outcome, expected: Outcome) -> dict[str, float]:
+    """Relative differences by what they are of; of a tensor that of its norm, and infinity where names differ."""
+    found = {}
     for name, mine, theirs in (("loss", ours.losses, expected.losses), ("norm", ours.norms, expected.norms)):
         for step, (a, b) in enumerate(zip(mine, theirs, strict=True), 1):
-            if not abs(a - b) <= scalar * abs(b):
-                found.append(f"{name} of step {step}: {a:.8g}, expected {b:.8g}")
+            found[f"{name} of step {step}"] = abs(a - b) / abs(b)
     assert expected.validation is not None
-    if not (
-        ours.validation is not None and abs(ours.validation - expected.validation) <= 4 * scalar * expected.validation
-    ):
-        found.append(f"held-out loss: {ours.validation}, expected {expected.validation:.8g}")
+    away = float("inf") if ours.validation is None else abs(ours.validation - expected.validation)
+    found["held-out loss"] = away / expected.validation
     pairs = [
         (f"gradient {step}", a, b)
         for step, (a, b) in enumerate(zip(ours.gradients, expected.gradients, strict=True), 1)
     ]
     for what, mine_, theirs_ in [*pairs, ("weights", ours.weights, expected.weights)]:
         if mine_.keys() != theirs_.keys():
-            found.append(f"{what}: other names: {sorted(mine_.keys() ^ theirs_.keys())[:4]}")
+            found[f"{what}, names {sorted(mine_.keys() ^ theirs_.keys())[:4]}"] = float("inf")
             continue
         # Some gradients are zero but for rounding (a bias on all keys does not change a softmax).
         least = 1e-3 * float(torch.stack([value.norm() for value in theirs_.values()]).norm())
         for name, value in theirs_.items():
             if what == "weights" and name.endswith("k_proj.bias"):
                 continue  # moved by rounding alone
-            error = float((mine_[name] - value).norm()) / max(least, float(value.norm()))
-            if not error <= bound:
-                found.append(f"{what}, {name}: {error:.2g} apart")
+            found[f"{what}, {name}"] = float((mine_[name] - value).norm()) / max(least, float(value.norm()))
     return found
+
+
+def differences(ours: Outcome, expected: Outcome, bounds: str) -> list[str]:
+    """What is out of bounds, in words; empty if the outcomes are equal."""
+    bound, scalar = BOUNDS[bounds]
+    figures = {"loss": scalar, "norm": scalar, "held-out": 4 * scalar}
+    return [
+        f"{what}: {error:.2g} apart"
+        for what, error in errors(ours, expected).items()
+        if not error <= figures.get(what.split(" ")[0], bound)
+    ]
 
 
 def save_on_rank(rank: int, world_size: int, layout: dict[str, Any], case: Case, folder: str) -> None:
     """Two steps, then a checkpoint."""
-    trainer = make_trainer(case, World.join(Layout(**layout), "cpu"), Path(folder))
+    trainer = make_trainer(case, World.join(Layout(**layout), device().type), Path(folder))
     trainer.journal.start(0)
     for _ in range(STEPS - 1):
         trainer.train_step()
@@ -343,7 +354,7 @@ def resume_on_rank(
     rank: int, world_size: int, layout: dict[str, Any], case: Case, folder: str, model: str
 ) -> Outcome | None:
     """The third step from a checkpoint, whatever layout wrote it; the weights go into a model folder."""
-    trainer = make_trainer(case, World.join(Layout(**layout), "cpu"), Path(folder))
+    trainer = make_trainer(case, World.join(Layout(**layout), device().type), Path(folder))
     trainer.resume()
     assert trainer.at.done == STEPS - 1
     trainer.train_step()

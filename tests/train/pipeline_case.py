@@ -22,6 +22,7 @@ from soma.train.parallel.pipeline.microbatch import Microbatch
 from soma.train.parallel.pipeline.schedule import Schedule
 from soma.train.parallel.pipeline.search import search, v_half_limit
 from soma.train.world import World
+from tests.train.pool import device
 
 STEPS, B, T, CLIP = 3, 2, 12, 0.5
 UNEVEN = {4: (1, 4, 2, 3), 8: (1, 2, 1, 2, 1, 1, 1, 1), 2: (3, 7), 12: ()}
@@ -79,7 +80,7 @@ class Case:
         return schedules.SCHEDULES[self.schedule](self.ranks, self.microbatches)
 
     def autocast(self) -> Any:
-        return torch.autocast("cpu", torch.bfloat16) if self.precision == "bf16" else nullcontext()
+        return torch.autocast(device().type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
 
 
 @dataclass
@@ -101,7 +102,7 @@ def make_model(case: Case) -> Transformer:
                 parameter *= 4
             elif name.endswith("bias"):
                 parameter += torch.linspace(-0.1, 0.1, parameter.numel())
-    return model.train()
+    return model.to(device()).train()
 
 
 def batches(case: Case) -> list[Batch]:
@@ -136,7 +137,7 @@ def train(case: Case, model: Transformer, step: Callable[[Batch, int], Tensor], 
     for batch in batches(case):
         count = int((batch.targets != loss.IGNORE).sum())
         trained.losses.append(float(step(batch, count)) / count)
-        trained.gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        trained.gradients.append({name: own(p.grad) for name, p in model.named_parameters() if p.grad is not None})
         trained.norms.append(float(clip()))
         for optimizer in optimizers:
             optimizer.step()
@@ -144,13 +145,17 @@ def train(case: Case, model: Transformer, step: Callable[[Batch, int], Tensor], 
         balance.step()
         model.zero_grad(set_to_none=True)
     tensors = [*model.named_parameters(), *model.named_buffers()]
-    trained.weights = {name: t.detach().clone() for name, t in tensors if not name.endswith(("load", "inv_freq"))}
+    trained.weights = {name: own(t) for name, t in tensors if not name.endswith(("load", "inv_freq"))}
     return trained
 
 
+def own(tensor: Tensor) -> Tensor:
+    """A copy on the CPU."""
+    return tensor.detach().to("cpu", copy=True)
+
+
 def parts(case: Case, batch: Batch) -> list[Microbatch]:
-    device = torch.device("cpu")
-    return [Microbatch.of(batch, slice(i * B, i * B + B), device) for i in range(case.microbatches)]
+    return [Microbatch.of(batch, slice(i * B, i * B + B), device()) for i in range(case.microbatches)]
 
 
 def train_alone(case: Case) -> Trained:
@@ -163,11 +168,11 @@ def train_alone(case: Case) -> Trained:
         return loss.cross_entropy_sum(logits_NV, targets_N)
 
     def step(batch: Batch, count: int) -> Tensor:
-        total = torch.zeros(())
+        total = torch.zeros((), device=device())
         for part in parts(case, batch):
             with case.autocast():
                 x_BTD, aux = model.features(part.tokens, part.positions, part.document_ids)
-            scale, aux_scale = torch.tensor(1 / count), torch.tensor(1 / case.microbatches)
+            scale, aux_scale = (torch.tensor(1 / share, device=device()) for share in (count, case.microbatches))
             total += loss.backward(x_BTD, aux, part.targets, part.rows, chunk_loss, scale, aux_scale)
         return total
 
@@ -175,6 +180,11 @@ def train_alone(case: Case) -> Trained:
         return torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
 
     return train(case, model, step, clip, lambda: None)
+
+
+def alone_on_rank(rank: int, world_size: int, case: Case) -> Trained:
+    """One process, which is a rank of the pool: for a GPU."""
+    return train_alone(case)
 
 
 def layers_of(case: Case, stages: int) -> list[list[int]] | None:

@@ -9,6 +9,9 @@ with a new Gloo process group.
     def test_answer(pool: Pool) -> None:                        # the fixture of tests/train/conftest.py
         assert pool.run(answer, 4, 10) == [10, 11, 12, 13]
 
+`Pool("cuda")` gives each rank a GPU of its own, and the groups NCCL beside Gloo. `device()` says on a rank where it
+computes.
+
 Arguments and results are pickled. `timeout` is in seconds. A rank that raises fails the test with that rank's
 traceback, a rank that does not come back with its number and the place where it stands; then all processes are killed
 and the next test gets new ones.
@@ -34,6 +37,7 @@ from typing import Any
 ATTEMPTS = 3  # at a call whose processes die
 GRACE = 1.5  # seconds that the other ranks have to come back after one has failed
 LOST = "gloo/transport"  # in the error of a rank whose peer has gone
+here = ["cpu"]  # the type of device of this process
 
 
 class PoolError(AssertionError):
@@ -44,10 +48,18 @@ class DiedError(PoolError):
     """A process was ended by a signal."""
 
 
-class Pool:
-    """Up to as many processes as the largest `world_size` asked for; each has one thread."""
+def device() -> Any:
+    """The torch.device that this process computes on: the CPU, unless it is a rank of a pool of GPUs."""
+    import torch
 
-    def __init__(self) -> None:
+    return torch.device(here[0])
+
+
+class Pool:
+    """Up to as many processes as the largest `world_size` asked for; each has one thread, and of "cuda" one GPU."""
+
+    def __init__(self, device_type: str = "cpu") -> None:
+        self.device_type = device_type
         self.folder = Path(tempfile.mkdtemp(prefix="soma-pool-"))
         self.workers: list[tuple[Any, Connection]] = []
         self.runs = 0
@@ -55,15 +67,15 @@ class Pool:
     def run(self, fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
         """`fn(rank, world_size, *args)` on every rank, in a process group of just these; the results in rank order.
 
-        Where a process dies of a signal it is done again, with new processes, and pytest shows a warning with the
-        place: threads of Gloo have been seen to abort (docs/lab.md), which says nothing of what is tested. What dies
-        ATTEMPTS times has failed.
+        Where a process dies of a signal (on CPUs) it is done again, with new processes, and pytest shows a warning with
+        the place: threads of Gloo have been seen to abort (docs/lab.md), which says nothing of what is tested. What
+        dies ATTEMPTS times has failed.
         """
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 return self.attempt(fn, world_size, *args, timeout=timeout)
             except DiedError as error:
-                if attempt == ATTEMPTS:
+                if attempt == ATTEMPTS or self.device_type != "cpu":
                     raise
                 warnings.warn(f"done again, since a process died: {error}", stacklevel=2)
         raise AssertionError
@@ -98,7 +110,7 @@ class Pool:
         os.environ["OMP_NUM_THREADS"] = "1"
         ours, theirs = context.Pipe()
         place = self.folder / f"stack-{len(self.workers)}"
-        process = context.Process(target=work, args=(theirs, str(place)), daemon=True)
+        process = context.Process(target=work, args=(theirs, str(place), self.device_type), daemon=True)
         process.start()
         theirs.close()
         if threads is None:
@@ -159,12 +171,18 @@ class Pool:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def work(connection: Connection, place: str) -> None:
+def work(connection: Connection, place: str, device_type: str) -> None:
     """What a process does: take a call, run it in a process group of its own, answer."""
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    here[0], backend = device_type, "gloo"
+    if device_type == "cuda":
+        from soma.train.parallel.ranks import STREAMS
+
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", STREAMS)
+        backend = "cpu:gloo,cuda:nccl"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the session's: it closes the pool
     with open(place, "w") as stack:
         faulthandler.enable(file=stack)
@@ -179,8 +197,10 @@ def work(connection: Connection, place: str) -> None:
                 continue
             limit = datetime.timedelta(minutes=10)
             try:
+                if device_type == "cuda":
+                    torch.cuda.set_device(rank)
                 dist.init_process_group(
-                    "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=limit
+                    backend, init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=limit
                 )
                 answer = (True, fn(rank, world_size, *args))
             except BaseException:  # noqa: BLE001 - SystemExit too is the rank's answer

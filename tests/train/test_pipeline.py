@@ -53,9 +53,10 @@ def is_noise(case: Case, name: str) -> bool:
     return case.precision == "bf16" and name.endswith("e_score_correction_bias")
 
 
-def gaps(pool: Pool, case: Case) -> Gaps:
+def gaps(pool: Pool, case: Case, one: Trained | None = None, timeout: float = 120) -> Gaps:
     """Train on ranks, hold all that they have against one process. Together they have every parameter."""
-    ranks, one, worst = pool.run(train_rank, case.ranks, case), reference(case.alone), Gaps()
+    ranks, worst = pool.run(train_rank, case.ranks, case, timeout=timeout), Gaps()
+    one = reference(case.alone) if one is None else one
     for step in range(len(one.losses)):
         for part in ranks:
             worst.add(step, abs(part.losses[step] / one.losses[step] - 1))

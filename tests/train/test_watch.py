@@ -1,6 +1,7 @@
 """A rank that hangs in the middle of a step: the others say which one it is, and in what they wait for it."""
 
 import os
+import re
 import signal
 import tempfile
 import time
@@ -11,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from soma.train.parallel import watch
 from soma.train.parallel.config import GRID, Layout
 from soma.train.parallel.watch import LostRankError, State, explain, watched
 from soma.train.world import World
@@ -125,6 +128,46 @@ def test_chains_and_circles() -> None:
     circle = told(set(), a=waits, b=State(groups={"w": 6, "p": 2}), c=State(groups={"w": 8, "p": 1}))
     assert circle.startswith("ranks wait for each other: rank 0 in broadcast number 7")
     assert told(set(), a=waits, b=waits, c=waits).endswith("and no rank is missing in any")
+
+
+def test_transfers_between_gpus() -> None:
+    """A receipt waits for whoever has not begun to send it; what was sent and not taken is nobody's fault."""
+    here = {"w": 7}
+    takes, gives = State(groups=here, received={"1": 3}, at="a.py:1 in f"), State(groups=here, sent={"0": 2}, at="b")
+    text = explain(0, {0: takes, 1: gives}, set(), {})
+    assert (
+        text == "rank 0 waits at a.py:1 in f in receipt number 3 from rank 1 for rank 1, which is alive and stands at b"
+    )
+    gives.sent["0"] = 4
+    assert explain(0, {0: takes, 1: gives}, set(), {}).endswith("no rank is missing in any")
+
+
+def wait_on_a_gpu(rank: int, world_size: int, folder: str) -> list[str]:
+    """As over NCCL: what rank 0 has begun waits elsewhere, its main thread does not come back."""
+    told: list[str] = []
+    done = Path(folder) / "done"
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(watch, "uses_nccl", lambda: True)
+        patch.setattr(watch, "limit_operations", lambda seconds: None)
+        patch.setattr(watch, "end", told.append)
+        with watched(2.0):
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+            work = dist.all_reduce(torch.ones(1), async_op=True) if rank == 0 else None
+            until(lambda: bool(told) if rank == 0 else done.exists())
+            done.touch()
+            (dist.all_reduce(torch.ones(1), async_op=True) if work is None else work).wait()  # type: ignore[union-attr]
+    assert signal.signal(signal.SIGTERM, before) is signal.SIG_IGN
+    return told
+
+
+def test_a_rank_that_waits_on_its_gpu_is_ended(own_pool: Pool, tmp_path: Path) -> None:
+    told, of_the_missing = own_pool.run(wait_on_a_gpu, 2, str(tmp_path), timeout=LIMIT)
+    assert not of_the_missing
+    start = (
+        r"rank 0 waits at test_watch.py:\d+ in until in all_reduce number \d+ of ranks 0,1 for rank 1, which is alive "
+    )
+    assert re.match(start + r"and stands at test_watch.py:\d+ in until \(for \d+ s; ", told[0]), told
 
 
 def slow_rank(rank: int, world_size: int) -> int:

@@ -12,21 +12,38 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from soma.train.parallel.watch import LONG_WAITS
 
+# GPU streams beyond this number wait for each other by chance, and one that waits for another rank (each process group
+# has its own) may then hold up what that rank waits for. CUDA's default is 8, this its most.
+STREAMS = "32"
 LONG = datetime.timedelta(days=30)  # that rank 0 may spend on other stages before it trains
 
 
 def join() -> int:
     """Join the process group that `torchrun` describes; this process's rank. GPUs are dealt out by local rank."""
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # the record of operations that `watch` reads
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", STREAMS)
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend)
-    return dist.get_rank()
+    store, rank, size = next(rendezvous("env://"))
+    dist.init_process_group(backend, store=dist.PrefixStore(attempt(), store), rank=rank, world_size=size)
+    return rank
+
+
+def attempt() -> str:
+    """What this start of the job puts before its keys in the store.
+
+    An agent of torchrun keeps its store when it starts its ranks anew, and torch puts nothing before the keys: a rank
+    would read where the one before it has listened (Gloo), or the name of a communicator that is gone (NCCL). Agents of
+    several nodes do not count alike; there each start has a store of its own (`launch.OWN_STORE`).
+    """
+    is_alone = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    return f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if is_alone else 'any'}"
 
 
 class Calls:

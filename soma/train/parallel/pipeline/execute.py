@@ -35,7 +35,7 @@ from soma.train.parallel.pipeline.schedule import (
 from soma.train.parallel.pipeline.simulate import Span, Timeline, peak
 from soma.train.parallel.pipeline.stage import StageWorker, cut
 from soma.train.parallel.pipeline.transfers import made_by, needed_by, reader_of
-from soma.train.parallel.pipeline.transport import Transport
+from soma.train.parallel.pipeline.transport import Transport, open_channels
 from soma.train.parallel.pipeline.validate import validate
 from soma.train.parallel.shard import PipelineShards, StageShards
 
@@ -179,6 +179,7 @@ class PipelineStep:
     dtype: of what is sent; default that of the parameters. It must be the dtype of the residual stream.
     sequence_ranks: over which the residual stream is cut along T (sequence parallelism).
     trains: False: for `evaluate` alone, without the transfers of a step.
+    device: where it computes; None: where the model is, which is then no meta device.
 
     Raises ValueError where group and schedule have other numbers of ranks, and where the schedule is none.
     """
@@ -188,7 +189,7 @@ class PipelineStep:
         layers: Sequence[Sequence[int]] | None = None, head: Head | None = None,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext, compiled: bool = False,
         split: bool = True, recompute: bool = False, dtype: torch.dtype | None = None, sequence_ranks: int = 1,
-        trains: bool = True,
+        trains: bool = True, device: torch.device | None = None,
     ) -> None:  # fmt: skip
         validate(schedule)
         group = dist.group.WORLD if group is None else group
@@ -230,7 +231,9 @@ class PipelineStep:
         self.microbatches: Sequence[Microbatch] = ()
         self.shards: PipelineShards | None = None
         self.lower(0)
-        self.transport = Transport(self.plan, group, self.buffer) if trains else None
+        device, widest = device or self.device, self.plan if trains else self.forward_plan
+        self.channels = open_channels(widest, group) if device.type == "cuda" else None  # evaluation has some of them
+        self.transport = Transport(self.plan, group, self.buffer, self.channels) if trains else None
         self.forward_transport: Transport | None = None
         self.clock: Clock | None = None
 
@@ -267,7 +270,7 @@ class PipelineStep:
         """The sum of cross-entropies without gradients, in whatever mode the model is; the same on all ranks."""
         self.begin(microbatches, 0.0, 0.0)
         if self.forward_transport is None:
-            self.forward_transport = Transport(self.forward_plan, self.group, self.buffer)
+            self.forward_transport = Transport(self.forward_plan, self.group, self.buffer, self.channels)
         self.run(self.forward_plan, self.forward_transport, Clock(self.device))
         return self.total()
 

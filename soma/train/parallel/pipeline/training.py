@@ -81,7 +81,7 @@ def make_pipeline(
         pipeline = PipelineStep(
             model, plan, group, head=head, autocast=compute.autocast, compiled=compute.compile and not in_layers,
             split=layout.tp == 1 and not by_layer, recompute=again is True,
-            sequence_ranks=layout.tp if layout.sp else 1,
+            sequence_ranks=layout.tp if layout.sp else 1, device=compute.device,
         )  # fmt: skip
     except ValueError as error:
         raise UserError(f"layout: pp {layout.pp}, schedule {plan.name}: {error}") from None
@@ -110,7 +110,7 @@ def make_reference(
     divide(model.eval().requires_grad_(False), mesh, whole_batch=False)
     pipeline = PipelineStep(
         model, plan, group, head=head, autocast=compute.autocast, split=False, trains=False,
-        sequence_ranks=mesh.layout.tp if mesh.layout.sp else 1,
+        sequence_ranks=mesh.layout.tp if mesh.layout.sp else 1, device=compute.device,
     )  # fmt: skip
     if mesh.layout.fsdp > 1:
         pipeline.shard(mesh)

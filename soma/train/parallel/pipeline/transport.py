@@ -1,32 +1,38 @@
 """Point-to-point transfers of a pipeline over `torch.distributed`."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from soma.train.parallel import watch
 from soma.train.parallel.groups import make_groups
 from soma.train.parallel.pipeline.schedule import Action, Schedule, Transfer
-from soma.train.parallel.pipeline.transfers import sends
-from soma.train.parallel.watch import waiting
+from soma.train.parallel.pipeline.transfers import Channel, sends
 
 
 class Transport:
     """One rank's ends of all channels of a lowered schedule.
 
     Sends are asynchronous and keep their tensor alive until it has left. Receives are posted where the schedule has
-    them, into buffers made by `buffer(microbatch)`: what comes over a wire has that shape. Over NCCL every channel has
-    a communicator of its own, since those of two directions on one would wait for each other. A posted receive is a
-    kernel that waits there, and CUDA loads a kernel that is new only when no other runs: so the first step, in which
-    most are new, posts each receive when it is needed.
+    them, into buffers made by `buffer(microbatch)`: what comes over a wire has that shape. Between GPUs none is posted
+    before it is needed: a posted receive is a kernel that waits there, and CUDA loads a kernel that is new (another
+    shape of a product is enough) only when no other runs, so the one that waits for this rank's next message would
+    keep this rank from making it.
+
+    groups: of each channel, from `open_channels`; None between CPUs: `group` for all.
     """
 
-    def __init__(self, schedule: Schedule, group: dist.ProcessGroup, buffer: Callable[[int], Tensor]) -> None:
+    def __init__(
+        self, schedule: Schedule, group: dist.ProcessGroup, buffer: Callable[[int], Tensor],
+        groups: Mapping[Channel, dist.ProcessGroup] | None = None,
+    ) -> None:  # fmt: skip
         self.group, self.buffer, self.rank = group, buffer, dist.get_rank(group)
         self.orders = sends(schedule)
-        self.groups = dict.fromkeys(self.orders, group)
+        self.groups = dict.fromkeys(self.orders, group) if groups is None else groups
         self.number = {
             (channel, message): place for channel, order in self.orders.items() for place, message in enumerate(order)
         }
@@ -34,31 +40,10 @@ class Transport:
             message: source for (source, reader), order in self.orders.items() if reader == self.rank
             for message in order
         }  # fmt: skip
-        self.when_needed = dist.get_backend(group) == "nccl"
-        if self.when_needed:
-            self.open_channels()
+        self.when_needed = groups is not None
         self.sending: deque[tuple[dist.Work, Tensor, int]] = deque()
         self.posted: dict[Action, tuple[dist.Work, Tensor]] = {}
         self.put_off: dict[int, deque[Action]] = {source: deque() for source in self.source_of.values()}
-
-    def open_channels(self) -> None:
-        """A communicator for each channel, used once in an order that is the same everywhere."""
-        device = torch.device("cuda", torch.cuda.current_device())
-        mine = [channel for channel in self.orders if self.rank in channel]
-        ends = {channel: tuple(dist.get_global_rank(self.group, rank) for rank in channel) for channel in mine}
-        groups = {
-            is_up: make_groups((tuple(sorted(pair)) for pair in ends.values() if (pair[0] < pair[1]) == is_up), "nccl")
-            for is_up in (True, False)
-        }
-        for channel in mine:
-            source, target = ends[channel]
-            self.groups[channel] = groups[source < target][min(source, target), max(source, target)]
-            word = torch.zeros(1, device=device)
-            move, other = (dist.isend, target) if channel[0] == self.rank else (dist.irecv, source)
-            work = move(word, other, group=self.groups[channel])
-            assert work is not None
-            work.wait()
-        torch.cuda.synchronize()
 
     def begin(self) -> None:
         """A new step."""
@@ -77,9 +62,9 @@ class Transport:
         channel = (source, self.rank)
         buffer = self.buffer(message.microbatch)
         sender = dist.get_global_rank(self.group, source)
-        work = dist.irecv(buffer, sender, group=self.groups[channel], tag=self.number[channel, message])
-        assert work is not None
+        work = start(dist.irecv, buffer, sender, self.groups[channel], self.number[channel, message])
         self.posted[message] = (work, buffer)
+        watch.received[sender] += self.when_needed
 
     def receive(self, message: Action) -> Tensor:
         """What `message` names, as soon as it is here. Raises RuntimeError, with who waits for what, on a time-out."""
@@ -88,7 +73,7 @@ class Transport:
             self.post(self.put_off[source].popleft(), source)
         work, buffer = self.posted.pop(message)
         try:
-            with waiting(dist.get_global_rank(self.group, source), f"the receipt of {message}"):
+            with watch.waiting(dist.get_global_rank(self.group, source), f"the receipt of {message}"):
                 work.wait()
         except RuntimeError as error:
             who = f"pipeline rank {self.rank} waits for {message} of rank {source}"
@@ -102,15 +87,48 @@ class Transport:
         channel = (self.rank, reader)
         value = value.contiguous()
         target = dist.get_global_rank(self.group, reader)
-        work = dist.isend(value, target, group=self.groups[channel], tag=self.number[channel, message])
-        assert work is not None
+        work = start(dist.isend, value, target, self.groups[channel], self.number[channel, message])
         self.sending.append((work, value, target))
+        watch.sent[target] += self.when_needed
 
     def finish(self) -> None:
         """All has left and all has come."""
         assert not self.posted, f"never read: {[str(message) for message in self.posted]}"
         while self.sending:
             work, _, target = self.sending.popleft()
-            with waiting(target, "the sending of a microbatch"):
+            with watch.waiting(target, "the sending of a microbatch"):
                 work.wait()
-        self.when_needed = False
+
+
+def start(move: Callable[..., Any], tensor: Tensor, other: int, group: dist.ProcessGroup, tag: int) -> dist.Work:
+    """Begin a send or a receive. Over NCCL as a batch of one: alone it would make the group a second communicator."""
+    if tensor.is_cuda:
+        return dist.batch_isend_irecv([dist.P2POp(move, tensor, other, group, tag)])[0]
+    work: dist.Work | None = move(tensor, other, group=group, tag=tag)
+    assert work is not None
+    return work
+
+
+def open_channels(schedule: Schedule, group: dist.ProcessGroup) -> dict[Channel, dist.ProcessGroup]:
+    """A process group for each of this rank's channels between GPUs; all ranks of the world call it together.
+
+    Over NCCL what is started on one communicator runs in that order, so transfers of two directions on one would wait
+    for each other. Each is used once, in an order that is the same everywhere: that connects its ranks, which a rank
+    must not wait for in the middle of a step.
+    """
+    rank = dist.get_rank(group)
+    mine = [channel for channel in sorted(sends(schedule)) if rank in channel]
+    ends = {channel: tuple(dist.get_global_rank(group, end) for end in channel) for channel in mine}
+    groups = {
+        is_up: make_groups((tuple(sorted(pair)) for pair in ends.values() if (pair[0] < pair[1]) == is_up), "nccl")
+        for is_up in (True, False)
+    }
+    found = {}
+    for channel in mine:
+        source, target = ends[channel]
+        found[channel] = groups[source < target][min(source, target), max(source, target)]
+        word = torch.zeros(1, device=torch.device("cuda", torch.cuda.current_device()))
+        move, other = (dist.isend, target) if channel[0] == rank else (dist.irecv, source)
+        start(move, word, other, found[channel], 0).wait()
+    torch.cuda.synchronize()
+    return found

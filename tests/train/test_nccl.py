@@ -1,0 +1,117 @@
+"""The grid on GPUs, over NCCL: a rank has a GPU, and one process on one of them is what it is held to.
+
+A slice of every layout and every schedule, and of each move from one layout's checkpoint to another layout. The bounds
+are those of the CPUs' grid (`parity.BOUNDS`, `test_pipeline`) but for what is said here.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from soma.model.hub import load_model
+from soma.train.parallel.pipeline.schedules import SCHEDULES
+from tests.train import parity, pipeline_case
+from tests.train.parity import Case, Outcome, differences, errors, on_rank, resume_on_rank, save_on_rank
+from tests.train.pool import Pool
+from tests.train.test_parity import LAYOUTS, LORA_SLICE, RANKS, SLICE
+from tests.train.test_pipeline import gaps
+from tests.train.test_topology import MOVES, last_step, merged
+
+GPUS = torch.cuda.device_count()
+LIMIT = 60.0  # seconds for a layout: its communicators, kernels that are loaded, its cases
+FIRST, AFTER = 1e-5, 1e-4  # of pipelines in fp32
+TWO: dict[str, dict[str, Any]] = {
+    "dp": {"dp": 2},
+    "zero3": {"fsdp": 2},
+    "tp-sp": {"tp": 2, "sp": True},
+    "cp": {"cp": 2},
+    "ep": {"dp": 2, "ep": 2},
+    "pp": {"pp": 2},
+}
+
+pytestmark = pytest.mark.skipif(GPUS < 2, reason=f"NCCL wants 2 GPUs, here are {GPUS}")
+four = pytest.mark.skipif(GPUS < 4, reason=f"these layouts want 4 GPUs, here are {GPUS}")
+
+
+@pytest.fixture(scope="module")
+def gpus() -> Iterator[Pool]:
+    ranks = Pool("cuda")
+    yield ranks
+    ranks.close()
+
+
+known: dict[Any, Any] = {}
+
+
+def alone(gpus: Pool, case: Case) -> Outcome:
+    """One process on a GPU."""
+    if case not in known:
+        (known[case],) = gpus.run(parity.alone_on_rank, 1, [case], timeout=LIMIT)[0]
+    return known[case]
+
+
+def bounds_of(case: Case) -> str:
+    return case.precision if case.model in ("dense", "dense4", "wide") or case.precision == "fp32" else "bf16 moe"
+
+
+def check(gpus: Pool, layout: dict[str, Any], cases: list[Case], ranks: int) -> None:
+    outcomes = gpus.run(on_rank, ranks, layout, cases, timeout=LIMIT)[0]
+    for case, ours in zip(cases, outcomes, strict=True):
+        found = errors(ours, alone(gpus, case))
+        worst = max(found, key=lambda what: found[what])
+        print(f"{layout} {case.model} {case.precision} {case.optimizer}: {found[worst]:.2g} apart ({worst})")
+        assert differences(ours, alone(gpus, case), bounds_of(case)) == [], (layout, case)
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_two_gpus(gpus: Pool, name: str) -> None:
+    case = Case("moe" if name == "ep" else "dense", microbatch=4)
+    check(gpus, TWO[name], [case, replace(case, precision="bf16")], 2)
+
+
+@four
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts(gpus: Pool, name: str) -> None:
+    cases = [Case(**values) for values in SLICE[name]]
+    more = [LORA_SLICE[name]] if name in LORA_SLICE else []
+    check(gpus, LAYOUTS[name], [*cases, *more, replace(cases[0], precision="bf16")], RANKS)
+
+
+PIPELINES = [
+    *(pipeline_case.Case(name) for name in [*SCHEDULES, "search"]),
+    *(pipeline_case.Case(name, "moe", optimizer="muon") for name in ("interleaved", "zb-v", "dualpipe")),
+    pipeline_case.Case("zb-h1", "gpt2"),
+    pipeline_case.Case("dualpipe", "moe", "bf16", uneven=False),
+    pipeline_case.Case("zb-v", "moe", recompute=True),
+]
+
+
+@four
+@pytest.mark.parametrize("case", PIPELINES, ids=str)
+def test_schedules(gpus: Pool, case: pipeline_case.Case) -> None:
+    if case.alone not in known:
+        (known[case.alone],) = gpus.run(pipeline_case.alone_on_rank, 1, case.alone, timeout=LIMIT)
+    worst = gaps(gpus, case, known[case.alone], timeout=LIMIT)
+    print(f"{case}: {worst.first:.2g} apart in the first step, {worst.after:.2g} after three")
+    assert worst.first <= FIRST, worst
+    assert worst.after <= (3e-2 if case.precision == "bf16" else AFTER), worst
+
+
+@four
+@pytest.mark.parametrize(("before", "after", "ranks", "case"), MOVES)
+def test_another_layout_goes_on(
+    gpus: Pool, tmp_path: Path, before: dict[str, Any], after: dict[str, Any], ranks: int, case: Case
+) -> None:
+    """From a checkpoint of one layout; the model's folder has the weights that the ranks had."""
+    gpus.run(save_on_rank, RANKS, before, case, str(tmp_path), timeout=LIMIT)
+    place = str(tmp_path / "model")
+    ours = gpus.run(resume_on_rank, ranks, after, case, str(tmp_path), place, timeout=LIMIT)[0]
+    assert differences(ours, last_step(alone(gpus, case)), "fp32") == []
+    model = load_model(tmp_path / "model").state_dict()
+    expected = merged(case, ours.weights) if case.lora else ours.weights
+    assert model.keys() <= expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in model.items())
