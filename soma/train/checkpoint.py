@@ -31,6 +31,7 @@ from soma.base.artefact import directory_bytes, file_hash, publish, read_json, w
 from soma.base.errors import UserError
 from soma.model.quantized import QuantizedLinear
 from soma.train.optim import allocate_state
+from soma.train.parallel.flat import kept_piece
 from soma.train.snapshot import Background, Snapshot
 from soma.train.world import World
 
@@ -237,7 +238,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            tensors[f"model.{name}"] = tensor.detach()
+            tensors[f"model.{name}"] = kept_piece(tensor)
     return tensors
 
 

@@ -27,7 +27,7 @@ from soma.train.config import TrainConfig, TuneConfig
 from soma.train.guard import DivergenceGuard, TimeGuard
 from soma.train.journal import Journal
 from soma.train.objective import Objective
-from soma.train.optim import build_optimizers, set_learning_rate
+from soma.train.optim import set_learning_rate
 from soma.train.parallel.apply import Parallel
 from soma.train.peak import matmul_peak
 from soma.train.samples import continue_texts
@@ -97,7 +97,7 @@ class Trainer:
         self.identity, self.world, self.journal = identity, world, journal
         self.planned = self.steps = steps
         self.at = Progress()
-        self.optimizers = build_optimizers(model, config, compute.muon_dtype, compute.compile, compute.device)
+        self.optimizers = parallel.optimizers(config, compute)
         self.balance = RouterBalance(model, config.router_bias_rate, world)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         gradients = torch.device("cpu") if world.mesh.layout.cpu_offload else compute.device
@@ -132,7 +132,8 @@ class Trainer:
             self.evaluate()
         if self.config.early_stop and self.at.best_step not in (None, self.at.done):
             assert self.at.best_step is not None
-            self.checkpoints.load_weights(self.at.best_step, self.model)
+            with self.parallel.loading():
+                self.checkpoints.load_weights(self.at.best_step, self.model)
             self.at.last_validation = self.at.best_validation
 
     def train_steps(self) -> None:
@@ -163,13 +164,13 @@ class Trainer:
             self.parallel.begin(last=number == len(parts))
             total += self.objective.backward(part, one / count, one * (self.microbatch / self.config.batch_size))
         self.parallel.finish()
+        rate = learning_rate(self.config, self.at.done, self.steps)
+        set_learning_rate(self.optimizers, rate)
         figures = [self.world.sum(total) / count, self.clip().to(total.device)]
         loss, norm = torch.stack(figures).tolist()  # a GPU is waited for once
         self.stop_if_diverged(self.divergence.check(loss), batch)
         if not self.scaler.enabled and not np.isfinite(norm):
             self.stop_if_diverged(f"the gradient norm is {norm}", batch)
-        rate = learning_rate(self.config, self.at.done, self.steps)
-        set_learning_rate(self.optimizers, rate)
         self.scaler.step(self.optimizers)
         self.balance.step()
         self.model.zero_grad(set_to_none=True)
@@ -339,7 +340,8 @@ class Trainer:
         if step is None:
             self.journal.start(0)
             return
-        run = self.checkpoints.load(step, self.model, self.optimizers)
+        with self.parallel.loading():
+            run = self.checkpoints.load(step, self.model, self.optimizers)
         if run["identity"] != self.identity:
             raise UserError(
                 f"{self.work}: its checkpoints are of another run (model, data or settings differ): give another work "

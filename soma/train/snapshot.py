@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from soma.train.parallel.flat import FlatPiece
+
 PATIENCE = 300.0  # seconds that a run which has failed waits for its last checkpoint
 
 
@@ -22,12 +24,15 @@ class Snapshot:
         taken: dict[str, Tensor] = {}
         on_gpu = False
         for name, tensor in tensors.items():
-            own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            own = own_memory(tensor)
             on_gpu |= own.is_cuda
             copy = self.buffer(name, own)
             copy.copy_(own, non_blocking=True)
             # Not `from_local`, which would move the copy to the device of the mesh.
-            taken[name] = DTensor(copy, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else copy
+            if isinstance(tensor, DTensor):
+                taken[name] = DTensor(copy, tensor._spec, requires_grad=False)
+            else:
+                taken[name] = FlatPiece(copy, tensor.start, tensor.shape) if isinstance(tensor, FlatPiece) else copy
         for name in self.buffers.keys() - taken.keys():
             del self.buffers[name]
         if on_gpu:
@@ -41,6 +46,13 @@ class Snapshot:
             buffer = torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
             self.buffers[name] = buffer
         return buffer
+
+
+def own_memory(tensor: Tensor) -> Tensor:
+    """What a rank has of a tensor that may be cut."""
+    if isinstance(tensor, FlatPiece):
+        return tensor.local
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class Background:

@@ -30,6 +30,7 @@ from soma.train.loop import DivergenceError, Trainer, TrainResult
 from soma.train.objective import LanguageModeling, Objective, Preference, make_loader
 from soma.train.parallel.apply import Parallel, parallelize
 from soma.train.parallel.bridge import bridge
+from soma.train.parallel.bridge_deepspeed import starts_in_ram
 from soma.train.parallel.config import Layout
 from soma.train.parallel.export import save_merged, save_whole
 from soma.train.parallel.offload import offloading
@@ -176,7 +177,7 @@ def lay_out(
 ) -> tuple[Parallel, Objective]:  # fmt: skip
     """Apply the layout to the network, in place, fill it, and make the objective that trains it."""
     offload = world.mesh.layout.cpu_offload
-    filled = partial(fill, network, start, compute.device, offload)
+    filled = partial(fill, network, start, compute.device, offload or starts_in_ram(world.mesh.layout))
     if world.mesh.layout.engine != "soma" and world.size > 1:
         return bridge(network, config, world.mesh, compute, filled)
     reference = copy.deepcopy(network) if isinstance(config, PreferenceConfig) else None

@@ -29,6 +29,7 @@ from soma.train.loop import Trainer
 from soma.train.objective import Objective
 from soma.train.parallel.apply import Parallel, parallelize
 from soma.train.parallel.bridge import bridge
+from soma.train.parallel.bridge_deepspeed import DeepSpeedParallel
 from soma.train.parallel.config import Layout
 from soma.train.parallel.export import Gather, save_merged, save_whole
 from soma.train.parallel.pipeline.training import stage_model
@@ -110,6 +111,11 @@ class Recording(Trainer):
 
     def clip(self) -> Tensor:
         own = {name: parameter.grad for name, parameter in self.model.named_parameters()}
+        if isinstance(self.parallel, DeepSpeedParallel):
+            trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+            gradients = {name: whole(self.parallel.gradient(parameter)) for name, parameter in trained.items()}
+            self.outcome.gradients.append(gradients)
+            return super().clip()
         trained = {name: like for name, like in self.twin.named_parameters() if like.requires_grad}
         self.outcome.gradients.append(
             {name: whole(self.parallel.share(own.get(name), name, like)) for name, like in trained.items()}

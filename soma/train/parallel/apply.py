@@ -5,6 +5,7 @@ Order: tensor, expert, context, activation checkpointing, compile, data (replica
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -17,7 +18,10 @@ from torch import Tensor, nn
 from soma.data.loader import Batch, PreferenceBatch
 from soma.model.moe import Experts, MoE
 from soma.model.transformer import Transformer
+from soma.train.compute import Compute
+from soma.train.config import TrainConfig
 from soma.train.loss import cross_entropy_sum, target_logprobs
+from soma.train.optim import build_optimizers
 from soma.train.parallel.context import apply_context, columns_of
 from soma.train.parallel.expert import apply_experts
 from soma.train.parallel.local import gather_sequence, scale_gradient, shard_offset, sum_both_ways
@@ -53,6 +57,14 @@ class Parallel:
         if self.mesh.size == 1 and self.mesh.shards is None:
             return nn.utils.clip_grad_norm_(parameters, limit)
         return clip_gradients(parameters, limit, self.mesh.group("pp"))
+
+    def optimizers(self, config: TrainConfig, compute: Compute) -> list[torch.optim.Optimizer]:
+        """What updates the model's trained parameters."""
+        return build_optimizers(self.model, config, compute.muon_dtype, compute.compile, compute.device)
+
+    def loading(self) -> AbstractContextManager[None]:
+        """Around what reads a checkpoint into the model and its optimizers."""
+        return nullcontext()
 
     def share(self, tensor: Tensor | None, name: str, like: Tensor) -> Tensor:
         """The tensor `name`, of the shape of `like`, on a rank that may not have it: here every rank has a piece."""

@@ -1,12 +1,13 @@
-"""Hugging Face's Accelerate as another engine for data-parallel replicas (`layout: engine`), in the same loop.
+"""Other engines for data parallelism (`layout: engine`), in the same loop: Hugging Face's Accelerate for replicas, and
+DeepSpeed's ZeRO (`bridge_deepspeed`).
 
-It takes the place of `apply`'s reducers; batches, loss, optimizer, schedule, logs and checkpoints are the loop's.
-Accelerate averages gradients over the ranks, so each rank's loss is scaled by their number. And it wants the loss from
-one forward pass of the module that it wraps, so the head does not run in pieces and all logits are in memory at once.
+They take the place of `apply`'s reducers and shards; batches, loss, schedule, logs and checkpoints are the loop's. Both
+average gradients over the ranks, so each rank's loss is scaled by their number. And both want the loss from one forward
+pass of the module that they wrap, so the head does not run in pieces and all logits are in memory at once.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from soma.train.compute import Compute
 from soma.train.config import PreferenceConfig, TrainConfig
 from soma.train.objective import LanguageModeling, to_device
 from soma.train.parallel.apply import Parallel, share_balance
+from soma.train.parallel.bridge_deepspeed import DeepSpeedParallel, check_deepspeed
 from soma.train.parallel.config import Layout
 from soma.train.parallel.mesh import Mesh
 from soma.train.recompute import recompute_layers
@@ -26,24 +28,33 @@ from soma.train.recompute import recompute_layers
 
 def bridge(
     model: Transformer, config: TrainConfig, mesh: Mesh, compute: Compute, fill: Callable[[], None] = lambda: None
-) -> tuple["AccelerateParallel", "BridgedLanguageModeling"]:  # fmt: skip
+) -> tuple["AccelerateParallel | DeepSpeedParallel", "BridgedLanguageModeling"]:  # fmt: skip
     """The model, wrapped by the layout's engine, and the objective that trains it. `fill` gives a model that has no
     numbers yet its own. Raises UserError for what the engine cannot do, and where it is not installed."""
     check(config, mesh.layout)
     share_balance(model, mesh, whole_batch=config.microbatch_size is None)
     recompute_layers(model, config.activation_checkpointing, None)
     fill()
-    parallel = AccelerateParallel(WithLoss(model, compute), mesh, compute)
+    module = WithLoss(model, compute)
+    parallel: AccelerateParallel | DeepSpeedParallel
+    if mesh.layout.engine == "deepspeed":
+        parallel = DeepSpeedParallel(module, model, config, mesh, compute)
+    else:
+        parallel = AccelerateParallel(module, mesh, compute)
     return parallel, BridgedLanguageModeling(model, config, compute, parallel)
 
 
 def check(config: TrainConfig, layout: Layout) -> None:
-    """Raise UserError for what Accelerate's replicas cannot do."""
+    """Raise UserError for what an engine cannot do."""
     name = f"layout: engine {layout.engine}"
-    if layout.world > (layout.dp or 1) or layout.ep > 1:
+    if layout.engine == "deepspeed":
+        check_deepspeed(config, layout)
+    elif layout.world > (layout.dp or 1) or layout.ep > 1:
         raise UserError(f"{name} is for replicas: take dp alone, or engine soma for fsdp, tp, cp, pp and ep")
-    if isinstance(config, PreferenceConfig) or config.lora is not None:
-        raise UserError(f"{name} has neither preference tuning nor lora: take engine soma")
+    elif config.lora is not None:
+        raise UserError(f"{name} has no lora: take engine soma or deepspeed")
+    if isinstance(config, PreferenceConfig):
+        raise UserError(f"{name} has no preference tuning: take engine soma")
     if config.precision == "fp16":
         raise UserError(f"{name} with precision fp16: take bf16, or engine soma")
     if config.compile is True:
@@ -112,10 +123,20 @@ class AccelerateParallel(Parallel):
         return norm
 
 
+class Engine(Protocol):
+    """What the objective needs of an engine."""
+
+    engine: Any  # the wrapped module; `module` is what it wraps
+    mesh: Mesh
+
+    def backward(self, value: Tensor) -> None:
+        """Backward pass of this rank's share of the loss."""
+
+
 class BridgedLanguageModeling(LanguageModeling):
     """Next-token prediction through the engine's module."""
 
-    def __init__(self, model: Transformer, config: TrainConfig, compute: Compute, parallel: AccelerateParallel) -> None:
+    def __init__(self, model: Transformer, config: TrainConfig, compute: Compute, parallel: Engine) -> None:
         super().__init__(model, config, Compute(compute.device, compute.precision, False))
         self.parallel = parallel
 

@@ -50,8 +50,10 @@ class Layout(BaseModel):
         None, ge=1, description="Microbatches of a pipeline step. None: what microbatch_size gives."
     )
     virtual_stages: int = Field(1, ge=1, description="Pipeline stages on each rank, for interleaved schedules.")
-    engine: Literal["soma", "accelerate"] = Field(
-        "soma", description="What sums the gradients of dp ranks: soma, or Hugging Face's Accelerate."
+    engine: Literal["soma", "accelerate", "deepspeed"] = Field(
+        "soma",
+        description="What does the data parallelism: soma, Hugging Face's Accelerate (dp), or DeepSpeed's ZeRO (fsdp "
+        "with zero 1, 2 or 3).",
     )
     timeout: float = Field(
         1800.0,
@@ -78,6 +80,8 @@ class Layout(BaseModel):
 
     def _check_offload(self) -> None:
         """Raise ValueError for what does not go with cpu_offload."""
+        if self.engine == "deepspeed":  # takes the optimizer, and with zero 3 the parameters
+            return
         if self.zero < 3:
             whole = "gradients and parameters" if self.zero == 1 else "parameters"
             raise ValueError(
@@ -97,6 +101,8 @@ class Layout(BaseModel):
         """
         sizes = {name: getattr(self, name) for name in GRID}
         if sizes["dp"] is None:
+            if self.engine == "deepspeed" and sizes["fsdp"] == 1:
+                sizes["fsdp"] = REST
             sizes["dp"] = 1 if REST in sizes.values() else REST
         rest = next((name for name, size in sizes.items() if size == REST), None)
         fixed = prod(size for size in sizes.values() if size != REST)

@@ -1,0 +1,197 @@
+"""DeepSpeed as the engine: the data-parallel rows of the parity grid, and its checkpoints under other engines."""
+
+import os
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from soma.base.errors import UserError
+from soma.model.config import ModelConfig
+from soma.model.transformer import Transformer
+from soma.train.config import PreferenceConfig, TrainConfig
+from soma.train.parallel import bridge_deepspeed
+from soma.train.parallel.bridge import bridge, check
+from soma.train.parallel.config import Layout
+from soma.train.parallel.mesh import Mesh
+from soma.train.world import World
+from tests.train.parity import DENSE, Case, Exact, Outcome, alone, differences, resume_on_rank, save_on_rank, train
+from tests.train.pool import Pool
+from tests.train.test_topology import command, furthest_apart, last_step, trained, write_recipe
+
+REASON = "deepspeed is not installed: pip install 'somacube[deepspeed]'"
+ZERO = {stage: {"engine": "deepspeed", "zero": stage} for stage in (1, 2, 3)}
+Row = tuple[int, Case]  # stage and what is trained
+
+
+@pytest.fixture
+def own_pool() -> Iterator[Pool]:
+    """Ranks of one test: DeepSpeed keeps what it has seen of the first process group for good."""
+    pytest.importorskip("deepspeed", reason=REASON)
+    ranks = Pool()
+    yield ranks
+    ranks.close()
+
+
+def prepare(rank: int, world_size: int) -> None:
+    """What torchrun says and DeepSpeed reads; small parameters are cut too in stage 3, and all of the tests' are."""
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",
+    }  # fmt: skip
+    bridge_deepspeed.settings = partial(cut_all, bridge_deepspeed.settings)
+
+
+def cut_all(settings: Any, *args: Any) -> dict[str, Any]:
+    chosen = settings(*args)
+    chosen["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    return chosen
+
+
+def rows_on_rank(rank: int, world_size: int, rows: list[Row]) -> list[Outcome]:
+    """Three steps of each row."""
+    prepare(rank, world_size)
+    return [train(case, World.join(Layout(**ZERO[stage]), "cpu")) for stage, case in rows]
+
+
+def errors(rows: list[Row], outcomes: list[Outcome]) -> dict[Row, list[str]]:
+    """What is out of the grid's bounds, by row."""
+    found = {}
+    for (stage, case), ours in zip(rows, outcomes, strict=True):
+        bounds = case.precision if "moe" not in case.model or case.precision == "fp32" else "bf16 moe"
+        if wrong := differences(ours, alone(case), bounds):
+            found[stage, case] = wrong
+    return found
+
+
+SLICE: list[Row] = [
+    (1, Case(microbatch=2)), (2, Case("moe")), (3, Case("moe", microbatch=4)), (3, Case("wide", lora="int8")),
+]  # fmt: skip
+
+
+def slice_on_rank(
+    rank: int, world_size: int, folder: str
+) -> tuple[list[Outcome], Outcome, Outcome, list[int]]:  # fmt: skip
+    """The slice; a row without the mean of the ranks made a sum; the last step of a run that stage 3 began and stage 1
+    ended; and how many numbers of its weights, of its moments and in all stage 3 has on this rank."""
+    outcomes = rows_on_rank(rank, world_size, SLICE)
+    averaged = bridge_deepspeed.DeepSpeedParallel.backward
+    bridge_deepspeed.DeepSpeedParallel.backward = lambda self, value: averaged(self, value / world_size)
+    wrong = train(Case(), World.join(Layout(**ZERO[2]), "cpu"))
+    bridge_deepspeed.DeepSpeedParallel.backward = averaged
+    save_on_rank(rank, world_size, ZERO[3], Case(), folder)
+    resumed = resume_on_rank(rank, world_size, ZERO[1], Case(), folder, f"{folder}/model")
+    world = World.join(Layout(**ZERO[3]), "cpu")
+    parallel, _ = bridge(Transformer(ModelConfig(**DENSE)), TrainConfig(batch_size=2), world.mesh, CPU)
+    weights = sum(parameter.numel() for parameter in parallel.model.parameters())
+    (updates,) = parallel.optimizers(TrainConfig(), CPU)
+    moments = sum(state["exp_avg"].local.numel() for state in updates.state.values())
+    return outcomes, wrong, resumed or wrong, [weights, moments, parallel.count_parameters()]
+
+
+CPU = Exact(torch.device("cpu"), "fp32", False)
+
+
+def test_slice(own_pool: Pool, tmp_path: Path) -> None:
+    first, second = own_pool.run(slice_on_rank, 2, str(tmp_path), timeout=400)
+    outcomes, wrong, resumed, (weights, moments, total) = first
+    assert errors(SLICE, outcomes) == {}
+    assert differences(wrong, alone(Case()), "fp32") != []
+    assert differences(resumed, last_step(alone(Case())), "fp32") == []
+    assert total == sum(parameter.numel() for parameter in Transformer(ModelConfig(**DENSE)).parameters())
+    assert weights == 0  # until a layer's turn comes
+    assert moments + second[-1][1] == total
+    assert moments < 0.6 * total
+
+
+@pytest.mark.parallel
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_grid(own_pool: Pool, stage: int) -> None:
+    rows = [
+        (stage, Case(model, precision, size, checkpointing=size == 1)) for model in ("dense", "moe", "latent", "gpt2")
+        for precision in ("fp32", "bf16") for size in (None, 1)
+    ]  # fmt: skip
+    rows += [(stage, Case(lora="full", microbatch=2)), (stage, Case("wide", lora="int4"))]
+    outcomes = own_pool.run(rows_on_rank, 4, rows, timeout=500)[0]
+    assert errors(rows, outcomes) == {}
+
+
+def move_on_rank(
+    rank: int, world_size: int, before: dict[str, Any], after: dict[str, Any], case: Case, folder: str
+) -> Outcome | None:  # fmt: skip
+    prepare(rank, world_size)
+    save_on_rank(rank, world_size, before, case, folder)
+    return resume_on_rank(rank, world_size, after, case, folder, f"{folder}/model")
+
+
+@pytest.mark.parallel
+@pytest.mark.parametrize(
+    ("before", "after", "case"),
+    [
+        (ZERO[1], {"fsdp": 2, "tp": 2}, Case()),
+        (ZERO[2], ZERO[3], Case("moe", microbatch=2)),
+        (ZERO[3], {"dp": 4}, Case("moe")),
+        ({"fsdp": 4}, ZERO[3], Case(lora="full")),
+        ({"dp": 2, "fsdp": 2}, ZERO[2], Case("latent")),
+    ],
+)
+def test_another_engine_goes_on(
+    own_pool: Pool, tmp_path: Path, before: dict[str, Any], after: dict[str, Any], case: Case
+) -> None:
+    ours = own_pool.run(move_on_rank, 4, before, after, case, str(tmp_path), timeout=400)[0]
+    assert differences(ours, last_step(alone(case)), "fp32") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_torchrun(tmp_path: Path, stage: int) -> None:
+    """`soma train` gives the model of one process, under the same key."""
+    pytest.importorskip("deepspeed", reason=REASON)
+    recipe = write_recipe(tmp_path)
+    one = trained(command(recipe, tmp_path / "one"), tmp_path / "one")
+    options = ("--set", "train.layout.engine=deepspeed", "--set", f"train.layout.zero={stage}")
+    two = trained(command(recipe, tmp_path / "two", *options, ranks=2), tmp_path / "two")
+    assert one.name == two.name
+    assert furthest_apart(one, two) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("layout", "config", "message"),
+    [
+        ({"dp": 2, "fsdp": 2}, TrainConfig(), "has fsdp with zero alone"),
+        ({"fsdp": 2, "tp": 2}, TrainConfig(), "has fsdp with zero alone"),
+        ({"fsdp": 2, "ep": 2}, TrainConfig(), "has fsdp with zero alone"),
+        ({}, TrainConfig(optimizer="muon"), "which muon does not bear: take adamw"),
+        ({}, TrainConfig(parameters="bf16"), "with parameters bf16: take fp32"),
+        ({}, TrainConfig(sample_prompts=["x"]), "draws no samples with zero 3"),
+        ({}, PreferenceConfig(), "has no preference tuning"),
+        ({}, TrainConfig(precision="fp16"), "with precision fp16: take bf16"),
+        ({}, TrainConfig(compile=True), "with compile: leave it out"),
+        ({}, TrainConfig(), "start it with torchrun"),
+    ],
+)
+def test_what_it_cannot_do(
+    monkeypatch: pytest.MonkeyPatch, layout: dict[str, Any], config: TrainConfig, message: str
+) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if "torchrun" not in message:
+        monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(UserError, match=message):
+        check(config, Layout(**layout, engine="deepspeed").resolve(4))
+
+
+def test_all_ranks_are_its_own() -> None:
+    """Where no size is given, fsdp takes the ranks, not dp."""
+    layout = Layout(engine="deepspeed", zero=2).resolve(4)
+    assert (layout.dp, layout.fsdp) == (1, 4)
+
+
+def test_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(UserError, match=r"pip install 'somacube\[deepspeed\]'"):
+        bridge(Transformer(ModelConfig(**DENSE)), TrainConfig(), Mesh(Layout(dp=1, engine="deepspeed")), CPU)
