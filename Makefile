@@ -1,7 +1,7 @@
 # make quickstart   install, then train, measure and serve a small model on the Python standard library
 # make test         install what the tests need, check style, types and layers, run the tests (under 15 minutes)
 # make test-full    the same with the long tests
-# make test-parallel  every layout and pipeline schedule against one process
+# make test-parallel  every layout and pipeline schedule against one process, in PARTS side by side (of 4 to 8 processes)
 
 PYTHON ?= python3
 VENV := .venv
@@ -23,8 +23,11 @@ test: $(DEV_STAMP) check
 test-full: $(DEV_STAMP) check
 	$(BIN)/python -m pytest
 
+# As many parts as there are fours of CPUs; they share what one process trained, in a folder of their own.
+test-parallel: PARTS ?= $(shell $(BIN)/python -c "import os; print(max(1, os.cpu_count() // 4))")
 test-parallel: $(DEV_STAMP)
-	$(BIN)/python -m pytest -m parallel
+	cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && seq $(PARTS) | SOMA_PARITY_CACHE=$$cache xargs -P $(PARTS) -I{} \
+		$(BIN)/python -m pytest -m parallel --part {}/$(PARTS)
 
 check: $(DEV_STAMP)
 	$(BIN)/ruff check soma tests benchmarks tools

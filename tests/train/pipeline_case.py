@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from soma.train.parallel.pipeline.schedule import Schedule
 from soma.train.parallel.pipeline.search import search, v_half_limit
 from soma.train.world import World
 from tests.train.pool import device
+from tests.train.replay import Choices, Replay
 
 STEPS, B, T, CLIP = 3, 2, 12, 0.5
 UNEVEN = {4: (1, 4, 2, 3), 8: (1, 2, 1, 2, 1, 1, 1, 1), 2: (3, 7), 12: ()}
@@ -66,6 +68,11 @@ class Case:
         return "-".join(words if self.split else [*words, "whole"])
 
     @property
+    def replays(self) -> bool:
+        """Whether the ranks' routers choose what one process chose (`tests.train.replay`)."""
+        return self.precision == "bf16" and self.model == "moe"
+
+    @property
     def alone(self) -> "Case":
         """The same for all pipelines that must agree with one process."""
         return replace(self, schedule="", ranks=1, uneven=False, compiled=False, recompute=False, split=True)
@@ -85,12 +92,14 @@ class Case:
 
 @dataclass
 class Trained:
-    """What three steps gave: by step the loss, the norm before clipping, every gradient; then weights and biases."""
+    """What three steps gave: by step the loss, the norm before clipping, every gradient; then weights and biases, and
+    the experts chosen."""
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
+    choices: Choices | None = None
 
 
 def make_model(case: Case) -> Transformer:
@@ -105,6 +114,7 @@ def make_model(case: Case) -> Transformer:
     return model.to(device()).train()
 
 
+@cache
 def batches(case: Case) -> list[Batch]:
     """Three batches; masked: packed documents, padding, and microbatches with few targets and with many."""
     rng = np.random.default_rng(11)
@@ -128,15 +138,21 @@ def batches(case: Case) -> list[Batch]:
 
 
 def train(case: Case, model: Transformer, step: Callable[[Batch, int], Tensor], clip: Callable[[], Tensor],
-          before_balance: Callable[[], None]) -> Trained:  # fmt: skip
-    """Three steps; `step` adds gradients and returns the sum of cross-entropies."""
+          before_balance: Callable[[], None], choices: Choices | None = None) -> Trained:  # fmt: skip
+    """Three steps; `step` adds gradients and returns the sum of cross-entropies. `choices` as in `Replay`."""
     settings = TrainConfig(steps=STEPS, optimizer=case.optimizer, learning_rate=1e-3)
     optimizers = build_optimizers(model, settings, torch.float32)
     balance = RouterBalance(model, 1e-3, World())
     trained = Trained()
-    for batch in batches(case):
+    if case.replays:
+        replay = Replay(
+            lambda step: batches(case.alone)[step].tokens, np.arange(T), lambda: len(trained.losses), choices
+        )
+        replay.attach(model)
+        trained.choices = replay.choices
+    for batch in batches(case.alone):
         count = int((batch.targets != loss.IGNORE).sum())
-        trained.losses.append(float(step(batch, count)) / count)
+        loss_ = float(step(batch, count)) / count
         trained.gradients.append({name: own(p.grad) for name, p in model.named_parameters() if p.grad is not None})
         trained.norms.append(float(clip()))
         for optimizer in optimizers:
@@ -144,6 +160,7 @@ def train(case: Case, model: Transformer, step: Callable[[Batch, int], Tensor], 
         before_balance()
         balance.step()
         model.zero_grad(set_to_none=True)
+        trained.losses.append(loss_)  # the step is over
     tensors = [*model.named_parameters(), *model.named_buffers()]
     trained.weights = {name: own(t) for name, t in tensors if not name.endswith(("load", "inv_freq"))}
     return trained
@@ -196,7 +213,7 @@ def layers_of(case: Case, stages: int) -> list[list[int]] | None:
     return [list(range(end - count, end)) for end, count in zip(ends, counts, strict=True)]
 
 
-def train_rank(rank: int, world_size: int, case: Case) -> Trained:
+def train_rank(rank: int, world_size: int, case: Case, choices: Choices | None = None) -> Trained:
     """This rank's part of a pipeline."""
     plan = case.plan()
     model = make_model(case)
@@ -212,7 +229,7 @@ def train_rank(rank: int, world_size: int, case: Case) -> Trained:
             microbatches[0], microbatches[1] = microbatches[1], microbatches[0]
         return pipeline.step(microbatches, 1 / count, 1 / case.microbatches)
 
-    return train(case, model, step, lambda: pipeline.clip(CLIP), pipeline.sum_loads)
+    return train(case, model, step, lambda: pipeline.clip(CLIP), pipeline.sum_loads, choices)
 
 
 def spoil(pipeline: PipelineStep, broken: str) -> None:

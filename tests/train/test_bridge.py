@@ -15,7 +15,7 @@ from soma.train.config import PreferenceConfig, TrainConfig
 from soma.train.parallel.bridge import bridge, check
 from soma.train.parallel.config import Layout
 from soma.train.parallel.mesh import Mesh
-from tests.train.parity import DENSE, Case, Exact, Outcome, alone, differences, on_rank
+from tests.train.parity import DENSE, Case, Exact, Job, Outcome, alone, differences, jobs, on_rank
 from tests.train.pool import Pool
 
 REASON = "accelerate is not installed: pip install 'somacube[accelerate]'"
@@ -30,21 +30,20 @@ def own_pool() -> Iterator[Pool]:
     ranks.close()
 
 
-def under_torchrun(rank: int, world_size: int, cases: list[Case]) -> list[Outcome] | None:
+def under_torchrun(rank: int, world_size: int, jobs: list[Job]) -> list[Outcome] | None:
     """`on_rank`, with what torchrun says and Accelerate reads."""
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "29500",
     }  # fmt: skip
-    return on_rank(rank, world_size, LAYOUT, cases)
+    return on_rank(rank, world_size, LAYOUT, jobs)
 
 
 def verify(pool: Pool, ranks: int, cases: list[Case]) -> None:
     pytest.importorskip("accelerate", reason=REASON)
-    outcomes = pool.run(under_torchrun, ranks, cases, timeout=400)[0]
+    outcomes = pool.run(under_torchrun, ranks, jobs(cases), timeout=400)[0]
     for case, ours in zip(cases, outcomes, strict=True):
-        bounds = case.precision if case.model == "dense" or case.precision == "fp32" else "bf16 moe"
-        assert differences(ours, alone(case), bounds) == [], case
+        assert differences(ours, alone(case), case.precision) == [], case
 
 
 def test_slice(own_pool: Pool) -> None:

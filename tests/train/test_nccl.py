@@ -15,9 +15,10 @@ import torch
 from soma.model.hub import load_model
 from soma.train.parallel.pipeline.schedules import SCHEDULES
 from tests.train import parity, pipeline_case
-from tests.train.parity import Case, Outcome, differences, errors, on_rank, resume_on_rank, save_on_rank
+from tests.train.grid import GRID
+from tests.train.parity import Case, Outcome, differences, errors, jobs, on_rank, resume_on_rank, save_on_rank
 from tests.train.pool import Pool
-from tests.train.test_parity import LAYOUTS, LORA_SLICE, RANKS, SLICE
+from tests.train.test_parity import LORA_SLICE, RANKS, SLICE
 from tests.train.test_pipeline import gaps
 from tests.train.test_topology import MOVES, last_step, merged
 
@@ -54,17 +55,14 @@ def alone(gpus: Pool, case: Case) -> Outcome:
     return known[case]
 
 
-def bounds_of(case: Case) -> str:
-    return case.precision if case.model in ("dense", "dense4", "wide") or case.precision == "fp32" else "bf16 moe"
-
-
 def check(gpus: Pool, layout: dict[str, Any], cases: list[Case], ranks: int) -> None:
-    outcomes = gpus.run(on_rank, ranks, layout, cases, timeout=LIMIT)[0]
+    given = jobs(cases, lambda case: alone(gpus, case))
+    outcomes = gpus.run(on_rank, ranks, layout, given, timeout=LIMIT)[0]
     for case, ours in zip(cases, outcomes, strict=True):
-        found = errors(ours, alone(gpus, case))
+        found = errors(ours, alone(gpus, case), case.precision)
         worst = max(found, key=lambda what: found[what])
         print(f"{layout} {case.model} {case.precision} {case.optimizer}: {found[worst]:.2g} apart ({worst})")
-        assert differences(ours, alone(gpus, case), bounds_of(case)) == [], (layout, case)
+        assert differences(ours, alone(gpus, case), case.precision) == [], (layout, case)
 
 
 @pytest.mark.parametrize("name", TWO)
@@ -74,11 +72,11 @@ def test_two_gpus(gpus: Pool, name: str) -> None:
 
 
 @four
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", SLICE)
 def test_layouts(gpus: Pool, name: str) -> None:
     cases = [Case(**values) for values in SLICE[name]]
     more = [LORA_SLICE[name]] if name in LORA_SLICE else []
-    check(gpus, LAYOUTS[name], [*cases, *more, replace(cases[0], precision="bf16")], RANKS)
+    check(gpus, GRID[name], [*cases, *more, replace(cases[0], precision="bf16")], RANKS)
 
 
 PIPELINES = [
@@ -98,7 +96,7 @@ def test_schedules(gpus: Pool, case: pipeline_case.Case) -> None:
     worst = gaps(gpus, case, known[case.alone], timeout=LIMIT)
     print(f"{case}: {worst.first:.2g} apart in the first step, {worst.after:.2g} after three")
     assert worst.first <= FIRST, worst
-    assert worst.after <= (3e-2 if case.precision == "bf16" else AFTER), worst
+    assert worst.after <= (4e-2 if case.precision == "bf16" else AFTER), worst
 
 
 @four

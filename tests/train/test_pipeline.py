@@ -2,8 +2,8 @@
 
 Bounds are relative, a tensor's by its norm. The first step, whose weights are the same, must agree to 1e-6 in either
 precision (sums over microbatches are in another order, nothing else). After that fp32 stays within 1e-5 (2.6e-6
-was seen: AdamW and Muon divide by what is small); in bf16 a difference of 1e-8 in a weight may turn a rounding, and
-with it a router's choice, so only the outline is held there.
+was seen: AdamW and Muon divide by what is small); in bf16 a difference of 1e-8 in a weight may turn a rounding, so
+what follows stays within bf16's bound of the parity grid. Routers in bf16 choose what one process chose.
 """
 
 from dataclasses import dataclass, replace
@@ -18,7 +18,8 @@ from tests.train.pipeline_case import Case, Trained, train_alone, train_rank
 from tests.train.pool import Pool
 
 FIRST = 1e-6
-AFTER = {"fp32": 1e-5, "bf16": 3e-2}
+AFTER = {"fp32": 1e-5, "bf16": 4e-2}
+LEAST = {"fp32": 0.0, "bf16": 1e-2}  # a small gradient is held to this share of the norm of all
 NAMES = [*SCHEDULES, "search"]
 
 
@@ -41,29 +42,28 @@ def reference(case: Case) -> Trained:
     return train_alone(case)
 
 
-def gap(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm().clamp(min=1e-12))
+def gap(a: torch.Tensor, b: torch.Tensor, least: float = 0.0) -> float:
+    return float((a - b).norm() / b.norm().clamp(min=max(least, 1e-12)))
 
 
 def is_noise(case: Case, name: str) -> bool:
     """Whether a tensor is made of rounding: a key bias without RoPE moves all scores of a query alike, so its gradient
-    is 0; a router's bias moves by the sign of a small difference, in bf16 also the wrong way."""
-    if case.model == "gpt2":
-        return name.endswith("k_proj.bias")
-    return case.precision == "bf16" and name.endswith("e_score_correction_bias")
+    is 0."""
+    return case.model == "gpt2" and name.endswith("k_proj.bias")
 
 
 def gaps(pool: Pool, case: Case, one: Trained | None = None, timeout: float = 120) -> Gaps:
     """Train on ranks, hold all that they have against one process. Together they have every parameter."""
-    ranks, worst = pool.run(train_rank, case.ranks, case, timeout=timeout), Gaps()
-    one = reference(case.alone) if one is None else one
+    one, worst = reference(case.alone) if one is None else one, Gaps()
+    ranks = pool.run(train_rank, case.ranks, case, one.choices, timeout=timeout)
     for step in range(len(one.losses)):
+        least = LEAST[case.precision] * one.norms[step] if step else 0.0
         for part in ranks:
             worst.add(step, abs(part.losses[step] / one.losses[step] - 1))
             worst.add(step, abs(part.norms[step] / one.norms[step] - 1))
             for name, gradient in part.gradients[step].items():
-                if not is_noise(case, name) and (step == 0 or case.precision == "fp32"):
-                    worst.add(step, gap(gradient, one.gradients[step][name]))
+                if not is_noise(case, name):
+                    worst.add(step, gap(gradient, one.gradients[step][name], least))
         assert {name for part in ranks for name in part.gradients[step]} == set(one.gradients[step])
     for part in ranks:
         for name, weight in part.weights.items():
@@ -77,7 +77,7 @@ def check(pool: Pool, case: Case) -> None:
     worst = gaps(pool, case)
     assert worst.first <= FIRST, worst
     # GPT-2's noise shifts scores by as much as AdamW's step allows, which rounds them differently.
-    assert worst.after <= (1e-4 if case.model == "gpt2" else AFTER[case.precision]), worst
+    assert worst.after <= max(1e-4 * (case.model == "gpt2"), AFTER[case.precision]), worst
 
 
 SLICE = [

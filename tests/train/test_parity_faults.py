@@ -1,0 +1,274 @@
+"""Negative controls of the parity grid: what is wrong under a layout is seen, in fp32 and in bf16.
+
+For every kind of layout one sum is left out, a rank's loss counts too much, or two microbatches are swapped. A fault is
+a function that plants it on a rank, by a patch that lasts for one case.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from soma.data.loader import Batch
+from soma.train.objective import LanguageModeling
+from soma.train.parallel import context, expert, local, norm, reduce, tensor
+from soma.train.parallel.apply import Parallel
+from soma.train.parallel.config import Layout
+from soma.train.parallel.pipeline.replicas import Replicas
+from soma.train.parallel.pipeline.training import StagedLanguageModeling
+from soma.train.parallel.pipeline.transport import Transport
+from soma.train.parallel.shard import StageShards
+from soma.train.world import World
+from tests.train import parity
+from tests.train.grid import GRID, RANKS, Sizes, depth
+from tests.train.parity import Case, Job, Outcome, alone, differences, jobs, train
+from tests.train.pool import Pool
+
+Fault = Callable[[pytest.MonkeyPatch, World], None]
+
+
+def spoil(patch: pytest.MonkeyPatch, owner: Any, name: str, wrong: Callable[..., Any], call: int = 0) -> None:
+    """Let one call of a function, counted from 0, be `wrong(function, *arguments)`."""
+    right, calls = getattr(owner, name), [0]
+
+    def run(*args: Any, **more: Any) -> Any:
+        calls[0] += 1
+        return wrong(right, *args, **more) if calls[0] == call + 1 else right(*args, **more)
+
+    patch.setattr(owner, name, run)
+
+
+def bucket(patch: pytest.MonkeyPatch, world: World) -> None:
+    """dp: rank 0 takes its own gradients of one bucket for the sum."""
+
+    def forgetful(finish: Callable[..., None], self: reduce.Reducer) -> None:
+        kept = [grad.clone() for grad in map(reduce.local_gradient, self.buckets[0])]
+        finish(self)
+        for parameter, grad in zip(self.buckets[0], kept, strict=True):
+            reduce.local_gradient(parameter).copy_(grad)
+
+    if world.rank == 0:
+        spoil(patch, reduce.Reducer, "finish", forgetful)
+
+
+def shard(patch: pytest.MonkeyPatch, world: World) -> None:
+    """fsdp: what rank 1 adds to one reduction is lost."""
+
+    def lost(scatter: Callable[..., Any], *args: Any, **more: Any) -> Any:
+        (more["input"] if "input" in more else args[1]).zero_()
+        return scatter(*args, **more)
+
+    name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+    if world.rank == 1:
+        spoil(patch, dist, name, lost)
+
+
+def replicas(patch: pytest.MonkeyPatch, world: World) -> None:
+    """dp × fsdp: what rank 0 adds to the sums over replicas of shards is lost."""
+    right, group = dist.all_reduce, world.mesh.group("dp")
+
+    def lost(x: Tensor, *args: Any, **more: Any) -> Any:
+        if more.get("group") is group and world.rank == 0:
+            x.zero_()
+        return right(x, *args, **more)
+
+    patch.setattr(dist, "all_reduce", lost)
+
+
+def sum_(patch: pytest.MonkeyPatch, world: World) -> None:
+    """tp: every rank takes its part of one sum for the whole."""
+    spoil(patch, local, "summed", lambda right, x, group: x.clone())
+
+
+def scatter(patch: pytest.MonkeyPatch, world: World) -> None:
+    """sp: a reduce-scatter scatters and does not reduce."""
+    spoil(patch, local, "scatter_sequence", own_part)
+
+
+def gather(patch: pytest.MonkeyPatch, world: World) -> None:
+    """cp by all-gather: gradients of keys and values of one layer are not summed."""
+    spoil(patch, context, "scatter_sequence", own_part)
+
+
+def own_part(right: Callable[..., Tensor], x_BTD: Tensor, group: dist.ProcessGroup) -> Tensor:
+    return x_BTD.tensor_split(group.size(), dim=1)[group.rank()].contiguous()
+
+
+def ring(patch: pytest.MonkeyPatch, world: World) -> None:
+    """cp: what one step of the ring brought is not taken up."""
+
+    def stay(right: Callable[..., context.Shift], x: Tensor, *args: Any, **more: Any) -> context.Shift:
+        came = right(x, *args, **more)
+        came.wait()
+        return context.Shift(x, [], came.before)
+
+    spoil(patch, context, "shift", stay)
+
+
+def combine(patch: pytest.MonkeyPatch, world: World) -> None:
+    """ep: on rank 1 the outputs of one layer's experts come back one place too late, so sums are of wrong experts."""
+
+    def turned(right: Callable[..., Tensor], *args: Any) -> Tensor:
+        return right(*args).roll(1, 0)
+
+    if world.rank == 1:
+        spoil(patch, expert, "rows_to_all", turned, call=1)
+
+
+def copies(patch: pytest.MonkeyPatch, world: World) -> None:
+    """pp: what lies on two stages (a tied embedding, DualPipe's copies) is not summed over them."""
+    patch.setattr(Replicas, "sum_gradients", lambda self: None)
+
+
+def send(patch: pytest.MonkeyPatch, world: World) -> None:
+    """pp: one activation arrives as zeros."""
+
+    def empty(right: Callable[..., None], self: Transport, message: Any, reader: int, value: Tensor) -> None:
+        right(self, message, reader, torch.zeros_like(value))
+
+    if world.rank == 0:
+        spoil(patch, Transport, "send", empty)
+
+
+def stage(patch: pytest.MonkeyPatch, world: World) -> None:
+    """pp × fsdp: stages do not reduce."""
+
+    def drop(self: StageShards) -> None:
+        for module in self.modules:
+            for parameter in module.parameters(recurse=True):  # type: ignore[attr-defined]
+                parameter.grad = torch.zeros_like(parameter)
+
+    patch.setattr(StageShards, "reduce", drop)
+
+
+def pieces(patch: pytest.MonkeyPatch, world: World) -> None:
+    """The norm is that of a rank's own pieces."""
+    patch.setattr(norm, "cut_axes", lambda gradient: ())
+
+
+def update(patch: pytest.MonkeyPatch, world: World) -> None:
+    """LoRA under tp: each rank keeps its own part of A's gradient for the whole."""
+    right = tensor.cut
+
+    def wrong(module: Any, name: str, mesh: Any, how: Any, partial: bool = False, view: Any = None) -> None:
+        right(module, name, mesh, how, partial and name != "lora_A", view)
+
+    patch.setattr(tensor, "cut", wrong)
+
+
+def answers(patch: pytest.MonkeyPatch, world: World) -> None:
+    """cp: each rank takes its piece of an answer for the whole."""
+    patch.setattr(Parallel, "across", lambda self, logprobs_B: logprobs_B)
+
+
+def loss(patch: pytest.MonkeyPatch, world: World) -> None:
+    """The loss of the first and the last rank (in a pipeline one of them has it) counts a quarter too much."""
+
+    def louder(right: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda self, part, scale, aux_scale: right(self, part, scale * 1.25, aux_scale)
+
+    if world.rank in (0, world.size - 1):
+        for kind in (LanguageModeling, StagedLanguageModeling):
+            patch.setattr(kind, "backward", louder(kind.backward))
+
+
+def targets(patch: pytest.MonkeyPatch, world: World) -> None:
+    """Two microbatches have each other's targets."""
+    right = parity.make_batch
+
+    def swapped(step: int) -> Batch:
+        batch = right(step)
+        targets = batch.targets.copy()
+        targets[:4], targets[4:8] = batch.targets[4:8], batch.targets[:4]
+        return Batch(batch.tokens, targets, batch.positions, batch.document_ids)
+
+    patch.setattr(parity, "make_batch", swapped)
+
+
+def order(patch: pytest.MonkeyPatch, world: World) -> None:
+    """The last rank takes its microbatches in another order than those who have the same rows."""
+
+    def turned(right: Callable[..., Batch], self: parity.Rows) -> Batch:
+        batch = right(self)
+        half = len(batch.tokens) // 2
+        parts = (batch.tokens, batch.targets, batch.positions, batch.document_ids)
+        return Batch(*(part.take([*range(half, 2 * half), *range(half)], axis=0) for part in parts))
+
+    if world.rank == world.size - 1:
+        spoil(patch, parity.Rows, "__next__", turned)
+
+
+SUMS: list[tuple[Fault, str, str]] = [  # fault, layout, model
+    (bucket, "dp4", "dense"), (bucket, "dp4", "moe"), (shard, "fsdp4", "dense"), (replicas, "dp2-fsdp2", "dense"),
+    (sum_, "tp4", "moe"), (scatter, "fsdp2-tp2-sp", "dense"), (ring, "cp4", "dense"),
+    (gather, "cp4-all_gather", "moe"), (combine, "dp4-ep4", "moe"), (copies, "pp2-1f1b-dp2", "dense"),
+    (copies, "pp2-dualpipe-tp2", "dense"), (send, "pp2-zb-v-cp2", "moe"), (stage, "pp2-1f1b-fsdp2-zero1", "dense"),
+    (pieces, "fsdp4", "dense"), (pieces, "tp4", "dense"),
+]  # fmt: skip
+KINDS = ["fsdp4", "fsdp4-zero1", "tp4", "fsdp2-tp2-sp", "cp4", "cp4-all_gather", "dp4-ep4", "pp2-1f1b-dp2",
+         "pp2-dualpipe-fsdp2", "pp2-zb-v-cp2", "pp2-interleaved-tp2"]  # fmt: skip
+SHARED = [name for name in KINDS if not {"dp", "fsdp"} & GRID[name].keys()]  # all ranks have the same rows
+
+
+def on_rank(rank: int, world_size: int, sizes: Sizes, jobs: list[Job], fault: Fault) -> list[Outcome] | None:
+    """The outcomes of cases with a fault; rank 0 answers."""
+    world = World.join(Layout(**sizes), "cpu")
+    outcomes = []
+    for case, choices in jobs:
+        with pytest.MonkeyPatch.context() as patch:
+            fault(patch, world)
+            outcomes.append(train(case, world, choices))
+    return outcomes if rank == 0 else None
+
+
+def seen(pool: Pool, fault: Fault, name: str, **more: Any) -> list[list[str]]:
+    """What is out of bounds in the first step, in fp32 and in bf16."""
+    sizes = GRID[name]
+    few = 4 if "pp" in sizes else None
+    model = more.pop("model", "moe" if "ep" in sizes else "dense") + depth(sizes)
+    cases = [Case(model, precision, few, **more) for precision in ("fp32", "bf16")]
+    outcomes = pool.run(on_rank, RANKS, sizes, jobs(cases), fault)[0]
+    found = [differences(ours, alone(case), case.precision) for case, ours in zip(cases, outcomes, strict=True)]
+    first = "norm of step 1" if fault is pieces else "gradient 1"
+    return [[text for text in texts if text.startswith(first)] for texts in found]
+
+
+def label(value: Any) -> str:
+    return value if isinstance(value, str) else value.__name__.strip("_")
+
+
+@pytest.mark.parametrize(("fault", "name", "model"), SUMS, ids=label)
+def test_a_sum_that_is_left_out_is_seen(pool: Pool, fault: Fault, name: str, model: str) -> None:
+    assert all(seen(pool, fault, name, model=model))
+
+
+@pytest.mark.parametrize("fault", [loss, targets], ids=label)
+def test_a_fault_is_seen_with_replicas(pool: Pool, fault: Fault) -> None:
+    assert all(seen(pool, fault, "dp4"))
+
+
+@pytest.mark.parallel
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("fault", [loss, targets], ids=label)
+def test_a_fault_is_seen_under_every_kind_of_layout(pool: Pool, fault: Fault, name: str) -> None:
+    assert all(seen(pool, fault, name))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.parallel] * (name != "tp4")) for name in SHARED]
+)
+def test_microbatches_in_another_order_are_seen(pool: Pool, name: str) -> None:
+    assert all(seen(pool, order, name))
+
+
+def test_an_update_that_is_not_summed_is_seen(pool: Pool) -> None:
+    for found in seen(pool, update, "tp4", lora="full"):
+        assert any("q_proj.lora_A" in text for text in found)
+        assert not any("o_proj.lora_A" in text for text in found)
+
+
+def test_answers_that_are_not_joined_are_seen(pool: Pool) -> None:
+    assert all(seen(pool, answers, "cp4", pairs=True))
