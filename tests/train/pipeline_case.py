@@ -19,6 +19,7 @@ from soma.train.config import TrainConfig
 from soma.train.optim import build_optimizers
 from soma.train.parallel.pipeline import schedules
 from soma.train.parallel.pipeline.execute import PipelineStep
+from soma.train.parallel.pipeline.heads import LanguageHead
 from soma.train.parallel.pipeline.microbatch import Microbatch
 from soma.train.parallel.pipeline.schedule import Schedule
 from soma.train.parallel.pipeline.search import search, v_half_limit
@@ -243,8 +244,9 @@ def spoil(pipeline: PipelineStep, broken: str) -> None:
         pipeline.transport.send = send  # type: ignore[method-assign]
     if broken == "loss":
         for worker in pipeline.workers.values():
-            inner = worker.chunk_loss
-            worker.chunk_loss = lambda x, targets, inner=inner: inner(x, targets) * 1.001
+            assert isinstance(worker.head, LanguageHead)
+            inner = worker.head.chunk_loss
+            worker.head.chunk_loss = lambda x, targets, inner=inner: inner(x, targets) * 1.001
     if broken == "reduction":
         pipeline.replicas.sum_gradients = lambda: None  # type: ignore[method-assign]
     if broken == "weight" and pipeline.rank == 2:
