@@ -19,8 +19,20 @@ from soma.train.parallel.bridge import bridge, check
 from soma.train.parallel.config import Layout
 from soma.train.parallel.mesh import Mesh
 from soma.train.world import World
-from tests.train.parity import DENSE, Case, Exact, Outcome, alone, differences, resume_on_rank, save_on_rank, train
+from tests.train.parity import (
+    DENSE,
+    Case,
+    Exact,
+    Outcome,
+    alone,
+    differences,
+    jobs,
+    resume_on_rank,
+    save_on_rank,
+    train,
+)
 from tests.train.pool import Pool
+from tests.train.replay import Choices
 from tests.train.test_topology import command, furthest_apart, last_step, trained, write_recipe
 
 REASON = "deepspeed is not installed: pip install 'somacube[deepspeed]'"
@@ -52,18 +64,17 @@ def cut_all(settings: Any, *args: Any) -> dict[str, Any]:
     return chosen
 
 
-def rows_on_rank(rank: int, world_size: int, rows: list[Row]) -> list[Outcome]:
-    """Three steps of each row."""
+def rows_on_rank(rank: int, world_size: int, rows: list[Row], choices: dict[Case, Choices | None]) -> list[Outcome]:
+    """Three steps of each row; `choices` as in `parity.Job`."""
     prepare(rank, world_size)
-    return [train(case, World.join(Layout(**ZERO[stage]), "cpu")) for stage, case in rows]
+    return [train(case, World.join(Layout(**ZERO[stage]), "cpu"), choices.get(case)) for stage, case in rows]
 
 
 def errors(rows: list[Row], outcomes: list[Outcome]) -> dict[Row, list[str]]:
     """What is out of the grid's bounds, by row."""
     found = {}
     for (stage, case), ours in zip(rows, outcomes, strict=True):
-        bounds = case.precision if "moe" not in case.model or case.precision == "fp32" else "bf16 moe"
-        if wrong := differences(ours, alone(case), bounds):
+        if wrong := differences(ours, alone(case), case.precision):
             found[stage, case] = wrong
     return found
 
@@ -78,7 +89,7 @@ def slice_on_rank(
 ) -> tuple[list[Outcome], Outcome, Outcome, list[int]]:  # fmt: skip
     """The slice; a row without the mean of the ranks made a sum; the last step of a run that stage 3 began and stage 1
     ended; and how many numbers of its weights, of its moments and in all stage 3 has on this rank."""
-    outcomes = rows_on_rank(rank, world_size, SLICE)
+    outcomes = rows_on_rank(rank, world_size, SLICE, {})
     averaged = bridge_deepspeed.DeepSpeedParallel.backward
     bridge_deepspeed.DeepSpeedParallel.backward = lambda self, value: averaged(self, value / world_size)
     wrong = train(Case(), World.join(Layout(**ZERO[2]), "cpu"))
@@ -116,7 +127,8 @@ def test_grid(own_pool: Pool, stage: int) -> None:
         for precision in ("fp32", "bf16") for size in (None, 1)
     ]  # fmt: skip
     rows += [(stage, Case(lora="full", microbatch=2)), (stage, Case("wide", lora="int4"))]
-    outcomes = own_pool.run(rows_on_rank, 4, rows, timeout=500)[0]
+    choices = dict(jobs([case for _, case in rows]))
+    outcomes = own_pool.run(rows_on_rank, 4, rows, choices, timeout=500)[0]
     assert errors(rows, outcomes) == {}
 
 

@@ -19,7 +19,7 @@ from soma.train.parallel.norm import scale_gradients
 from soma.train.parallel.offload import offloading, optimizer_threads
 from soma.train.trainer import train
 from soma.train.world import World
-from tests.train.parity import Case, alone, differences, on_rank, resume_on_rank, save_on_rank
+from tests.train.parity import Case, alone, differences, jobs, on_rank, resume_on_rank, save_on_rank
 from tests.train.pool import Pool
 from tests.train.test_topology import last_step
 
@@ -92,7 +92,7 @@ LAYOUTS: list[dict[str, Any]] = [{"fsdp": 4}, {"dp": 2, "fsdp": 2}, {"fsdp": 2, 
 
 
 def check(pool: Pool, layout: dict[str, Any], ranks: int, cases: list[Case]) -> None:
-    outcomes = pool.run(on_rank, ranks, {"cpu_offload": True, **layout}, cases)[0]
+    outcomes = pool.run(on_rank, ranks, {"cpu_offload": True, **layout}, jobs(cases))[0]
     for case, outcome in zip(cases, outcomes, strict=True):
         assert not differences(outcome, alone(case), case.precision), (layout, case)
 
@@ -113,8 +113,9 @@ def test_every_case_under_every_layout(pool: Pool, layout: dict[str, Any]) -> No
 
 @pytest.mark.parallel
 def test_experts_under_offload(pool: Pool) -> None:
-    outcome = pool.run(on_rank, 4, {"cpu_offload": True, "fsdp": 4, "ep": 2}, [Case("moe", microbatch=1)])[0][0]
-    assert not differences(outcome, alone(Case("moe", microbatch=1)), "fp32")
+    case = Case("moe", microbatch=1)
+    outcome = pool.run(on_rank, 4, {"cpu_offload": True, "fsdp": 4, "ep": 2}, jobs([case]))[0][0]
+    assert not differences(outcome, alone(case), "fp32")
 
 
 def test_begun_with_and_gone_on_without(pool: Pool, tmp_path: Path) -> None:
