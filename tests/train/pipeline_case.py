@@ -60,11 +60,12 @@ class Case:
     compiled: bool = False
     recompute: bool = False
     split: bool = True
+    late: bool = False  # receives are posted when they are needed, as between GPUs
     broken: str = ""
     layers: int = 10
 
     def __str__(self) -> str:
-        flags = [name for name in ("tied", "uneven", "masked", "compiled", "recompute") if getattr(self, name)]
+        flags = [name for name in ("tied", "uneven", "masked", "compiled", "recompute", "late") if getattr(self, name)]
         words = [self.schedule, self.model, self.precision, self.optimizer, f"m{self.microbatches}", *flags]
         return "-".join(words if self.split else [*words, "whole"])
 
@@ -76,7 +77,9 @@ class Case:
     @property
     def alone(self) -> "Case":
         """The same for all pipelines that must agree with one process."""
-        return replace(self, schedule="", ranks=1, uneven=False, compiled=False, recompute=False, split=True)
+        return replace(
+            self, schedule="", ranks=1, uneven=False, compiled=False, recompute=False, split=True, late=False
+        )
 
     def config(self) -> ModelConfig:
         tied = self.tied or self.model == "gpt2"
@@ -222,6 +225,8 @@ def train_rank(rank: int, world_size: int, case: Case, choices: Choices | None =
         model, plan, layers=layers_of(case, plan.stages), autocast=case.autocast, compiled=case.compiled,
         split=case.split, recompute=case.recompute,
     )  # fmt: skip
+    assert pipeline.transport is not None
+    pipeline.transport.when_needed |= case.late
     spoil(pipeline, case.broken)
 
     def step(batch: Batch, count: int) -> Tensor:

@@ -18,7 +18,8 @@ from tests.train import parity, pipeline_case
 from tests.train.grid import GRID
 from tests.train.parity import Case, Outcome, differences, errors, jobs, on_rank, resume_on_rank, save_on_rank
 from tests.train.pool import Pool
-from tests.train.test_parity import LORA_SLICE, RANKS, SLICE
+from tests.train.test_bridge import REASON, under_torchrun
+from tests.train.test_parity import LORA_SLICE, PAIRS_SLICE, RANKS, SLICE
 from tests.train.test_pipeline import gaps
 from tests.train.test_topology import MOVES, last_step, merged
 
@@ -75,8 +76,26 @@ def test_two_gpus(gpus: Pool, name: str) -> None:
 @pytest.mark.parametrize("name", SLICE)
 def test_layouts(gpus: Pool, name: str) -> None:
     cases = [Case(**values) for values in SLICE[name]]
-    more = [LORA_SLICE[name]] if name in LORA_SLICE else []
-    check(gpus, GRID[name], [*cases, *more, replace(cases[0], precision="bf16")], RANKS)
+    more = [slice_[name] for slice_ in (LORA_SLICE, PAIRS_SLICE) if name in slice_]
+    check(gpus, GRID[name], [*dict.fromkeys([*cases, *more, replace(cases[0], precision="bf16")])], RANKS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero3", "tp-sp"])
+def test_compiled_layers(gpus: Pool, name: str) -> None:
+    check(gpus, TWO[name], [Case(compile=True)], 2)
+
+
+def test_accelerate() -> None:
+    """In a pool of its own: Accelerate keeps what it has seen of the first process group for good."""
+    pytest.importorskip("accelerate", reason=REASON)
+    case, own = Case(microbatch=2), Pool("cuda")
+    try:
+        (expected,) = own.run(parity.alone_on_rank, 1, [case], timeout=LIMIT)[0]
+        (ours,) = own.run(under_torchrun, 2, [(case, expected.choices)], timeout=LIMIT)[0]
+    finally:
+        own.close()
+    assert differences(ours, expected, "fp32") == []
 
 
 PIPELINES = [

@@ -37,11 +37,11 @@ class Jobs:
         self.job = {"tokens": str(tokens), "tokenizer": str(tokenizer), "model": shape.model_dump(mode="json")}
 
     def run(
-        self, name: str, layout: dict[str, Any], fault: str, device: str = "cuda", restarts: int = 0
+        self, name: str, layout: dict[str, Any], fault: str, device: str = "cuda", restarts: int = 0, ranks: int = 2
     ) -> tuple[int, str]:  # fmt: skip
-        """Exit status and output of two ranks."""
+        """Exit status and output of a job's ranks. A name that has run goes on."""
         out = self.folder / name
-        out.mkdir()
+        out.mkdir(exist_ok=True)
         config = SMALL | {"device": device, "steps": STEPS, "checkpoint_every": 2, "layout": layout}
         if layout.get("pp", 1) > 1:
             config |= {"microbatch_size": 1}
@@ -52,7 +52,7 @@ class Jobs:
         place = self.folder / f"{name}.json"
         place.write_text(json.dumps(job))
         command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
             f"--max-restarts={restarts}", "-m", "tests.train.faulty_rank", str(place),
         ]  # fmt: skip
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
@@ -86,6 +86,20 @@ def test_killed_rank(jobs: Jobs, layout: dict[str, Any], device: str) -> None:
     assert re.search(rf"resumed at step [246] of {STEPS}", text), text
     load_model(jobs.folder / "killed" / "model")
     assert furthest_apart(jobs.folder / "whole", jobs.folder / "killed") == 0.0
+
+
+@gpus
+def test_fewer_ranks(jobs: Jobs) -> None:
+    """The job that has lost a rank goes on with the one that is left."""
+    layout = {"fsdp": -1}
+    code, text = jobs.run("whole", layout, "")
+    assert code == 0, text
+    code, text = jobs.run("job", layout, "kill")
+    assert code != 0
+    code, text = jobs.run("job", layout, "kill", ranks=1)
+    assert code == 0, text
+    assert re.search(rf"resumed at step [246] of {STEPS}", text), text
+    assert 0.0 < furthest_apart(jobs.folder / "whole", jobs.folder / "job") < 1e-4
 
 
 @gpus

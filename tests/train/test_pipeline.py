@@ -90,6 +90,7 @@ SLICE = [
     Case("zb-h2", ranks=2, microbatches=3, tied=False),
     Case("zb-v", "moe", recompute=True),
     Case("dualpipe-v", split=False),
+    Case("zb-v", late=True),
 ]
 
 

@@ -11,6 +11,7 @@ import pytest
 from soma.model.config import ModelConfig
 from soma.model.hub import load_model
 from soma.train.config import TrainConfig
+from soma.train.parallel.ranks import store_prefix
 from soma.train.trainer import TrainResult
 
 Run = Callable[..., TrainResult]
@@ -63,3 +64,12 @@ def test_two_ranks_are_one(
             assert (a - b).abs().max() < 2e-4, name
         newest = sorted((tmp_path / "b-work" / "checkpoints").iterdir())[-1]
         (newest / "manifest.json").unlink()
+
+
+def test_each_start_has_keys_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under one agent; agents of several nodes do not count their starts alike."""
+    for name, value in (("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", "4"), ("TORCHELASTIC_RESTART_COUNT", "2")):
+        monkeypatch.setenv(name, value)
+    assert store_prefix() == "attempt-2"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert store_prefix() == "attempt-any"

@@ -31,11 +31,11 @@ def join() -> int:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "cpu:gloo,cuda:nccl"
     store, rank, size = next(rendezvous("env://"))
-    dist.init_process_group(backend, store=dist.PrefixStore(attempt(), store), rank=rank, world_size=size)
+    dist.init_process_group(backend, store=dist.PrefixStore(store_prefix(), store), rank=rank, world_size=size)
     return rank
 
 
-def attempt() -> str:
+def store_prefix() -> str:
     """What this start of the job puts before its keys in the store.
 
     An agent of torchrun keeps its store when it starts its ranks anew, and torch puts nothing before the keys: a rank
