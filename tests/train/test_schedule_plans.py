@@ -1,6 +1,7 @@
 """Lowered schedules: sends, receives and shard actions are checked, timed, weighed, drawn, and run in that order."""
 
 import json
+import runpy
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -386,6 +387,17 @@ def test_command_of_a_sharded_pipeline(tmp_path: Path) -> None:
 )
 def test_command_says_what_is_wrong(words: list[str], said: str) -> None:
     assert said in said_by(*words)
+
+
+def test_the_page_is_fresh() -> None:
+    """Its table and its pictures are those of `python tools/schedules.py`."""
+    root = Path(__file__).parents[2]
+    tool = runpy.run_path(str(root / "tools" / "schedules.py"))
+    page = (root / "docs" / "schedules.md").read_text()
+    assert tool["written"](page) == page
+    for name, picture in tool["pictures"]().items():
+        assert (root / "docs" / "schedules" / name).read_text() == picture, f"{name}: run python tools/schedules.py"
+        assert f"(schedules/{name})" in page
 
 
 # The executor runs that very plan.
