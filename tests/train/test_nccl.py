@@ -1,7 +1,7 @@
 """The grid on GPUs, over NCCL: a rank has a GPU, and one process on one of them is what it is held to.
 
-A slice of every layout and every schedule, and of each move from one layout's checkpoint to another layout. The bounds
-are those of the CPUs' grid (`parity.BOUNDS`, `test_pipeline`) but for what is said here.
+A slice of every layout and every schedule, and of each move from one layout's checkpoint to another layout; all of the
+product with `make test-parallel`. The bounds are those of the CPUs' grid (`parity.BOUNDS`), for schedules those below.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ import torch
 from soma.model.hub import load_model
 from soma.train.parallel.pipeline.schedules import SCHEDULES
 from tests.train import parity, pipeline_case
-from tests.train.grid import GRID
+from tests.train.grid import GRID, cells, others
 from tests.train.parity import Case, Outcome, differences, errors, jobs, on_rank, resume_on_rank, save_on_rank
 from tests.train.pool import Pool
 from tests.train.test_bridge import REASON, under_torchrun
@@ -58,7 +58,7 @@ def alone(gpus: Pool, case: Case) -> Outcome:
 
 def check(gpus: Pool, layout: dict[str, Any], cases: list[Case], ranks: int) -> None:
     given = jobs(cases, lambda case: alone(gpus, case))
-    outcomes = gpus.run(on_rank, ranks, layout, given, timeout=LIMIT)[0]
+    outcomes = gpus.run(on_rank, ranks, layout, given, timeout=LIMIT + 3 * len(cases))[0]
     for case, ours in zip(cases, outcomes, strict=True):
         found = errors(ours, alone(gpus, case), case.precision)
         worst = max(found, key=lambda what: found[what])
@@ -78,6 +78,13 @@ def test_layouts(gpus: Pool, name: str) -> None:
     cases = [Case(**values) for values in SLICE[name]]
     more = [slice_[name] for slice_ in (LORA_SLICE, PAIRS_SLICE) if name in slice_]
     check(gpus, GRID[name], [*dict.fromkeys([*cases, *more, replace(cases[0], precision="bf16")])], RANKS)
+
+
+@four
+@pytest.mark.parallel
+@pytest.mark.parametrize("name", GRID)
+def test_grid(gpus: Pool, name: str) -> None:
+    check(gpus, GRID[name], [*cells(GRID[name]), *others(GRID[name])], RANKS)
 
 
 @pytest.mark.slow
