@@ -67,10 +67,12 @@ class Rope(nn.Module):
     """Cosines and sines of positions. The frequencies are float32 whatever the model's dtype, and are not saved.
 
     `dynamic` scaling (NTK by the length of the sequence at hand) looks at the largest position of each call: keys
-    that are in a cache keep the rotation they got, as in transformers.
+    that are in a cache keep the rotation they got, as in transformers. `largest`, set from outside, gives the largest
+    of a number over the processes that hold the other pieces of the sequences.
     """
 
     inv_freq: Tensor
+    largest: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -103,7 +105,8 @@ class Rope(nn.Module):
         """Cosines and sines, each (..., R/2) in `dtype`, for integer positions of shape (...)."""
         inv_freq = self.inv_freq
         if self.rope_type == "dynamic":
-            length = torch.clamp(positions.max() + 1, min=self.context).float()
+            last = positions.max() if self.largest is None else self.largest(positions.max())
+            length = torch.clamp(last + 1, min=self.context).float()
             factor = self.scaling["factor"]
             stretch = factor * length / self.context - (factor - 1)
             theta = self.theta * stretch ** (self.width / (self.width - 2))

@@ -97,9 +97,7 @@ def continue_padded(
     limit = parallel.model.config.max_position_embeddings
     rooms = [min(tokens, limit - len(ids)) for ids in given]
     longest = max(len(ids) + room for ids, room in zip(given, rooms, strict=True) if room > 0) if max(rooms) > 0 else 0
-    layout = parallel.mesh.layout
-    unit = (2 * layout.cp if layout.cp > 1 else 1) * (layout.tp if layout.sp else 1)
-    length = -(-longest // unit) * unit
+    length = parallel.mesh.layout.padded_length(longest)
     tokens_PT = torch.zeros(len(given), length, dtype=torch.long, device=device)
     for row, ids in enumerate(given):
         tokens_PT[row, : len(ids)] = torch.tensor(ids[:length], device=device)

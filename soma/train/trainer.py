@@ -34,6 +34,7 @@ from soma.train.parallel.bridge_deepspeed import starts_in_ram
 from soma.train.parallel.config import Layout
 from soma.train.parallel.export import save_merged, save_whole
 from soma.train.parallel.offload import offloading
+from soma.train.parallel.pipeline.plan import layers_for, make_plan
 from soma.train.parallel.pipeline.training import stage_model
 from soma.train.parallel.watch import watched
 from soma.train.start import Start, fill
@@ -185,7 +186,7 @@ def lay_out(
     if world.mesh.layout.pp > 1:
         return stage_model(network, config, world.mesh, compute, filled, reference, filled_reference)
     rows = (config.microbatch_size or config.batch_size // world.data_size) * (1 if reference is None else 2)
-    length = config.sequence_length // world.mesh.layout.cp
+    length = world.mesh.layout.padded_length(config.sequence_length) // world.mesh.layout.cp
     tokens_BT = torch.zeros(rows, length, dtype=torch.long, device=compute.device)
 
     def measure() -> None:
@@ -287,8 +288,18 @@ def check_model(config: TrainConfig, model: ModelConfig, index: dict[str, Any], 
 
 def check_layout(config: TrainConfig, layout: Layout, model: ModelConfig) -> None:
     """Raise UserError where the layout does not fit the batch, the model, or what else is asked for."""
-    layout.check_batch(config.batch_size, config.microbatch_size, config.sequence_length)
+    layout.check_batch(config.batch_size, config.microbatch_size)
     layout.check_model(model)
+    if layout.pp > 1:
+        plan = make_plan(layout, config.batch_size, config.microbatch_size)
+        layers_for(layout, plan, model, config.sequence_length)
+    padded = layout.padded_length(config.sequence_length)
+    if padded != config.sequence_length and model.num_experts and not config.isolate_documents:
+        raise UserError(
+            f"sequence_length {config.sequence_length} is not a multiple of {layout.column_unit} (2 × cp × tp, as far "
+            "as cp and sp cut it), and its padding would be balanced over the experts where isolate_documents is "
+            f"false: take {padded}, or isolate_documents true"
+        )
 
 
 def write_artefact(result: TrainResult, compute: Compute, out: Path, work: Path) -> None:

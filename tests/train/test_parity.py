@@ -14,7 +14,7 @@ from soma.train.parallel.config import Layout
 from soma.train.parallel.pipeline.schedule import layers_of_stages
 from soma.train.parallel.pipeline.schedules import SCHEDULES
 from tests.train.grid import EIGHT, GRID, RANKS, Sizes, cells, eight, inner, kinds, others
-from tests.train.parity import LENGTH, MODELS, ROWS, Case, alone, differences, jobs, on_rank
+from tests.train.parity import MODELS, ROWS, Case, alone, differences, jobs, on_rank
 from tests.train.pool import Pool
 
 # Every layout once or twice; together every model, precision, accumulation and optimizer.
@@ -113,7 +113,7 @@ def test_the_grid_is_whole() -> None:
         for case in found + others(sizes):
             layout = Layout(**sizes).resolve(8 if sizes in EIGHT.values() else RANKS)
             layout.check_model(ModelConfig(**MODELS[case.model]))
-            layout.check_batch(ROWS, case.microbatch, LENGTH)
+            layout.check_batch(ROWS, case.microbatch)
     assert layers_of_stages(3, 2) == [[0, 1], [2]]  # what the pipelines' models have is uneven
     for layers, stages in ((5, 4), (9, 8)):
         assert {len(stage) for stage in layers_of_stages(layers, stages)} == {1, 2}

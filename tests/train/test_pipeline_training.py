@@ -14,7 +14,7 @@ from soma.model.config import ModelConfig
 from soma.model.hub import load_model
 from soma.train.config import PreferenceConfig, TrainConfig
 from soma.train.parallel.config import Layout
-from soma.train.parallel.pipeline.training import make_plan
+from soma.train.parallel.pipeline.plan import head_layers, layers_for, make_plan, weighed_split
 from soma.train.trainer import TrainResult, train
 from tests.train.pipeline_case import MODELS, SHAPE
 from tests.train.pool import Pool
@@ -123,17 +123,46 @@ def samples(folder: Path) -> list[tuple[str, str]]:
 
 
 def test_what_does_not_fit_is_said() -> None:
-    config = TrainConfig(steps=1, batch_size=8, microbatch_size=1)
-    layout = Layout(pp=2, dp=1, microbatches=3)
-    with pytest.raises(UserError, match=r"3 microbatches of 8 sequences .* microbatch_size 1: take microbatches 8"):
-        make_plan(config, layout)
-    for changes, said in (
-        ({"schedule": "2f2b"}, "schedule '2f2b': expected one of gpipe, 1f1b"),
-        ({"schedule": "interleaved"}, "virtual_stages 1 with schedule interleaved: interleaved has 2 or more"),
-        ({"virtual_stages": 2}, "virtual_stages 2 with schedule 1f1b"),
-        ({"pp": 6, "schedule": "dualpipe"}, "use 6 and 12"),
+    for changes, size, said in (
+        ({"microbatches": 3}, None, r"3 microbatches do not divide 8 sequences .*: take microbatches 2"),
+        ({"microbatches": 4}, 1, r"4 microbatches × microbatch_size 1 = 4, not the 8 sequences .* microbatches 8"),
+        ({"schedule": "interleaved"}, 1, "2 or more virtual_stages, and there is 1: take 2, or 1f1b"),
+        ({"virtual_stages": 2}, 1, "virtual_stages 2 with schedule 1f1b: only interleaved"),
+        ({"pp": 6, "schedule": "dualpipe"}, 1, "got 6 and 8.*: take batch_size 12, or schedule 1f1b"),
+        ({"pp": 2, "schedule": "dualpipe"}, 4, "got 2 and 2.*: take microbatch_size 2, or batch_size 16"),
+        ({"pp": 3, "schedule": "dualpipe"}, 1, "got 3 and 8.*: take pp 4 or 2, or schedule 1f1b"),
+        ({"pp": 3, "schedule": "interleaved", "virtual_stages": 2}, None, "take microbatches 3 and batch_size 9"),
     ):
         with pytest.raises(UserError, match=said):
-            make_plan(config, Layout(**({"pp": 2, "dp": 1} | changes)))
-    assert make_plan(config, Layout(pp=2, dp=2, schedule="interleaved", virtual_stages=3)).stages == 6
-    assert make_plan(config, Layout(pp=2, dp=2, schedule="interleaved", virtual_stages=3)).microbatches == 4
+            make_plan(Layout(**({"pp": 2, "dp": 1} | changes)), 8, size)
+    plan = make_plan(Layout(pp=2, dp=2, schedule="interleaved", virtual_stages=3), 8, 1)
+    assert (plan.stages, plan.microbatches) == (6, 4)
+    model = ModelConfig(**SHAPE, **MODELS["dense"], num_hidden_layers=4)
+    for changes, said in (
+        (
+            {"stage_layers": [1, 2, 1]},
+            r"\[1, 2, 1\] are 3 stages, and schedule 1f1b on pp 2 has 2: .* such as \[2, 2\]",
+        ),
+        ({"stage_layers": [3, 2]}, r"3 \+ 2 = 5 layers, and the model has 4: take 4, such as \[2, 2\]"),
+        (
+            {"pp": 4, "schedule": "zb-v"},
+            r"zb-v on pp 4 has 8 stages \(2 a rank\), and the model has 4 layers.*take pp 2",
+        ),
+    ):
+        layout = Layout(**({"pp": 2, "dp": 1} | changes))
+        with pytest.raises(UserError, match=said):
+            layers_for(layout, make_plan(layout, 8, 1), model, 16)
+    layout = Layout(pp=2, dp=1, stage_layers=[3, 1])
+    assert layers_for(layout, make_plan(layout, 8, 1), model, 16) == [[0, 1, 2], [3]]
+
+
+def test_the_last_stage_has_fewer_layers_for_its_head() -> None:
+    assert [len(stage) for stage in weighed_split(16, 4, 1.8)] == [5, 4, 4, 3]
+    assert [len(stage) for stage in weighed_split(8, 2, 0.2)] == [4, 4]
+    llama = ModelConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=8192,
+    )  # fmt: skip
+    assert head_layers(llama, 8192) == pytest.approx(1.84, abs=0.01)
+    plan = make_plan(Layout(pp=4, dp=1), 8, 1)
+    assert [len(stage) for stage in layers_for(Layout(pp=4, dp=1), plan, llama, 8192)] == [9, 8, 8, 7]

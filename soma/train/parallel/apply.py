@@ -10,12 +10,13 @@ from dataclasses import fields
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from soma.data.loader import Batch, PreferenceBatch
+from soma.data.loader import IGNORE, PADDING, Batch, PreferenceBatch
 from soma.model.moe import Experts, MoE
 from soma.model.transformer import Transformer
 from soma.train.compute import Compute
@@ -76,12 +77,16 @@ class Parallel:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def own(self, batch: Any) -> Any:
-        """This rank's part of its data rank's batch: with context parallelism, its columns."""
+        """This rank's part of its data rank's batch: with context parallelism, its columns. Sequences that cp or sp
+        could not cut evenly are padded."""
         layout = self.mesh.layout
-        if layout.cp == 1:
+        if layout.column_unit == 1:
             return batch
         if isinstance(batch, PreferenceBatch):
             return PreferenceBatch(self.own(batch.chosen), self.own(batch.rejected), batch.is_pair)
+        batch = padded(batch, layout.column_unit)
+        if layout.cp == 1:
+            return batch
         columns = columns_of(batch.tokens.shape[1], layout.cp, self.mesh.place["cp"])
         return Batch(*(getattr(batch, field.name)[:, columns] for field in fields(batch)))
 
@@ -147,6 +152,18 @@ class Parallel:
     def first_word(self, group: dist.ProcessGroup) -> int:
         """The first entry of this rank's part of the vocabulary."""
         return shard_offset(self.model.config.vocab_size, group.size(), group.rank())[0]
+
+
+def padded(batch: Batch, unit: int) -> Batch:
+    """The batch with columns of padding, to a multiple of `unit`."""
+    short = -batch.tokens.shape[1] % unit
+    if not short:
+        return batch
+    filling = {"tokens": 0, "targets": IGNORE, "positions": 0, "document_ids": PADDING}
+    return Batch(**{
+        name: np.pad(getattr(batch, name), ((0, 0), (0, short)), constant_values=value)
+        for name, value in filling.items()
+    })  # fmt: skip
 
 
 def parallelize(

@@ -4,13 +4,15 @@ The ranks form a grid of pp × dp × fsdp × cp × tp, the last one varying fast
 machine). `ep` takes no ranks of its own: it divides the dp × fsdp × cp ranks, which hold different tokens.
 """
 
+from difflib import get_close_matches
 from math import prod
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from soma.base.errors import UserError
 from soma.model.config import ModelConfig
+from soma.train.parallel.pipeline.schedules import SCHEDULES
 
 GRID = ("pp", "dp", "fsdp", "cp", "tp")  # the slowest first
 REST = -1
@@ -50,6 +52,11 @@ class Layout(BaseModel):
         None, ge=1, description="Microbatches of a pipeline step. None: what microbatch_size gives."
     )
     virtual_stages: int = Field(1, ge=1, description="Pipeline stages on each rank, for interleaved schedules.")
+    stage_layers: list[PositiveInt] | None = Field(
+        None,
+        description="Layers of every pipeline stage, in order: [9, 8, 8, 7]. None: as even as can be, with fewer for "
+        "the last stage, which has the head.",
+    )
     engine: Literal["soma", "accelerate", "deepspeed"] = Field(
         "soma",
         description="What does the data parallelism: soma, Hugging Face's Accelerate (dp), or DeepSpeed's ZeRO (fsdp "
@@ -72,6 +79,9 @@ class Layout(BaseModel):
         rest = [name for name in GRID if sizes[name] == REST]
         if len(rest) > 1:
             raise ValueError(f"{' and '.join(rest)} are all -1: only one can be all ranks that are left")
+        if self.schedule not in SCHEDULES:
+            near = get_close_matches(self.schedule.lower(), SCHEDULES, 1, 0.0)[0]
+            raise ValueError(f"schedule {self.schedule!r}: take {near} (there are {', '.join(SCHEDULES)})")
         if self.cpu_offload:
             self._check_offload()
         if self.sp and self.tp == 1:
@@ -163,14 +173,6 @@ class Layout(BaseModel):
                 f"layout: {keys} key/value heads can be neither cut nor repeated evenly over tp {self.tp}: take tp "
                 f"{min(works, key=lambda size: abs(size - self.tp))}"
             )
-        inner = [("vocab_size", model.vocab_size), ("intermediate_size", model.intermediate_size)]
-        inner += [("moe_intermediate_size", model.moe_intermediate_size)] if model.num_experts else []
-        for name, size in inner:
-            if size % self.tp:
-                raise UserError(
-                    f"layout: tp {self.tp} does not divide {name} {size} ({size / self.tp:.3g} each): take {name} "
-                    f"{-(-size // self.tp) * self.tp}, or tp {nearest_divisor(size, self.tp)}"
-                )
         if self.ep > 1 and not model.num_experts:
             raise UserError(f"layout: ep {self.ep}, but the model has no experts (num_experts 0): take ep 1")
         if self.ep > 1 and model.num_experts % self.ep:
@@ -178,9 +180,6 @@ class Layout(BaseModel):
                 f"layout: ep {self.ep} does not divide num_experts {model.num_experts} "
                 f"({model.num_experts / self.ep:.3g} each): take ep {nearest_divisor(model.num_experts, self.ep)}"
             )
-        scaling = model.rope_scaling or {}
-        if self.cp > 1 and scaling.get("rope_type", scaling.get("type")) == "dynamic":
-            raise UserError("layout: cp cuts the sequence, and rope_type dynamic depends on all of it: take cp 1")
         stages = self.pp * self.virtual_stages
         if stages > model.num_hidden_layers:
             raise UserError(
@@ -189,25 +188,23 @@ class Layout(BaseModel):
                 f"{model.num_hidden_layers}"
             )
 
-    def check_batch(self, batch_size: int, microbatch_size: int | None, sequence_length: int) -> None:
+    @property
+    def column_unit(self) -> int:
+        """What a sequence's length becomes a multiple of, by padding: cp ranks take an early and a late piece each, and
+        sp cuts these over the tp ranks."""
+        return (2 * self.cp if self.cp > 1 else 1) * (self.tp if self.sp else 1)
+
+    def padded_length(self, sequence_length: int) -> int:
+        """The length with padding. 30 tokens with cp 2 and sp over tp 2: 32."""
+        return -(-sequence_length // self.column_unit) * self.column_unit
+
+    def check_batch(self, batch_size: int, microbatch_size: int | None) -> None:
         """Raise UserError with the arithmetic where a resolved layout does not fit the batch."""
         unit = (microbatch_size or 1) * self.data_ranks
         if batch_size % unit:
             raise UserError(
                 f"batch_size {batch_size} is not a multiple of microbatch_size × dp × fsdp = {microbatch_size or 1} × "
                 f"{self.dp} × {self.fsdp} = {unit}: take {max(unit, round(batch_size / unit) * unit)}"
-            )
-        pieces = 2 * self.cp if self.cp > 1 else 1
-        if sequence_length % pieces:
-            raise UserError(
-                f"sequence_length {sequence_length} is not a multiple of 2 × cp = {pieces} (each rank takes an early "
-                f"and a late piece): take {max(pieces, round(sequence_length / pieces) * pieces)}"
-            )
-        if self.sp and sequence_length // self.cp % self.tp:
-            unit = self.tp * pieces
-            raise UserError(
-                f"sequence_length {sequence_length} / cp {self.cp} is not a multiple of tp {self.tp}, over which sp "
-                f"cuts it: take {max(unit, round(sequence_length / unit) * unit)}"
             )
 
 

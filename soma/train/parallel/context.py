@@ -70,6 +70,12 @@ def apply_context(model: Transformer, group: dist.ProcessGroup, method: str) -> 
         }
         return rope, masks, None if document_ids_BT is None else document_ids_BT >= 0
 
+    def largest(number: Tensor) -> Tensor:
+        dist.all_reduce(number, dist.ReduceOp.MAX, group=group)
+        return number
+
+    if model.rope is not None:
+        model.rope.largest = largest
     model.context = context  # type: ignore[assignment]
     model.embed = embed  # type: ignore[method-assign]
 

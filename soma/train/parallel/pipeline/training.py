@@ -8,7 +8,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from soma.base.errors import UserError
 from soma.data.loader import Batch, PreferenceBatch
 from soma.model.transformer import Transformer
 from soma.train import loss
@@ -16,7 +15,6 @@ from soma.train.compute import Compute
 from soma.train.config import PreferenceConfig, TrainConfig
 from soma.train.objective import Objective
 from soma.train.parallel.apply import Parallel, divide, replicate
-from soma.train.parallel.config import Layout
 from soma.train.parallel.mesh import Mesh
 from soma.train.parallel.pipeline.execute import PipelineStep
 from soma.train.parallel.pipeline.heads import (
@@ -28,8 +26,8 @@ from soma.train.parallel.pipeline.heads import (
     ReferenceHead,
 )
 from soma.train.parallel.pipeline.microbatch import Microbatch
+from soma.train.parallel.pipeline.plan import layers_for, make_plan
 from soma.train.parallel.pipeline.schedule import Schedule
-from soma.train.parallel.pipeline.schedules import SCHEDULES, interleaved
 from soma.train.parallel.pipeline.simulate import simulate
 from soma.train.parallel.pipeline.whole import hidden_states
 from soma.train.recompute import needs_measure, recompute_layers
@@ -45,7 +43,8 @@ def stage_model(
 
     Raises UserError where the schedule does not fit ranks, microbatches or layers.
     """
-    plan = make_plan(config, mesh.layout)
+    plan = make_plan(mesh.layout, config.batch_size, config.microbatch_size)
+    layers = layers_for(mesh.layout, plan, model.config, config.sequence_length)
     whole = Parallel(model, mesh)
 
     def chunk_loss(x_ND: Tensor, targets_N: Tensor) -> Tensor:
@@ -54,19 +53,19 @@ def stage_model(
         return whole.cross_entropy_sum(logits_NV, targets_N)
 
     if not isinstance(config, PreferenceConfig):
-        pipeline = make_pipeline(model, plan, config, mesh, compute, LanguageHead(chunk_loss), fill)
+        pipeline = make_pipeline(model, plan, layers, config, mesh, compute, LanguageHead(chunk_loss), fill)
         return StagedParallel(mesh, pipeline), StagedLanguageModeling(pipeline, config)
     assert reference is not None
     head = PairHead(answer_logprobs(whole, compute), config.beta)
-    pipeline = make_pipeline(model, plan, config, mesh, compute, head, fill)
+    pipeline = make_pipeline(model, plan, layers, config, mesh, compute, head, fill)
     before = ReferenceHead(answer_logprobs(Parallel(reference, mesh), compute))
-    reference_pipeline = make_reference(reference, plan, mesh, compute, before, fill_reference)
+    reference_pipeline = make_reference(reference, plan, layers, mesh, compute, before, fill_reference)
     return StagedParallel(mesh, pipeline), StagedPreference(pipeline, reference_pipeline, before, config)
 
 
 def make_pipeline(
-    model: Transformer, plan: Schedule, config: TrainConfig, mesh: Mesh, compute: Compute, head: Head,
-    fill: Callable[[], None],
+    model: Transformer, plan: Schedule, layers: list[list[int]], config: TrainConfig, mesh: Mesh, compute: Compute,
+    head: Head, fill: Callable[[], None],
 ) -> PipelineStep:  # fmt: skip
     """This rank's stages of the model that is trained, with all else that the layout applies to them."""
     layout, again, group = mesh.layout, config.activation_checkpointing, mesh.group("pp")
@@ -75,22 +74,20 @@ def make_pipeline(
     # Layers that talk to other ranks are compiled one by one, and so are those that are wrapped one by one.
     by_layer = again not in (False, True)
     in_layers = layout.tp * layout.cp * layout.ep * layout.fsdp > 1 or by_layer
-    try:
-        # A matrix that is cut over tp ranks gets its gradient from autograd, and a layer that autograd computes again
-        # has no taps left: a B does all there.
-        pipeline = PipelineStep(
-            model, plan, group, head=head, autocast=compute.autocast, compiled=compute.compile and not in_layers,
-            split=layout.tp == 1 and not by_layer, recompute=again is True,
-            sequence_ranks=layout.tp if layout.sp else 1, device=compute.device,
-        )  # fmt: skip
-    except ValueError as error:
-        raise UserError(f"layout: pp {layout.pp}, schedule {plan.name}: {error}") from None
+    # A matrix that is cut over tp ranks gets its gradient from autograd, and a layer that autograd computes again has
+    # no taps left: a B does all there.
+    pipeline = PipelineStep(
+        model, plan, group, layers=layers, head=head, autocast=compute.autocast,
+        compiled=compute.compile and not in_layers, split=layout.tp == 1 and not by_layer, recompute=again is True,
+        sequence_ranks=layout.tp if layout.sp else 1, device=compute.device,
+    )  # fmt: skip
     if layout.fsdp == 1 or needs_measure(again):
         fill()
     if by_layer:
         rows = config.batch_size // layout.data_ranks // plan.microbatches
         rows *= 2 if isinstance(config, PreferenceConfig) else 1
-        tokens_BT = torch.zeros(rows, config.sequence_length // layout.cp, dtype=torch.long, device=compute.device)
+        length = layout.padded_length(config.sequence_length) // layout.cp
+        tokens_BT = torch.zeros(rows, length, dtype=torch.long, device=compute.device)
         recompute_layers(model, again, partial(pipeline.try_out, tokens_BT), simulate(plan).peaks[pipeline.rank])
     if in_layers and compute.compile:
         for stage in pipeline.stages:
@@ -103,13 +100,14 @@ def make_pipeline(
 
 
 def make_reference(
-    model: Transformer, plan: Schedule, mesh: Mesh, compute: Compute, head: Head, fill: Callable[[], None]
+    model: Transformer, plan: Schedule, layers: list[list[int]], mesh: Mesh, compute: Compute, head: Head,
+    fill: Callable[[], None],
 ) -> PipelineStep:  # fmt: skip
     """The same of a frozen model, of which only `evaluate` is wanted."""
     group = mesh.group("pp")
     divide(model.eval().requires_grad_(False), mesh, whole_batch=False)
     pipeline = PipelineStep(
-        model, plan, group, head=head, autocast=compute.autocast, split=False, trains=False,
+        model, plan, group, layers=layers, head=head, autocast=compute.autocast, split=False, trains=False,
         sequence_ranks=mesh.layout.tp if mesh.layout.sp else 1, device=compute.device,
     )  # fmt: skip
     if mesh.layout.fsdp > 1:
@@ -130,31 +128,6 @@ def answer_logprobs(whole: Parallel, compute: Compute) -> Logprobs:
         return whole.across(loss.answer_logprobs(y_BTD, microbatch.targets, microbatch.rows, chunk_logprobs))
 
     return logprobs
-
-
-def make_plan(config: TrainConfig, layout: Layout) -> Schedule:
-    """The layout's schedule for the microbatches of one data rank's rows."""
-    rows = config.batch_size // layout.data_ranks
-    microbatches = layout.microbatches or rows // (config.microbatch_size or rows)
-    if rows % microbatches or (config.microbatch_size and microbatches * config.microbatch_size != rows):
-        size = f", microbatch_size {config.microbatch_size}" if config.microbatch_size else ""
-        raise UserError(
-            f"layout: {microbatches} microbatches of {rows} sequences (batch_size / (dp × fsdp)){size}: take "
-            f"microbatches {rows // (config.microbatch_size or max(1, rows // microbatches))}"
-        )
-    if layout.schedule not in SCHEDULES:
-        raise UserError(f"layout: schedule {layout.schedule!r}: expected one of {', '.join(SCHEDULES)}")
-    chunks = layout.virtual_stages
-    if (layout.schedule == "interleaved") != (chunks > 1):
-        raise UserError(
-            f"layout: virtual_stages {chunks} with schedule {layout.schedule}: interleaved has 2 or more, all others 1"
-        )
-    try:
-        if chunks > 1:
-            return interleaved(layout.pp, microbatches, chunks)
-        return SCHEDULES[layout.schedule](layout.pp, microbatches)
-    except ValueError as error:
-        raise UserError(f"layout: {error}") from None
 
 
 class StagedParallel(Parallel):

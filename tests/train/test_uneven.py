@@ -1,0 +1,51 @@
+"""What does not come out even: sequences that are padded, vocabularies and widths in unequal pieces, layers by count,
+and a rotation that is stretched by a length of which each rank has a piece."""
+
+from typing import Any
+
+import pytest
+
+from soma.model.transformer import Transformer
+from soma.train.parallel import apply
+from soma.train.parallel.config import Layout
+from soma.train.world import World
+from tests.train.parity import Case, Outcome, alone, differences, train
+from tests.train.pool import Pool
+from tests.train.test_parity import check
+
+# Sequences of 32 on three ranks have pieces of 6.
+UNEVEN: list[Any] = [
+    ({"cp": 3}, 3, Case("moe")),
+    ({"pp": 3, "stage_layers": [1, 2, 1]}, 3, Case("moe4", microbatch=4)),
+    ({"cp": 2}, 2, Case("odd", microbatch=1)),
+    ({"fsdp": 2, "tp": 2, "sp": True}, 4, Case("odd", microbatch=1)),
+    pytest.param({"tp": 4}, 4, Case("odd", microbatch=1, optimizer="muon"), marks=pytest.mark.parallel),
+    pytest.param(
+        {"cp": 3, "cp_method": "all_gather"}, 3, Case(pairs=True, microbatch=4), marks=pytest.mark.parallel
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("layout", "ranks", "case"), UNEVEN, ids=lambda value: str(value))
+def test_uneven(pool: Pool, layout: dict[str, Any], ranks: int, case: Case) -> None:
+    check(pool, layout, [case], ranks)
+
+
+def with_own_length_alone(rank: int, world_size: int) -> Outcome | None:
+    """Each rank stretches by the largest position that it has itself."""
+    whole_apply = apply.apply_context
+
+    def wrong(model: Transformer, group: Any, method: str) -> None:
+        whole_apply(model, group, method)
+        assert model.rope is not None
+        model.rope.largest = None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(apply, "apply_context", wrong)
+        outcome = train(Case("odd", microbatch=1), World.join(Layout(cp=2), "cpu"))
+    return outcome if rank == 0 else None
+
+
+def test_a_length_that_is_not_shared_is_seen(pool: Pool) -> None:
+    found = differences(pool.run(with_own_length_alone, 2)[0], alone(Case("odd", microbatch=1)), "fp32")
+    assert any(text.startswith("gradient 1") for text in found)
