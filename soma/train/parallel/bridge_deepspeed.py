@@ -26,6 +26,7 @@ from soma.train.parallel.flat import FlatPiece, kept_run
 from soma.train.parallel.mesh import Mesh
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+BUCKET = 500_000_000  # numbers in DeepSpeed's own buffer for gradients, by default; it is allocated whole
 
 
 def check_deepspeed(config: TrainConfig, layout: Layout) -> None:
@@ -57,7 +58,8 @@ class DeepSpeedParallel(Parallel):
         self.stage = mesh.layout.zero
         self.is_last = False
         (adamw,) = build_optimizers(model, config, torch.float32)
-        chosen = settings(config, mesh)
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        chosen = settings(config, mesh, trained)
         self.deepspeed.init_distributed(dist_init_required=False)
         if self.stage == 3:  # of each parameter, which is whole on the device for a moment, a piece stays
             self.deepspeed.zero.Init(module=module, config_dict_or_path=chosen)
@@ -190,11 +192,11 @@ def import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-def settings(config: TrainConfig, mesh: Mesh) -> dict[str, Any]:
-    """DeepSpeed's own config."""
+def settings(config: TrainConfig, mesh: Mesh, trained: int) -> dict[str, Any]:
+    """DeepSpeed's own config, for a model of which so many numbers are trained."""
     rows = config.batch_size // mesh.layout.data_ranks
     micro = config.microbatch_size or rows
-    sharing: dict[str, Any] = {"stage": mesh.layout.zero}
+    sharing: dict[str, Any] = {"stage": mesh.layout.zero, "reduce_bucket_size": min(trained, BUCKET)}
     if mesh.layout.cpu_offload:
         sharing["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
         if mesh.layout.zero == 3:
