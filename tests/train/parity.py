@@ -32,7 +32,7 @@ from soma.train.loop import Trainer
 from soma.train.objective import Objective
 from soma.train.parallel.apply import Parallel, parallelize
 from soma.train.parallel.bridge import bridge
-from soma.train.parallel.bridge_deepspeed import DeepSpeedParallel
+from soma.train.parallel.bridge_deepspeed import DeepSpeedParallel, starts_in_ram
 from soma.train.parallel.config import Layout
 from soma.train.parallel.context import columns_of
 from soma.train.parallel.export import Gather, save_merged, save_whole
@@ -128,12 +128,9 @@ class Recording(Trainer):
     twin: Transformer  # the whole model's names and shapes
 
     def clip(self) -> Tensor:
-        own = {name: parameter.grad for name, parameter in self.model.named_parameters()}
+        own: dict[str, Any] = {name: parameter.grad for name, parameter in self.model.named_parameters()}
         if isinstance(self.parallel, DeepSpeedParallel):
-            trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-            gradients = {name: whole(self.parallel.gradient(parameter)) for name, parameter in trained.items()}
-            self.outcome.gradients.append(gradients)
-            return super().clip()
+            own = deepspeed_gradients(self.model)
         trained = {name: like for name, like in self.twin.named_parameters() if like.requires_grad}
         self.outcome.gradients.append(
             {name: whole(self.parallel.share(own.get(name), name, like)) for name, like in trained.items()}
@@ -144,6 +141,13 @@ class Recording(Trainer):
         self.outcome.losses.append(loss)
         self.outcome.norms.append(norm)
         super().count_step(loss, norm, rate, seconds)
+
+
+def deepspeed_gradients(model: Transformer) -> dict[str, Any]:
+    """Whole gradients by name, which DeepSpeed keeps to itself."""
+    from deepspeed.utils import safe_get_full_grad
+
+    return {name: safe_get_full_grad(each) for name, each in model.named_parameters() if each.requires_grad}
 
 
 class Rows:
@@ -230,7 +234,8 @@ def make_trainer(case: Case, world: World, folder: Path, choices: Choices | None
     whole = make_model(case, "cpu")
     is_rounded = case.lora not in ("", "full")
     model = whole.to(device()) if is_rounded else make_model(case, "meta")
-    filled = partial(fill, model, whole.state_dict().__getitem__, device())
+    in_ram = world.mesh.layout.cpu_offload or starts_in_ram(world.mesh.layout)
+    filled = partial(fill, model, whole.state_dict().__getitem__, device(), in_ram)
     reference, filled_reference = make_reference(case) if case.pairs else (None, filled)
     world.mesh.layout.check_model(model.config)
     world.mesh.layout.check_batch(ROWS, case.microbatch)

@@ -34,6 +34,7 @@ class Replay:
     ) -> None:  # fmt: skip
         self.tokens, self.columns, self.step, self.known = tokens, columns, step, known
         self.choices: Choices = {}
+        self.by_memory: dict[int, np.ndarray] = {}
 
     def attach(self, model: Transformer) -> None:
         """To what a rank has of the model, after a layout has been applied to it."""
@@ -42,6 +43,7 @@ class Replay:
         def context(x_BTD: Tensor, tokens_BT: Tensor, *rest: Any) -> Any:
             rope, masks, keep_BT = plain(x_BTD, tokens_BT, *rest)
             keep_BT.rows = self.rows(tokens_BT)  # the one argument of an MoE that tells microbatches apart
+            self.by_memory[keep_BT.data_ptr()] = keep_BT.rows
             return rope, masks, keep_BT
 
         model.context = context  # type: ignore[method-assign]
@@ -60,7 +62,8 @@ class Replay:
 
     def remember(self, gate: nn.Module, module: nn.Module, args: tuple[Tensor, Tensor]) -> None:
         """Before an MoE runs, also when it is computed again: whose tokens they are."""
-        gate.rows = args[1].rows  # type: ignore[attr-defined]
+        keep_BT: Any = args[1]  # DeepSpeed's hooks make another tensor of it, in the same memory
+        gate.rows = keep_BT.rows if hasattr(keep_BT, "rows") else self.by_memory[keep_BT.data_ptr()]  # type: ignore[assignment]
 
     def choose(self, name: str, gate: Any, plain: Callable[[Tensor], Tensor], scores_NE: Tensor) -> Tensor:
         """In place of `Router.choose`."""

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,21 +23,24 @@ from tests.train.parity import (
     DENSE,
     Case,
     Exact,
+    Job,
     Outcome,
     alone,
+    alone_on_rank,
     differences,
     jobs,
     resume_on_rank,
     save_on_rank,
     train,
-)
-from tests.train.pool import Pool
-from tests.train.replay import Choices
+)  # fmt: skip
+from tests.train.pool import Pool, device
 from tests.train.test_topology import command, furthest_apart, last_step, trained, write_recipe
 
 REASON = "deepspeed is not installed: pip install 'somacube[deepspeed]'"
 ZERO = {stage: {"engine": "deepspeed", "zero": stage} for stage in (1, 2, 3)}
-Row = tuple[int, Case]  # stage and what is trained
+OFFLOADED = {stage: layout | {"cpu_offload": True} for stage, layout in ZERO.items()}
+GPUS = torch.cuda.device_count()
+Row = tuple[dict[str, Any], Case]  # layout and what is trained
 
 
 @pytest.fixture
@@ -45,6 +48,14 @@ def own_pool() -> Iterator[Pool]:
     """Ranks of one test: DeepSpeed keeps what it has seen of the first process group for good."""
     pytest.importorskip("deepspeed", reason=REASON)
     ranks = Pool()
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture
+def gpus() -> Iterator[Pool]:
+    pytest.importorskip("deepspeed", reason=REASON)
+    ranks = Pool("cuda")
     yield ranks
     ranks.close()
 
@@ -64,32 +75,38 @@ def cut_all(settings: Any, *args: Any) -> dict[str, Any]:
     return chosen
 
 
-def rows_on_rank(rank: int, world_size: int, rows: list[Row], choices: dict[Case, Choices | None]) -> list[Outcome]:
-    """Three steps of each row; `choices` as in `parity.Job`."""
+def rows_on_rank(rank: int, world_size: int, layouts: list[dict[str, Any]], jobs: list[Job]) -> list[Outcome]:
+    """Three steps of each row."""
     prepare(rank, world_size)
-    return [train(case, World.join(Layout(**ZERO[stage]), "cpu"), choices.get(case)) for stage, case in rows]
+    return [
+        train(case, World.join(Layout(**layout), device().type), choices)
+        for layout, (case, choices) in zip(layouts, jobs, strict=True)
+    ]
 
 
-def errors(rows: list[Row], outcomes: list[Outcome]) -> dict[Row, list[str]]:
-    """What is out of the grid's bounds, by row."""
-    found = {}
-    for (stage, case), ours in zip(rows, outcomes, strict=True):
-        if wrong := differences(ours, alone(case), case.precision):
-            found[stage, case] = wrong
-    return found
+def verify(pool: Pool, ranks: int, rows: list[Row], one: Callable[[Case], Outcome]) -> None:
+    """Hold rows to what `one` process does."""
+    layouts, cases = [layout for layout, _ in rows], [case for _, case in rows]
+    check_rows(rows, pool.run(rows_on_rank, ranks, layouts, jobs(cases, one), timeout=500)[0], one)
+
+
+def check_rows(rows: list[Row], outcomes: list[Outcome], one: Callable[[Case], Outcome]) -> None:
+    for (layout, case), ours in zip(rows, outcomes, strict=True):
+        assert differences(ours, one(case), case.precision) == [], (layout, case)
 
 
 SLICE: list[Row] = [
-    (1, Case(microbatch=2)), (2, Case("moe")), (3, Case("moe", microbatch=4)), (3, Case("wide", lora="int8")),
+    (ZERO[1], Case(microbatch=2)), (ZERO[2], Case("moe")), (ZERO[3], Case("moe", "bf16", 4)),
+    (ZERO[3], Case("wide", lora="int8")),
 ]  # fmt: skip
 
 
 def slice_on_rank(
-    rank: int, world_size: int, folder: str
+    rank: int, world_size: int, layouts: list[dict[str, Any]], jobs: list[Job], folder: str
 ) -> tuple[list[Outcome], Outcome, Outcome, list[int]]:  # fmt: skip
     """The slice; a row without the mean of the ranks made a sum; the last step of a run that stage 3 began and stage 1
     ended; and how many numbers of its weights, of its moments and in all stage 3 has on this rank."""
-    outcomes = rows_on_rank(rank, world_size, SLICE, {})
+    outcomes = rows_on_rank(rank, world_size, layouts, jobs)
     averaged = bridge_deepspeed.DeepSpeedParallel.backward
     bridge_deepspeed.DeepSpeedParallel.backward = lambda self, value: averaged(self, value / world_size)
     wrong = train(Case(), World.join(Layout(**ZERO[2]), "cpu"))
@@ -108,9 +125,10 @@ CPU = Exact(torch.device("cpu"), "fp32", False)
 
 
 def test_slice(own_pool: Pool, tmp_path: Path) -> None:
-    first, second = own_pool.run(slice_on_rank, 2, str(tmp_path), timeout=400)
+    layouts, cases = [layout for layout, _ in SLICE], [case for _, case in SLICE]
+    first, second = own_pool.run(slice_on_rank, 2, layouts, jobs(cases), str(tmp_path), timeout=500)
     outcomes, wrong, resumed, (weights, moments, total) = first
-    assert errors(SLICE, outcomes) == {}
+    check_rows(SLICE, outcomes, alone)
     assert differences(wrong, alone(Case()), "fp32") != []
     assert differences(resumed, last_step(alone(Case())), "fp32") == []
     assert total == sum(parameter.numel() for parameter in Transformer(ModelConfig(**DENSE)).parameters())
@@ -122,14 +140,12 @@ def test_slice(own_pool: Pool, tmp_path: Path) -> None:
 @pytest.mark.parallel
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_grid(own_pool: Pool, stage: int) -> None:
-    rows = [
-        (stage, Case(model, precision, size, checkpointing=size == 1)) for model in ("dense", "moe", "latent", "gpt2")
+    cases = [
+        Case(model, precision, size, checkpointing=size == 1) for model in ("dense", "moe", "latent", "gpt2")
         for precision in ("fp32", "bf16") for size in (None, 1)
     ]  # fmt: skip
-    rows += [(stage, Case(lora="full", microbatch=2)), (stage, Case("wide", lora="int4"))]
-    choices = dict(jobs([case for _, case in rows]))
-    outcomes = own_pool.run(rows_on_rank, 4, rows, choices, timeout=500)[0]
-    assert errors(rows, outcomes) == {}
+    cases += [Case(lora="full", microbatch=2), Case("wide", lora="int4")]
+    verify(own_pool, 4, [(ZERO[stage], case) for case in cases], alone)
 
 
 def move_on_rank(
@@ -156,6 +172,26 @@ def test_another_engine_goes_on(
 ) -> None:
     ours = own_pool.run(move_on_rank, 4, before, after, case, str(tmp_path), timeout=400)[0]
     assert differences(ours, last_step(alone(case)), "fp32") == []
+
+
+@pytest.mark.skipif(GPUS < 2, reason=f"NCCL wants 2 GPUs, here are {GPUS}")
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_two_gpus(gpus: Pool, stage: int) -> None:
+    """With the optimizer (and in stage 3 the parameters) on the GPUs, and in the CPU's memory."""
+    cases = [Case(microbatch=2), Case("moe"), Case("moe", "bf16", 4, checkpointing=True), Case(lora="full")]
+    known = dict(zip(cases, gpus.run(alone_on_rank, 1, cases)[0], strict=True))
+    rows = [(layout, case) for layout in (ZERO[stage], OFFLOADED[stage]) for case in cases]
+    verify(gpus, 2, rows, known.__getitem__)
+
+
+@pytest.mark.skipif(GPUS < 2, reason=f"NCCL wants 2 GPUs, here are {GPUS}")
+@pytest.mark.parametrize(
+    ("before", "after"), [({"dp": 2}, OFFLOADED[3]), (OFFLOADED[2], {"fsdp": 2}), (OFFLOADED[3], OFFLOADED[1])]
+)
+def test_offloaded_state_goes_on(gpus: Pool, tmp_path: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
+    (expected,) = gpus.run(alone_on_rank, 1, [Case()])[0]
+    ours = gpus.run(move_on_rank, 2, before, after, Case(), str(tmp_path))[0]
+    assert differences(ours, last_step(expected), "fp32") == []
 
 
 @pytest.mark.slow

@@ -102,16 +102,10 @@ class DeepSpeedParallel(Parallel):
         self.engine.step()
         return torch.as_tensor(float(self.engine.get_global_grad_norm()), device=self.engine.device)
 
-    def gradient(self, parameter: nn.Parameter) -> Tensor:
-        """The whole summed gradient, after the last backward pass and before the update; all ranks must ask."""
-        from deepspeed.utils import safe_get_full_grad
-
-        return safe_get_full_grad(parameter)
-
     def share(self, tensor: Tensor | None, name: str, like: Tensor) -> Tensor:
-        parameter = dict(self.model.named_parameters()).get(name)
-        if self.stage < 3 or parameter is None:
-            return super().share(tensor, name, like)
+        if tensor is not None and tensor.shape == like.shape:
+            return tensor
+        parameter = self.model.get_parameter(name)  # of stage 3
         with self.deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
 
