@@ -238,6 +238,16 @@ def test_all_ranks_are_its_own() -> None:
     assert (layout.dp, layout.fsdp) == (1, 4)
 
 
+@pytest.mark.parametrize(("stage", "taken"), [(1, {"optimizer"}), (2, {"optimizer"}), (3, {"optimizer", "param"})])
+def test_what_offload_takes(stage: int, taken: set[str]) -> None:
+    mesh = Mesh(Layout(**OFFLOADED[stage]).resolve(4))
+    chosen = bridge_deepspeed.settings(TrainConfig(batch_size=16, microbatch_size=2), mesh, 1000)
+    sharing = chosen["zero_optimization"]
+    assert {name.removeprefix("offload_") for name in sharing if name.startswith("offload_")} == taken
+    assert sharing["reduce_bucket_size"] == 1000
+    assert (chosen["train_micro_batch_size_per_gpu"], chosen["gradient_accumulation_steps"]) == (2, 2)
+
+
 def test_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     monkeypatch.setenv("LOCAL_RANK", "0")

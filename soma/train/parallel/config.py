@@ -37,7 +37,8 @@ class Layout(BaseModel):
     cpu_offload: bool = Field(
         False,
         description="With fsdp, or on one GPU alone: parameters, gradients and optimizer state lie in the CPU's "
-        "memory; a layer's parameters come to the GPU for its turn, and the optimizer runs on the CPU.",
+        "memory; a layer's parameters come to the GPU for its turn, and the optimizer runs on the CPU. With engine "
+        "deepspeed and zero 1 or 2 parameters stay on the GPU.",
     )
     tp: int = Field(1, description="Ranks that share each matrix, attention by heads (Megatron's tensor parallelism).")
     sp: bool = Field(False, description="With tp: norms and the residual stream are cut along the sequence as well.")
