@@ -41,10 +41,12 @@ def chunks(
     x_ND, targets_N = x_BTD.flatten(0, 1), targets_BT.flatten()
     size = min(size or CHUNK.get(x_BTD.device.type, 512), len(targets_N))
     if rows is not None:
-        x_ND, targets_N = x_ND[rows], targets_N[rows]
+        x_ND, targets_N = x_ND.index_select(0, rows), targets_N[rows]
     short = -len(targets_N) % size if len(targets_N) else size
     if short:
         x_ND, targets_N = F.pad(x_ND, (0, 0, 0, short)), F.pad(targets_N, (0, short), value=IGNORE)
+    if len(targets_N) == size:  # without a cut, whose backward would copy the gradient
+        return (x_ND,), (targets_N,)
     return x_ND.split(size), targets_N.split(size)
 
 
@@ -91,6 +93,23 @@ def head_backward(
     if rows is not None:
         grad_ND = x_BTD.new_zeros(N, D).index_copy(0, rows, grad_ND[: len(rows)])
     return total, grad_ND.view_as(x_BTD)
+
+
+def head_seeds(
+    x_BTD: Tensor, targets_BT: Tensor, rows: Tensor | None, chunk_loss: ChunkLoss, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum as in `head_backward`; and of what tensor, with which gradient, the backward pass is still to be run.
+
+    Positions that fit in one piece (a pipeline's microbatch, mostly) go through the head in one backward pass with what
+    made them: a pass of its own took 0.15 ms of a small stage's 8 (one CPU thread). More pieces have had their
+    `head_backward`.
+    """
+    pieces, targets = chunks(x_BTD, targets_BT, rows, None)
+    if len(pieces) == 1:
+        total = chunk_loss(pieces[0], targets[0])
+        return total.detach(), total, scale.to(total.dtype)
+    total, grad_BTD = head_backward(x_BTD, targets_BT, rows, chunk_loss, scale)
+    return total, x_BTD, grad_BTD
 
 
 def loss_sum(x_BTD: Tensor, targets_BT: Tensor, rows: Tensor | None, chunk_loss: ChunkLoss) -> Tensor:

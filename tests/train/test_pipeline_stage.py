@@ -72,6 +72,24 @@ def test_backward_in_two_parts(name: str) -> None:
         assert key in matrices or torch.equal(parameter.grad, first[key])
 
 
+def test_head_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head of a microbatch that is too long for one piece gives the gradients of one that is not."""
+    found = []
+    for size in (512, 5):  # a microbatch has 24 positions
+        monkeypatch.setitem(loss.CHUNK, "cpu", size)
+        model, worker = make_worker(Case(), split=False)
+        worker.total = torch.zeros(())
+        for index in (0, 7):  # the last has few targets
+            worker.forward(index, None)
+            worker.backward(index, None)
+        found.append((worker.total, {key: parameter.grad for key, parameter in model.named_parameters()}))
+    (whole, expected), (pieces, gradients) = found
+    torch.testing.assert_close(pieces, whole, rtol=1e-6, atol=0)
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[key], rtol=0, atol=1e-6)
+        assert expected[key].abs().max() > 1e-4, key
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_backward_in_two_parts(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed documents, experts, MLA: one graph for all microbatches, the gradients of the eager stage."""
@@ -197,13 +215,12 @@ def test_evaluation_timeline_and_mistakes(pool: Pool, name: str) -> None:
 def without_receives_ahead(rank: int, world_size: int, case: Case) -> bool:
     """As over NCCL: in the first step a receive is posted when it is needed; with the same gradients as the second."""
     pipeline = PipelineStep(make_model(case), case.plan())
-    pipeline.transport.when_needed = True
     gradients = []
-    for _ in range(2):
+    for when_needed in (True, False):
+        pipeline.transport.when_needed = when_needed
         pipeline.model.zero_grad(set_to_none=True)
         pipeline.step(parts(case, batches(case)[0]), 1.0, 1.0)
         gradients.append({name: parameter.grad for name, parameter in pipeline.model.named_parameters()})
-    assert not pipeline.transport.when_needed
     return all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
 
 

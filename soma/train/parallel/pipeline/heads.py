@@ -20,8 +20,8 @@ from soma.train.parallel.pipeline.microbatch import Microbatch
 class Head(Protocol):
     """Sums are over the microbatch, in nats, 0-d float32, detached."""
 
-    def backward(self, y_BTD: Tensor, microbatch: Microbatch, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum, and the gradient of scale · sum for y; that for the head's own weights is added to theirs."""
+    def backward(self, y_BTD: Tensor, microbatch: Microbatch, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The sum; and of what tensor, with what gradient, the backward pass of scale · sum is still to be run."""
 
     def loss(self, y_BTD: Tensor, microbatch: Microbatch) -> Tensor:
         """The sum without gradients."""
@@ -33,8 +33,8 @@ class LanguageHead:
     def __init__(self, chunk_loss: loss.ChunkLoss) -> None:
         self.chunk_loss = chunk_loss
 
-    def backward(self, y_BTD: Tensor, microbatch: Microbatch, scale: Tensor) -> tuple[Tensor, Tensor]:
-        return loss.head_backward(y_BTD, microbatch.targets, microbatch.rows, self.chunk_loss, scale)
+    def backward(self, y_BTD: Tensor, microbatch: Microbatch, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return loss.head_seeds(y_BTD, microbatch.targets, microbatch.rows, self.chunk_loss, scale)
 
     def loss(self, y_BTD: Tensor, microbatch: Microbatch) -> Tensor:
         return loss.loss_sum(y_BTD, microbatch.targets, microbatch.rows, self.chunk_loss)
@@ -65,12 +65,9 @@ class PairHead:
     def __init__(self, logprobs: Logprobs, beta: float) -> None:
         self.logprobs, self.beta = logprobs, beta
 
-    def backward(self, y_BTD: Tensor, microbatch: Microbatch, scale: Tensor) -> tuple[Tensor, Tensor]:
-        leaf_BTD = y_BTD.detach().requires_grad_()
-        total = self.total(leaf_BTD, microbatch)
-        (total * scale).backward()
-        assert leaf_BTD.grad is not None
-        return total.detach(), leaf_BTD.grad
+    def backward(self, y_BTD: Tensor, microbatch: Microbatch, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        total = self.total(y_BTD, microbatch)
+        return total.detach(), total, scale.to(total.dtype)
 
     def loss(self, y_BTD: Tensor, microbatch: Microbatch) -> Tensor:
         return self.total(y_BTD, microbatch)
@@ -91,7 +88,7 @@ class ReferenceHead:
         self.logprobs = logprobs
         self.found: dict[Microbatch, Tensor] = {}
 
-    def backward(self, y_BTD: Tensor, microbatch: Microbatch, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(self, y_BTD: Tensor, microbatch: Microbatch, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         raise AssertionError("a reference model is not trained")
 
     def loss(self, y_BTD: Tensor, microbatch: Microbatch) -> Tensor:

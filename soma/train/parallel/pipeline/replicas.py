@@ -40,6 +40,8 @@ class Replicas:
     @torch.no_grad()
     def sum_gradients(self) -> None:
         """Give every copy of a parameter the sum of the copies' gradients."""
+        if not self.groups:
+            return
         shared = {}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad and len(self.holders(name)) > 1:

@@ -186,11 +186,12 @@ class StageWorker:
             held = self.run(microbatch, x_BTD, self.make_taps(index, x_BTD))
         else:
             held = self.held.pop(index)
+        output = held.y
         if self.stage.is_last:
-            total, grad_BTD = self.head.backward(held.y, microbatch, self.scale)
+            total, output, grad_BTD = self.head.backward(held.y, microbatch, self.scale)
             self.total += total
         assert grad_BTD is not None
-        outputs, seeds = [held.y], [grad_BTD]
+        outputs, seeds = [output], [grad_BTD]
         if held.aux is not None:
             outputs, seeds = [*outputs, held.aux], [*seeds, self.aux_scale.to(held.aux.dtype)]
         pairs = [pair for pair in zip(outputs, seeds, strict=True) if pair[0].requires_grad]
