@@ -1,10 +1,11 @@
 """Training speed of a 1B and an 8B Llama on one GPU: tokens/s and model FLOPs utilization, ours and a plain loop's.
 
 Every case runs in a process of its own, since two 8B models in training do not fit side by side. All sides keep bf16
-weights, gradients and moments, and take random tokens. Ours rounds stochastically and recomputes as many layers as the
-memory asks for; the peer is a transformers model under torch.compile with fused AdamW and, where it has to, gradient
-checkpointing. MFU is 6·N + attention FLOPs a token (`soma.model.formulas`) over the dense bf16 peak that the vendor
-gives; 8-bit cases are held against the same peak.
+weights, gradients and moments, take random tokens and add up the gradients of several microbatches for a step. Ours
+rounds stochastically and recomputes as many layers as the memory asks for; the peer is a transformers model with fused
+AdamW, with and without torch.compile, and, where it has to, gradient checkpointing. MFU is 6·N + attention FLOPs a
+token (`soma.model.formulas`) over the dense bf16 peak that the vendor gives; 8-bit cases are held against the same
+peak.
 
     python benchmarks/train_gpu.py --json
 """
@@ -46,12 +47,16 @@ SHAPES = {
         num_key_value_heads=2, max_position_embeddings=256,
     ),
 }  # fmt: skip
-SEQUENCES = {"8B": (2, 4096), "1B": (8, 4096), "tiny": (2, 64)}  # of a step: rows, length
+SEQUENCES = {"8B": (2, 4096), "1B": (8, 4096), "tiny": (2, 64)}  # of a microbatch: rows, length
+MICROBATCHES = {"8B": 4, "1B": 1, "tiny": 2}  # of a step: 32,768 tokens
 PEAKS = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12}  # dense bf16, NVIDIA's data sheets
 RESERVE = 10e9  # bytes left for logits, workspaces and fragmentation
 BAR = 0.55  # MFU of the 8B shape, compiled bf16
-CASES = ("ours eager", "ours", "ours 8-bit", "transformers compiled")
-WARMUP, STEPS = 4, 8
+OURS = {"ours eager": (False, False), "ours": (True, False), "ours 8-bit": (True, True)}  # compiled, in 8 bits
+PEERS = {"transformers eager": False, "transformers compiled": True}
+CASES = (*OURS, *PEERS)
+CHUNK = 2048  # positions whose logits exist at a time
+WARMUP, STEPS = 3, 5
 
 
 def batches(shape: str, device: torch.device) -> Callable[[], tuple[Tensor, Tensor]]:
@@ -92,19 +97,14 @@ def ours(shape: str, device: torch.device, *, compiled: bool, eight: bool) -> tu
             layer.forward = torch.compile(layer.forward, dynamic=False)
         chunk_loss = torch.compile(chunk_loss, dynamic=False)
 
+    count = MICROBATCHES[shape]
+
     def step() -> float:
-        tokens_BT, targets_BT = draw()
-        x_BTD, aux = model.features(tokens_BT)
-        total = loss.backward(
-            x_BTD,
-            aux,
-            targets_BT,
-            None,
-            chunk_loss,
-            scale / targets_BT.numel(),
-            scale,
-            size=min(2048, targets_BT.numel()),
-        )
+        for _ in range(count):
+            tokens_BT, targets_BT = draw()
+            x_BTD, aux = model.features(tokens_BT)
+            part, size = scale / (targets_BT.numel() * count), min(CHUNK, targets_BT.numel())
+            total = loss.backward(x_BTD, aux, targets_BT, None, chunk_loss, part, part, size=size)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -113,8 +113,8 @@ def ours(shape: str, device: torch.device, *, compiled: bool, eight: bool) -> tu
     return step, f"{again} of {config.num_hidden_layers} layers recompute"
 
 
-def theirs(shape: str, device: torch.device) -> tuple[Callable[[], float], str]:
-    """The transformers model under torch.compile, as a plain loop would train it."""
+def theirs(shape: str, device: torch.device, *, compiled: bool) -> tuple[Callable[[], float], str]:
+    """The transformers model as a plain loop would train it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = SHAPES[shape]
@@ -131,13 +131,18 @@ def theirs(shape: str, device: torch.device) -> tuple[Callable[[], float], str]:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
-    forward, draw = torch.compile(model), batches(shape, device)
+    draw, count = batches(shape, device), MICROBATCHES[shape]
+
+    def mean_loss(tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        logits_BTV = model(input_ids=tokens_BT).logits
+        return torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten())
+
+    forward = torch.compile(mean_loss) if compiled else mean_loss
 
     def step() -> float:
-        tokens_BT, targets_BT = draw()
-        logits_BTV = forward(input_ids=tokens_BT).logits
-        value = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten())
-        value.backward()
+        for _ in range(count):
+            value = forward(*draw())
+            (value / count).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -148,10 +153,11 @@ def theirs(shape: str, device: torch.device) -> tuple[Callable[[], float], str]:
 
 def measure(case: str, shape: str, device: torch.device) -> dict[str, Any]:
     """Seconds of each step after warming up, peak memory, the losses at both ends."""
-    if case == "transformers compiled":
-        step, note = theirs(shape, device)
+    if case in PEERS:
+        step, note = theirs(shape, device, compiled=PEERS[case])
     else:
-        step, note = ours(shape, device, compiled=case != "ours eager", eight=case == "ours 8-bit")
+        compiled, eight = OURS[case]
+        step, note = ours(shape, device, compiled=compiled, eight=eight)
     began = time.perf_counter()
     first = [step() for _ in range(WARMUP)]
     warm, seconds, last = time.perf_counter() - began, [], first[-1]
@@ -168,51 +174,56 @@ def measure(case: str, shape: str, device: torch.device) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run(case: str, shape: str, device: str) -> dict[str, Any] | None:
-    """One case in a process of its own; None, with what it said, where it failed."""
+def run(case: str, shape: str, device: str) -> dict[str, Any] | str:
+    """One case in a process of its own; the last line of what it said where it failed."""
     command = [sys.executable, str(Path(__file__)), "--one", case, "--shapes", shape, "--device", device]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         print(f"{shape} {case}: failed\n{done.stderr[-1500:]}", file=sys.stderr, flush=True)
-        return None
+        return (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1][:200]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     print(f"{shape} {case}: {json.dumps(found)}", file=sys.stderr, flush=True)
     return found
 
 
-def cases(options: argparse.Namespace, name: str) -> list[Case]:
-    """All cases of the shapes that were asked for."""
+def cases(options: argparse.Namespace, name: str) -> tuple[list[Case], dict[str, str]]:
+    """All cases of the shapes that were asked for, and those that failed."""
     bf16_peak = next((peak for part, peak in PEAKS.items() if part in name), None)
-    found = []
+    found, not_run = [], {}
     for shape in options.shapes:
         rows, length = SEQUENCES[shape]
-        results = {case: run(case, shape, options.device) for case in CASES}
-        speeds = {case: [rows * length / s for s in one["seconds"]] for case, one in results.items() if one}
-        peer = statistics.median(speeds["transformers compiled"]) if "transformers compiled" in speeds else float("nan")
-        for case in CASES[:3]:
-            if case not in speeds:
+        tokens = rows * length * MICROBATCHES[shape]
+        speeds, notes = {}, {}
+        for case in options.cases:
+            one = run(case, shape, options.device)
+            if isinstance(one, str):
+                not_run[f"{shape} {case}"] = one
                 continue
-            one, middle = results[case], statistics.median(speeds[case])
-            assert one is not None
-            spread = (min(speeds[case]) / peer, max(speeds[case]) / peer)
-            found.append(
-                Case(f"{shape} {case}, {one['note']}", "tokens/s", middle, "transformers compiled", peer, middle / peer,
-                     spread, None, None)
-            )  # fmt: skip
-            if bf16_peak:
-                mfu = middle * flops_per_token(SHAPES[shape], length) / bf16_peak
-                bar = BAR if (shape, case) == ("8B", "ours") else None
-                spread = (mfu / BAR, mfu / BAR)
+            speeds[case], notes[case] = [tokens / seconds for seconds in one["seconds"]], one["note"]
+        middle = {case: statistics.median(values) for case, values in speeds.items()}
+        for case in (case for case in OURS if case in speeds):
+            for peer in (peer for peer in PEERS if peer in speeds):
+                spread = (min(speeds[case]) / middle[peer], max(speeds[case]) / middle[peer])
                 found.append(
-                    Case(f"{shape} {case}", "MFU of the vendor's peak", mfu, "the bar", BAR, mfu / BAR, spread,
-                         None if bar is None else 1.0, None if bar is None else mfu >= bar)
+                    Case(f"{shape} {case}", f"tokens/s ({notes[case]}; peer: {notes[peer]})", middle[case], peer,
+                         middle[peer], middle[case] / middle[peer], spread, None, None)
                 )  # fmt: skip
-    return found
+            if bf16_peak:
+                mfus = [value * flops_per_token(SHAPES[shape], length) / bf16_peak for value in speeds[case]]
+                mfu = statistics.median(mfus)
+                bar = BAR if (shape, case) == ("8B", "ours") else None
+                found.append(
+                    Case(f"{shape} {case}", "MFU of the vendor's peak", mfu, "the bar", BAR, mfu / BAR,
+                         (min(mfus) / BAR, max(mfus) / BAR), None if bar is None else 1.0,
+                         None if bar is None else mfu >= bar)
+                )  # fmt: skip
+    return found, not_run
 
 
 def main() -> None:
     command = parser("train_gpu", __doc__.splitlines()[0])
     command.add_argument("--shapes", nargs="*", default=["1B", "8B"], choices=list(SHAPES))
+    command.add_argument("--cases", nargs="*", default=list(CASES), choices=CASES)
     command.add_argument("--device", default="cuda")
     command.add_argument("--one", choices=CASES, help=argparse.SUPPRESS)
     options = command.parse_args()
@@ -221,7 +232,8 @@ def main() -> None:
         print(json.dumps(measure(options.one, options.shapes[0], device)))
         return
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    finish("train_gpu", options, cases(options, name), packages=["transformers", "triton"])
+    found, not_run = cases(options, name)
+    finish("train_gpu", options, found, packages=["transformers", "triton"], not_run=not_run)
 
 
 if __name__ == "__main__":
