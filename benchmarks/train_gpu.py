@@ -1,22 +1,25 @@
 """Training speed of a 1B and an 8B Llama on one GPU: tokens/s and model FLOPs utilization, ours and a plain loop's.
 
 Every case runs in a process of its own, since two 8B models in training do not fit side by side. All sides keep bf16
-weights, gradients and moments, take random tokens and add up the gradients of several microbatches for a step. Ours
-rounds stochastically and recomputes as many layers as the memory asks for; the peer is a transformers model with fused
-AdamW, with and without torch.compile, and, where it has to, gradient checkpointing. MFU is 6·N + attention FLOPs a
-token (`soma.model.formulas`) over the dense bf16 peak that the vendor gives; 8-bit cases are held against the same
-peak.
+weights, gradients and moments, and take random tokens. Ours rounds stochastically and recomputes as many layers as the
+memory asks for; the peer is a transformers model with fused AdamW, with and without torch.compile, and, where it has
+to, gradient checkpointing. MFU is 6·N + attention FLOPs a token (`soma.model.formulas`) over the dense bf16 peak that
+the vendor gives; 8-bit cases are held against the same peak. Where there are several GPUs, as many cases run at a time,
+each on one of its own and on its part of the CPU's cores.
 
     python benchmarks/train_gpu.py --json
 """
 
 import argparse
 import json
+import os
+import queue
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from soma.model.float8 import use_float8
 from soma.model.formulas import flops_per_token
 from soma.model.transformer import Transformer
 from soma.train import loss
+from soma.train.compute import fast_attention
 from soma.train.peak import matmul_peak
 from soma.train.recompute import recompute_layers
 from soma.train.rounding import RoundedAdamW
@@ -47,8 +51,7 @@ SHAPES = {
         num_key_value_heads=2, max_position_embeddings=256,
     ),
 }  # fmt: skip
-SEQUENCES = {"8B": (2, 4096), "1B": (8, 4096), "tiny": (2, 64)}  # of a microbatch: rows, length
-MICROBATCHES = {"8B": 4, "1B": 1, "tiny": 2}  # of a step: 32,768 tokens
+SEQUENCES = {"8B": (2, 4096), "1B": (8, 4096), "tiny": (2, 64)}  # of a step: rows, length
 PEAKS = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12}  # dense bf16, NVIDIA's data sheets
 RESERVE = 10e9  # bytes left for logits, workspaces and fragmentation
 BAR = 0.55  # MFU of the 8B shape, compiled bf16
@@ -97,14 +100,12 @@ def ours(shape: str, device: torch.device, *, compiled: bool, eight: bool) -> tu
             layer.forward = torch.compile(layer.forward, dynamic=False)
         chunk_loss = torch.compile(chunk_loss, dynamic=False)
 
-    count = MICROBATCHES[shape]
-
     def step() -> float:
-        for _ in range(count):
-            tokens_BT, targets_BT = draw()
+        tokens_BT, targets_BT = draw()
+        part, size = scale / targets_BT.numel(), min(CHUNK, targets_BT.numel())
+        with fast_attention(device):
             x_BTD, aux = model.features(tokens_BT)
-            part, size = scale / (targets_BT.numel() * count), min(CHUNK, targets_BT.numel())
-            total = loss.backward(x_BTD, aux, targets_BT, None, chunk_loss, part, part, size=size)
+            total = loss.backward(x_BTD, aux, targets_BT, None, chunk_loss, part, scale, size=size)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -131,7 +132,7 @@ def theirs(shape: str, device: torch.device, *, compiled: bool) -> tuple[Callabl
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
-    draw, count = batches(shape, device), MICROBATCHES[shape]
+    draw = batches(shape, device)
 
     def mean_loss(tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         logits_BTV = model(input_ids=tokens_BT).logits
@@ -140,9 +141,8 @@ def theirs(shape: str, device: torch.device, *, compiled: bool) -> tuple[Callabl
     forward = torch.compile(mean_loss) if compiled else mean_loss
 
     def step() -> float:
-        for _ in range(count):
-            value = forward(*draw())
-            (value / count).backward()
+        value = forward(*draw())
+        value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -174,10 +174,27 @@ def measure(case: str, shape: str, device: torch.device) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run(case: str, shape: str, device: str) -> dict[str, Any] | str:
-    """One case in a process of its own; the last line of what it said where it failed."""
+def visible(number: int, count: int) -> dict[str, str]:
+    """The environment in which a process sees one of the `count` GPUs that this one sees."""
+    if count == 1:
+        return {}
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return {"CUDA_VISIBLE_DEVICES": seen.split(",")[number] if seen else str(number)}
+
+
+def run(case: str, shape: str, device: str, gpus: "queue.Queue[int]", count: int) -> dict[str, Any] | str:
+    """One case in a process of its own, on one of `count` GPUs; the last line of what it said where it failed."""
     command = [sys.executable, str(Path(__file__)), "--one", case, "--shapes", shape, "--device", device]
-    done = subprocess.run(command, capture_output=True, text=True)
+    number = gpus.get()
+    cores = sorted(os.sched_getaffinity(0))
+    share = len(cores) // count
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=os.environ | visible(number, count),
+            preexec_fn=lambda: os.sched_setaffinity(0, cores[number * share : (number + 1) * share]),
+        )  # fmt: skip
+    finally:
+        gpus.put(number)
     if done.returncode:
         print(f"{shape} {case}: failed\n{done.stderr[-1500:]}", file=sys.stderr, flush=True)
         return (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1][:200]
@@ -190,12 +207,21 @@ def cases(options: argparse.Namespace, name: str) -> tuple[list[Case], dict[str,
     """All cases of the shapes that were asked for, and those that failed."""
     bf16_peak = next((peak for part, peak in PEAKS.items() if part in name), None)
     found, not_run = [], {}
+    gpus: queue.Queue[int] = queue.Queue()
+    count = max(1, torch.cuda.device_count()) if options.device == "cuda" else 1
+    for number in range(count):
+        gpus.put(number)
+    with ThreadPoolExecutor(count) as pool:
+        results = {
+            (shape, case): pool.submit(run, case, shape, options.device, gpus, count)
+            for shape in options.shapes for case in options.cases
+        }  # fmt: skip
     for shape in options.shapes:
         rows, length = SEQUENCES[shape]
-        tokens = rows * length * MICROBATCHES[shape]
+        tokens = rows * length
         speeds, notes = {}, {}
         for case in options.cases:
-            one = run(case, shape, options.device)
+            one = results[shape, case].result()
             if isinstance(one, str):
                 not_run[f"{shape} {case}"] = one
                 continue

@@ -4,10 +4,13 @@ import importlib.util
 import random
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from soma.base import machine, progress
 from soma.base.errors import UserError
@@ -21,6 +24,9 @@ COMPILE_PAYS_SECONDS = 300.0
 NOMINAL_FLOPS = {("cpu", "bf16"): 90e9, ("cpu", "fp32"): 45e9, ("cpu", "fp16"): 45e9}  # per CPU thread
 NOMINAL_GPU_FLOPS = 100e12
 
+ATTENTION = [
+    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH,
+]  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -45,6 +51,17 @@ class Compute:
     def autocast(self) -> torch.autocast:
         """The context of forward passes; parameters stay fp32."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.precision != "fp32")
+
+
+@contextmanager
+def fast_attention(device: torch.device) -> Iterator[None]:
+    """Within it, plain causal attention asks cuDNN first on GPUs from Hopper on, in all threads: autograd's too, and so
+    recomputation. There it outruns FlashAttention 2, which torch takes first (`docs/lab.md`)."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        yield
+        return
+    with sdpa_kernel(ATTENTION, set_priority=True):
+        yield
 
 
 def resolve(config: TrainConfig, flops: float) -> Compute:

@@ -22,7 +22,7 @@ from soma.model.formulas import flops_per_token
 from soma.model.tokenizer import Tokenizer
 from soma.train.balance import RouterBalance
 from soma.train.checkpoint import Checkpoints, last_whole
-from soma.train.compute import Compute, peak_memory
+from soma.train.compute import Compute, fast_attention, peak_memory
 from soma.train.config import TrainConfig, TuneConfig
 from soma.train.guard import DivergenceGuard, TimeGuard
 from soma.train.journal import Journal
@@ -160,9 +160,10 @@ class Trainer:
         total = torch.zeros((), device=self.compute.device)
         one = self.scaler.scale(torch.ones((), device=self.compute.device))
         parts = list(self.objective.parts(batch, self.microbatch))
-        for number, part in enumerate(parts, 1):
-            self.parallel.begin(last=number == len(parts))
-            total += self.objective.backward(part, one / count, one * (self.microbatch / self.config.batch_size))
+        with fast_attention(self.compute.device):
+            for number, part in enumerate(parts, 1):
+                self.parallel.begin(last=number == len(parts))
+                total += self.objective.backward(part, one / count, one * (self.microbatch / self.config.batch_size))
         self.parallel.finish()
         rate = learning_rate(self.config, self.at.done, self.steps)
         set_learning_rate(self.optimizers, rate)

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from soma.model.config import ModelConfig
 from soma.model.float8 import why_not
 from soma.train import loop
+from soma.train.compute import fast_attention
 from soma.train.config import PreferenceConfig, TrainConfig
 from soma.train.trainer import TrainResult
 
@@ -105,3 +107,42 @@ def test_every_form_of_recomputation(run: Run, gpu: dict, shape: ModelConfig, co
         assert loss == pytest.approx(plain, abs=1e-3), mode
         # The compiler's own choice of what to keep is much like the selective one.
         assert memory < (1.02 if compiled and mode == "selective" else 0.9) * most, (mode, memory, most)
+
+
+class Operators(TorchDispatchMode):
+    """Writes down which operators run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func._schema.name)
+        return func(*args, **kwargs or {})
+
+
+def test_fast_attention_is_attention() -> None:
+    """Outputs and gradients against float64, in bf16's bound; and it is cuDNN's on GPUs that have it."""
+    torch.manual_seed(0)
+    shapes = ((2, 8, 256, 64), (2, 2, 256, 64), (2, 2, 256, 64), (2, 8, 256, 64))
+    *inputs, seed = (torch.randn(shape, device="cuda", dtype=torch.float64) for shape in shapes)
+
+    def attended(dtype: torch.dtype) -> list[torch.Tensor]:
+        q, k, v = (each.to(dtype).requires_grad_() for each in inputs)
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return [out, *torch.autograd.grad(out, (q, k, v), seed.to(dtype))]
+
+    expected = attended(torch.float64)
+    with Operators() as operators, fast_attention(torch.device("cuda")):
+        ours = attended(torch.bfloat16)
+    is_new = torch.cuda.get_device_capability() >= (9, 0)
+    assert ("aten::_scaled_dot_product_cudnn_attention" in operators.names) == is_new
+    for mine, theirs in zip(ours, expected, strict=True):
+        assert (mine.double() - theirs).norm() < 1e-2 * theirs.norm()
+
+
+def test_it_learns_without_documents_kept_apart(run: Run, gpu: dict) -> None:
+    """Plain causal attention: cuDNN's, recomputed in the backward pass too."""
+    gpu |= {"steps": 60, "precision": "bf16", "isolate_documents": False}
+    for more in ({}, {"activation_checkpointing": True}, {"activation_checkpointing": "selective"}):
+        assert run(f"{more}", TrainConfig(**gpu | more)).loss < 3.5

@@ -16,7 +16,7 @@ from soma.train.config import TrainConfig
 from soma.train.optim import Muon
 from soma.train.parallel.config import Layout
 from soma.train.parallel.norm import scale_gradients
-from soma.train.parallel.offload import offloading, optimizer_threads
+from soma.train.parallel.offload import Sums, offloading, optimizer_threads
 from soma.train.trainer import train
 from soma.train.world import World
 from tests.train.parity import Case, alone, differences, jobs, on_rank, resume_on_rank, save_on_rank
@@ -138,3 +138,23 @@ def mesh_size(rank: int, world_size: int) -> int:
     mesh = World.join(Layout(cpu_offload=True), "cpu").mesh
     assert mesh.shards is not None
     return mesh.shards.size()
+
+
+def test_sums_of_microbatches() -> None:
+    """Added up aside; a parameter without a gradient in one of them keeps those of the others."""
+    first, second, third = (torch.nn.Parameter(torch.zeros(2)) for _ in range(3))
+    sums = Sums([first, second, third])
+    sums.give()
+    assert first.grad is None
+    for number in (1.0, 2.0, 4.0):
+        sums.take()
+        assert first.grad is None
+        first.grad = torch.full((2,), number)
+        if number != 2.0:
+            second.grad = torch.full((2,), number)
+    sums.give()
+    assert first.grad is not None
+    assert second.grad is not None
+    assert (first.grad.tolist(), second.grad.tolist(), third.grad) == ([7.0, 7.0], [5.0, 5.0], None)
+    sums.give()
+    assert first.grad.tolist() == [7.0, 7.0], "nothing is added twice"

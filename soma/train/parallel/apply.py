@@ -28,6 +28,7 @@ from soma.train.parallel.expert import apply_experts
 from soma.train.parallel.local import gather_sequence, scale_gradient, shard_offset, sum_both_ways
 from soma.train.parallel.mesh import Mesh
 from soma.train.parallel.norm import clip_gradients
+from soma.train.parallel.offload import Sums
 from soma.train.parallel.reduce import Reducer, settle_partial
 from soma.train.parallel.shard import apply_shards, begin_microbatch
 from soma.train.parallel.tensor import apply_tensor
@@ -39,16 +40,21 @@ class Parallel:
 
     def __init__(self, model: Transformer, mesh: Mesh, reducers: Sequence[Reducer] = ()) -> None:
         self.model, self.mesh, self.reducers = model, mesh, reducers
+        self.sums = Sums(list(model.parameters())) if mesh.layout.cpu_offload else None
 
     def begin(self, last: bool) -> None:
         """Before each microbatch's forward pass; `last` of the step: gradients are summed with its backward pass."""
         if self.mesh.shards is not None:
             begin_microbatch(self.model, self.mesh.layout.zero, last)
+        if self.sums is not None:
+            self.sums.take()
         for reducer in self.reducers:
             reducer.last = last
 
     def finish(self) -> None:
         """After the last backward pass of a step: every gradient is then the sum over all ranks."""
+        if self.sums is not None:
+            self.sums.give()
         for reducer in self.reducers:
             reducer.finish()
         settle_partial(list(self.model.parameters()))
