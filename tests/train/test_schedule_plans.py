@@ -77,14 +77,33 @@ def test_any_plan(plan: Schedule, shards: int, rng: Random) -> None:
 @QUICK
 @given(plans(), st.randoms())
 def test_whatever_is_left_out_is_missed(plan: Schedule, rng: Random) -> None:
-    """Of any step of any plan."""
+    """Any step of any plan."""
     rank = rng.randrange(plan.ranks)
     row = list(plan.steps[rank])
-    place = rng.randrange(len(row))
-    left_out = row.pop(place)
+    del row[rng.randrange(len(row))]
     with pytest.raises(ValueError, match="!"):
         validate(replace(plan, steps=(*plan.steps[:rank], tuple(row), *plan.steps[rank + 1 :])))
-    assert str(left_out)
+
+
+@QUICK
+@given(plans(), st.randoms())
+def test_a_shuffled_plan_runs_or_is_refused(plan: Schedule, rng: Random) -> None:
+    """Two steps of a rank change places, or one is there twice: the answer is a time line or a picture."""
+    rows = [list(row) for row in plan.steps]
+    row = rng.choice(rows)
+    one, other = rng.randrange(len(row)), rng.randrange(len(row))
+    if rng.random() < 0.5:
+        row[one], row[other] = row[other], row[one]
+    else:
+        row.insert(one, row[other])
+    changed = replace(plan, steps=tuple(tuple(row) for row in rows), activations=None)
+    try:
+        validate(changed)
+    except ValueError as error:
+        assert str(error).startswith(f"schedule {plan.name}: ")  # noqa: PT017
+        assert "!" in str(error)  # noqa: PT017
+    else:
+        assert len(simulate(changed).spans) == plan.ranks
 
 
 @QUICK

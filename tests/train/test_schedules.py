@@ -48,6 +48,18 @@ def test_formula_at_uneven_times(name: str, costs: Costs) -> None:
         assert timeline.bubble == pytest.approx(published, abs=1e-9)
 
 
+@pytest.mark.parametrize("name", ["dualpipe", "dualpipe-v"])
+def test_formula_bounds_shorter_pairs(name: str) -> None:
+    """Met where a pair takes as long as its parts, F + B = 3; an upper bound down to the longer of the two."""
+    for pair in (2.0, 2.4, 2.8, 3.0):
+        costs = Costs(overlapped=pair)
+        schedule = SCHEDULES[name](8, 20)
+        bubble = simulate(schedule, per_stage(costs, schedule)).bubble
+        published = formulas.bubble(name, 8, costs)
+        assert published is not None
+        assert bubble == pytest.approx(published) if pair == 3 else bubble < published
+
+
 def test_formulas_worked_numbers() -> None:
     found = [formulas.bubble(name, 8, EVEN_COSTS) for name in SCHEDULES]
     assert found == [21, 21, 10.5, 7, 0, 0, 6, 7]
