@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from soma.train.parallel.pipeline.schedule import Schedule
     from soma.train.parallel.pipeline.simulate import Timeline
 
-EACH = "one number for a rank's whole share of the model, or one for each stage: 1,1,2,1"
+EACH = "one number for a rank's whole share of the model, or one for each stage (or parts of stages): 1,1,2,1"
 
 
 def schedule(
@@ -30,9 +30,7 @@ def schedule(
     weight: str = typer.Option("1", help="Time of a backward for the weights, likewise."),
     transfer: float = typer.Option(0.0, min=0.0, help="Time of a message from rank to rank."),
     link: list[str] = typer.Option([], help="Time of messages on one link: 3-4=0.5. May be given again."),
-    all_to_all: str = typer.Option(
-        "0", help="Time in which tokens travel to experts and back in a pass, likewise."
-    ),
+    all_to_all: str = typer.Option("0", help="Time in which tokens travel to experts and back in a pass, likewise."),
     overlapped: float | None = typer.Option(
         None, min=0.0, help="Time of an overlapped forward and backward, if measured."
     ),
@@ -101,8 +99,11 @@ def make(
     from soma.train.parallel.pipeline.schedules import SCHEDULES, interleaved
 
     if name == "search":
-        if any(isinstance(time, tuple) for time in (costs.forward, costs.backward, costs.weight, costs.all_to_all)):
-            raise ValueError("search: times are one number each, since stages differ between the schedules it tries")
+        for time in (costs.forward, costs.backward, costs.weight, costs.all_to_all, costs.unshard, costs.reduce):
+            if len(each(time)) not in (1, 2 * stages):
+                raise ValueError(
+                    f"search: {len(each(time))} times: give one, or those of {2 * stages} parts of the model"
+                )
         return search.search(stages, microbatches, search.v_half_limit(stages) if memory is None else memory, costs)
     if name == "interleaved":
         return interleaved(stages, microbatches, virtual_stages)
@@ -176,7 +177,7 @@ def links(transfer: float, link: list[str], ranks: int) -> "float | dict[tuple[i
 
 
 def check_lengths(plan: "Schedule", given: "dict[str, PerStage]") -> None:
-    """As many numbers as stages. Raises ValueError."""
+    """As many numbers as stages, or as parts that make up stages. Raises ValueError."""
     for option, value in given.items():
-        if len(each(value)) not in (1, plan.stages):
+        if len(each(value)) > 1 and len(each(value)) % plan.stages:
             raise ValueError(f"--{option}: {len(each(value))} numbers, {plan.name} has {plan.stages} stages")

@@ -396,7 +396,7 @@ def test_command_of_a_sharded_pipeline(tmp_path: Path) -> None:
         (["1f1b", "--weight", "1,x"], "'x' is no time; write one number, or one for each stage"),
         (["1f1b", "--link", "0-4=1"], "expected two ranks below 4 and a time"),
         (["1f1b", "--activation-bytes", "many"], "--activation-bytes: 'many' is not a size"),
-        (["search", "--forward", "1,1,1,1"], "times are one number each"),
+        (["search", "--forward", "1,1,1,1"], "search: 4 times: give one, or those of 8 parts of the model"),
         (["search", "--memory", "0.1"], "the least is"),
         (["dualpipe", "--stages", "3"], "use 4 and 8"),
         (["1f1b", "--forward", "0", "--backward", "0", "--weight", "0"], "all are 0"),

@@ -184,6 +184,22 @@ def test_search_is_never_worse_than_the_fixed() -> None:
     assert better > 0
 
 
+def test_search_for_parts_of_unequal_length() -> None:
+    """A model whose last eighth takes three times as long: the best of those that fit, at the times of every stage."""
+    times = [1.0, 1, 1, 1, 1, 1, 1, 3]
+    costs = Costs(times, times, times, 0.2)
+    found = search(4, 8, 3, costs)
+    timeline = simulate(found, per_stage(costs, found))
+    assert timeline.peak <= 3
+    even = search(4, 8, 3)
+    assert timeline.length <= simulate(even, per_stage(costs, even)).length
+    straight = SCHEDULES["1f1b"](4, 8)
+    assert per_stage(costs, straight).forward == [2, 2, 2, 4]
+    assert per_stage(costs, SCHEDULES["zb-v"](4, 8)).forward == times
+    with pytest.raises(ValueError, match="4 numbers for the 8 stages of zb-v"):
+        per_stage(Costs(forward=[1, 1, 1, 1]), SCHEDULES["zb-v"](4, 8))
+
+
 def test_search_says_what_would_fit() -> None:
     with pytest.raises(ValueError, match="the least is"):
         search(4, 8, 0.5)

@@ -279,6 +279,7 @@ class PipelineStep:
         layers = {stage.index: list(stage.layers) for stage in self.stages}
         self.shards = PipelineShards(self.model, mesh, layers)
         self.lower(mesh.layout.zero)
+        validate(self.plan)
 
     def lower(self, zero: int) -> None:
         """What this schedule's ranks do, step by step, in training and in evaluation."""

@@ -30,8 +30,8 @@ def search(ranks: int, microbatches: int, limit: float, costs: Costs | None = No
     """The schedule of the shortest time line among the fixed ones that hold at most `limit` activations (in units of
     a rank's whole forward) and all building blocks that do.
 
-    costs: as for `per_stage`, one number each, since stages differ between schedules. Raises ValueError where nothing
-    fits; the message names the least that does.
+    costs: as for `per_stage`: one number each, or one for each of 2p parts of the model. Raises ValueError where
+    nothing fits; the message names the least that does.
     """
     costs = costs or Costs()
     best: tuple[float, float, Schedule] | None = None
@@ -53,13 +53,13 @@ def search(ranks: int, microbatches: int, limit: float, costs: Costs | None = No
 
 
 def per_stage(costs: Costs, schedule: Schedule) -> Costs:
-    """Times of stages, where one number is the time of a rank's whole share of the model: a schedule with two stages a
-    rank has half of it for each. Times that were given for each stage stay."""
+    """Times of the schedule's stages. One number is the time of a rank's whole share of the model: a schedule with two
+    stages a rank has half of it for each. Several are those of equally many consecutive parts of the model, one or more
+    to a stage, which are added up: 2p parts do for schedules with one and with two stages a rank."""
     parts = schedule.stages_per_rank
 
     def share(time: PerStage) -> PerStage:
-        """One number is a rank's; several are those of stages."""
-        return time / parts if isinstance(time, int | float) else time
+        return of_stages(time, schedule)
 
     return replace(
         costs, forward=share(costs.forward), backward=share(costs.backward), weight=share(costs.weight),
@@ -70,15 +70,20 @@ def per_stage(costs: Costs, schedule: Schedule) -> Costs:
 
 def memory_per_stage(memory: Memory, schedule: Schedule) -> Memory:
     """The same for bytes; a message is as large as ever."""
-    parts = schedule.stages_per_rank
-
-    def share(count: PerStage) -> PerStage:
-        return count / parts if isinstance(count, int | float) else count
-
     return replace(
-        memory, activation=share(memory.activation), parameters=share(memory.parameters),
-        gradients=share(memory.gradients),
+        memory, activation=of_stages(memory.activation, schedule), parameters=of_stages(memory.parameters, schedule),
+        gradients=of_stages(memory.gradients, schedule),
     )  # fmt: skip
+
+
+def of_stages(value: PerStage, schedule: Schedule) -> PerStage:
+    """A rank's number divided, or those of parts of the model added up."""
+    if isinstance(value, int | float):
+        return value / schedule.stages_per_rank
+    parts, rest = divmod(len(value), schedule.stages)
+    if rest or not parts:
+        raise ValueError(f"{len(value)} numbers for the {schedule.stages} stages of {schedule.name}: unequal shares")
+    return [sum(value[stage * parts : (stage + 1) * parts]) for stage in range(schedule.stages)]
 
 
 @functools.cache
