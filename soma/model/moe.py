@@ -197,10 +197,14 @@ class MoE(nn.Module):
         out_BTD = self.experts(x_ND, weights_NK, chosen_NK).view(x_BTD.shape)
         if self.has_shared:
             out_BTD = out_BTD + self.shared_experts(x_BTD)
+        return out_BTD, self.balance(scores_NE, chosen_NK, keep_BT)
+
+    def balance(self, scores_NE: Tensor, chosen_NK: Tensor, keep_BT: Tensor | None) -> Tensor | None:
+        """In training: the choices are counted, and the load-balancing loss times its coefficient (None for 0)."""
         if not self.training:
-            return out_BTD, None
+            return None
         keep_N = None if keep_BT is None else keep_BT.flatten()
         self.gate.count(chosen_NK, keep_N)
         if self.coefficient == 0:
-            return out_BTD, None
-        return out_BTD, self.coefficient * load_balancing_loss(scores_NE, chosen_NK, keep_N, self.share)
+            return None
+        return self.coefficient * load_balancing_loss(scores_NE, chosen_NK, keep_N, self.share)

@@ -43,12 +43,18 @@ class Layer(nn.Module):
         cache: KVCache | FlatCache | None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """The residual stream after this layer, and the router's loss of an MoE layer in training."""
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, masks[self.window], cache)
+        x_BTD = self.attend(x_BTD, rope, masks, cache)
         h_BTD = self.post_attention_layernorm(x_BTD)
         if self.is_moe:
             out_BTD, aux_loss = self.mlp(h_BTD, keep_BT)
             return x_BTD + out_BTD, aux_loss
         return x_BTD + self.mlp(h_BTD), None
+
+    def attend(
+        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor] | None, masks: Masks, cache: KVCache | FlatCache | None
+    ) -> Tensor:
+        """The residual stream after attention."""
+        return x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, masks[self.window], cache)
 
 
 class Transformer(nn.Module):

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 View = Callable[[Tensor], Tensor]
-_classes: dict[type, type] = {}
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def cut(module: nn.Module, name: str, mesh: DeviceMesh, placements: Sequence[Placement], partial: bool = False,
@@ -30,13 +30,17 @@ def cut(module: nn.Module, name: str, mesh: DeviceMesh, placements: Sequence[Pla
     assert whole is not None
     piece = distribute_tensor(whole.detach(), mesh, placements, src_data_rank=None)
     module._parameters[name] = nn.Parameter(piece, requires_grad=whole.requires_grad)
-    kind = type(module)
-    if not issubclass(kind, Localized):
-        if kind not in _classes:
-            _classes[kind] = type(f"Localized{kind.__name__}", (Localized, kind), {})
-        module.__class__ = _classes[kind]
+    if not isinstance(module, Localized):
+        module.__class__ = local_class(type(module))
         module.__dict__["local_views"] = {}
     module.__dict__["local_views"][name] = (len(placements), partial, view)
+
+
+def local_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """`kind` as a class whose parameters may be cut."""
+    if kind not in _classes:
+        _classes[kind] = type(f"Localized{kind.__name__}", (Localized, kind), {})
+    return _classes[kind]
 
 
 class Localized(nn.Module):

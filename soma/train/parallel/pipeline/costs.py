@@ -32,7 +32,9 @@ class Costs:
     forward: F. backward: the gradient of a stage's input alone. weight: that of its weights. transfer: of a message
     from rank to rank, one number or one for each link (a link has one direction and carries one message at a time);
     it is hidden behind computation of others. overlapped: of a forward and a full backward that run side by side, where
-    that was measured (None: from their parts, `pair`). all_to_all: how long tokens travel to experts and back, in a
+    that is known (None: from their parts, `pair`), one number or one for each (stage of the forward, of the backward).
+    whole: of a full backward, where its parts help each other (None: the sum of them). `chunks.chunk_costs` finds both
+    from the pieces of stages with experts elsewhere. all_to_all: how long tokens travel to experts and back, in a
     forward and in a backward each; it stands still for it, but for an overlapped pair. unshard, reduce: how long the
     parameters of a stage take to be gathered and its gradients to be summed, where it is sharded; both on one lane
     beside the computation.
@@ -42,15 +44,17 @@ class Costs:
     backward: PerStage = 1.0
     weight: PerStage = 1.0
     transfer: float | Mapping[Channel, float] = 0.0
-    overlapped: float | None = None
+    overlapped: float | Mapping[tuple[int, int], float] | None = None
     all_to_all: PerStage = 0.0
     unshard: PerStage = 0.0
     reduce: PerStage = 0.0
+    whole: PerStage | None = None
 
     def of(self, step: Compute) -> float:
         """How long a step takes, from the start of its first part to the end of its last."""
         if isinstance(step, Overlap) and self.overlapped is not None:
-            return self.overlapped
+            stages = step.forward.stage, step.backward.stage
+            return self.overlapped[stages] if isinstance(self.overlapped, Mapping) else self.overlapped
         if isinstance(step, Overlap) and not self.travel(step.forward) and not self.travel(step.backward):
             return self.of(step.forward) + self.of(step.backward)
         if isinstance(step, Overlap):
@@ -59,6 +63,8 @@ class Costs:
 
     def computation(self, action: Action) -> float:
         """How long an action computes."""
+        if action.kind == "BW" and self.whole is not None:
+            return at(self.whole, action.stage)
         times = {"F": (self.forward,), "B": (self.backward,), "W": (self.weight,), "BW": (self.backward, self.weight)}
         return sum(at(time, action.stage) for time in times[action.kind])
 

@@ -22,10 +22,12 @@ from soma.train.parallel.mesh import Mesh
 from soma.train.parallel.pipeline.heads import Head, LanguageHead
 from soma.train.parallel.pipeline.lower import forward_only, lower, one_by_one
 from soma.train.parallel.pipeline.microbatch import Microbatch
+from soma.train.parallel.pipeline.overlap import OverlapWorker, in_turns, travels
 from soma.train.parallel.pipeline.replicas import Replicas
 from soma.train.parallel.pipeline.schedule import (
     Action,
     Compute,
+    Overlap,
     Schedule,
     ShardAction,
     Transfer,
@@ -33,7 +35,7 @@ from soma.train.parallel.pipeline.schedule import (
     layers_of_stages,
 )
 from soma.train.parallel.pipeline.simulate import Span, Timeline, peak
-from soma.train.parallel.pipeline.stage import StageWorker, cut
+from soma.train.parallel.pipeline.stage import Stage, StageWorker, cut
 from soma.train.parallel.pipeline.transfers import made_by, needed_by, reader_of
 from soma.train.parallel.pipeline.transport import Transport, open_channels
 from soma.train.parallel.pipeline.validate import validate
@@ -104,7 +106,7 @@ def execute(
     them) are this rank's stages by their index.
 
     An action starts when its rank is free and what it needs has come; what it makes leaves while the next one runs.
-    Overlapped pairs take two streams of a GPU: `lower.one_by_one` takes them apart for ranks that have one.
+    A pair that the schedule overlaps runs in turns (`overlap.py`): `lower.one_by_one` takes it apart for other workers.
     """
     clock.begin()  # first: it waits for the GPU, which would wait for the receives that `transport` posts
     transport.begin()
@@ -139,7 +141,12 @@ def execute(
 
 def compute(workers: Mapping[int, Worker], step: Compute, values: Sequence[Tensor | None]) -> list[Tensor | None]:
     """A step: from what its actions read to what they put out."""
-    assert isinstance(step, Action)
+    if isinstance(step, Overlap):
+        one, other = workers[step.forward.stage], workers[step.backward.stage]
+        assert isinstance(one, OverlapWorker)
+        assert isinstance(other, OverlapWorker)
+        forward = one.forward_pass(step.forward.microbatch, values[0])
+        return list(in_turns(forward, other.backward_pass(step.backward.microbatch, values[1])))
     worker, result = workers[step.stage], None
     if step.kind == "F":
         result = worker.forward(step.microbatch, values[0])
@@ -175,6 +182,8 @@ class PipelineStep:
     head: what the last stage makes of its hidden states; default: the model's head and cross-entropy, in `autocast`.
     split: run B and W apart where the schedule has them apart. Without it a B does both (and W nothing): for layouts
     whose gradients must come from autograd's own accumulation (tensor), and for layers that are computed again.
+    overlap: run pairs that the schedule overlaps in turns, where tokens travel to experts on other ranks. It calls the
+    parts of a layer itself, so layers must not be wrapped (compiled, computed again, cut over tensor or context ranks).
     recompute: a forward keeps its stage's input alone, the backward runs it again.
     dtype: of what is sent; default that of the parameters. It must be the dtype of the residual stream.
     sequence_ranks: over which the residual stream is cut along T (sequence parallelism).
@@ -188,8 +197,8 @@ class PipelineStep:
         self, model: Transformer, schedule: Schedule, group: dist.ProcessGroup | None = None, *,
         layers: Sequence[Sequence[int]] | None = None, head: Head | None = None,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext, compiled: bool = False,
-        split: bool = True, recompute: bool = False, dtype: torch.dtype | None = None, sequence_ranks: int = 1,
-        trains: bool = True, device: torch.device | None = None,
+        split: bool = True, overlap: bool = True, recompute: bool = False, dtype: torch.dtype | None = None,
+        sequence_ranks: int = 1, trains: bool = True, device: torch.device | None = None,
     ) -> None:  # fmt: skip
         validate(schedule)
         group = dist.group.WORLD if group is None else group
@@ -203,6 +212,8 @@ class PipelineStep:
         self.width, self.sequence_ranks = model.config.hidden_size, sequence_ranks
         layers = layers_of_stages(len(model.layers), schedule.stages) if layers is None else layers
         tied = model.lm_head is None
+        has_pairs = any(isinstance(step, Overlap) for row in schedule.steps for step in row)
+        self.in_turns = overlap and has_pairs and not compiled and any(travels(layer) for layer in model.layers)
         self.stages = cut(model, schedule, self.rank, layers)
         self.replicas = Replicas(model, schedule, layers, group, tied)
         halves: dict[int, set[int]] = {stage.index: set() for stage in self.stages}
@@ -217,17 +228,14 @@ class PipelineStep:
 
         if head is None:
             head = LanguageHead(torch.compile(chunk_loss, dynamic=False) if compiled else chunk_loss)
-        self.workers = {
-            stage.index: StageWorker(
-                stage,
-                head,
-                autocast,
-                split=halves[stage.index],
-                recompute=recompute,
-                compiled=compiled,
-            )
-            for stage in self.stages
-        }
+
+        def work(stage: Stage) -> StageWorker:
+            own = halves[stage.index]
+            if self.in_turns:
+                return OverlapWorker(stage, head, autocast, split=own, recompute=recompute, apart=split)
+            return StageWorker(stage, head, autocast, split=own, recompute=recompute, compiled=compiled)
+
+        self.workers = {stage.index: work(stage) for stage in self.stages}
         self.microbatches: Sequence[Microbatch] = ()
         self.shards: PipelineShards | None = None
         self.lower(0)
@@ -283,7 +291,7 @@ class PipelineStep:
 
     def lower(self, zero: int) -> None:
         """What this schedule's ranks do, step by step, in training and in evaluation."""
-        self.plan = lower(one_by_one(self.schedule), zero)
+        self.plan = lower(self.schedule if self.in_turns else one_by_one(self.schedule), zero)
         self.forward_plan = lower(forward_only(self.schedule), zero)
 
     def run(self, plan: Schedule, transport: Transport, clock: Clock) -> None:

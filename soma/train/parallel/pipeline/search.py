@@ -61,6 +61,7 @@ def per_stage(costs: Costs, schedule: Schedule) -> Costs:
     def share(time: PerStage) -> PerStage:
         return of_stages(time, schedule)
 
+    assert isinstance(costs.overlapped, int | float | None)
     return replace(
         costs, forward=share(costs.forward), backward=share(costs.backward), weight=share(costs.weight),
         overlapped=None if costs.overlapped is None else costs.overlapped / parts,

@@ -9,14 +9,17 @@ biases, routers, the embedding) is done in the first part.
 Letters: N rows, I input and O output features, E experts, P rows sorted by expert.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from soma.model.layers import compute_dtype
 from soma.model.moe import Experts, grouped_linear, grouped_outer
+from soma.train.parallel.local import local_class
 
 
 class TappedLinear(torch.autograd.Function):
@@ -53,18 +56,61 @@ Taps = tuple[Tensor, ...]
 Saved = tuple[tuple[Tensor, ...], ...]
 
 
+class Note(NamedTuple):
+    """What one tapped product of a layer leaves for its second part: its number in the layer, its inputs, its tap."""
+
+    layer: "Split"
+    place: int
+    inputs: tuple[Tensor, ...]
+    tap: Tensor
+
+    def accumulate(self) -> None:
+        """The second part, after the first."""
+        assert self.tap.grad is not None
+        self.layer.accumulate_one(self.place, self.inputs, self.tap.grad)
+
+
+@dataclass
+class Notebook:
+    """Where the layers of a stage note their products, while it has a page open."""
+
+    page: list[Note] | None = None
+
+
 class Split(nn.Module):
     """What a layer with taps has: the taps of a forward pass that is under way, what it saved, and what it puts out.
 
-    Without taps it is the layer that it was.
+    Or, where a stage runs piece by piece and is not compiled, a `notebook`: on an open page each of its products notes
+    itself, with a tap of its own making. Without either it is the layer that it was.
     """
 
     taps: Taps | None
     saved: Saved
     outputs: tuple[Tensor, ...] | None  # not None: they are noted, as tensors without memory
+    notebook: Notebook | None
 
     def reset(self) -> None:
-        self.taps, self.saved, self.outputs = None, (), None
+        self.taps, self.saved, self.outputs, self.notebook = None, (), None, None
+
+    @property
+    def page(self) -> list[Note] | None:
+        return None if self.notebook is None else self.notebook.page
+
+    @property
+    def is_tapped(self) -> bool:
+        """Whether this forward pass is one of two parts."""
+        return self.taps is not None or self.page is not None
+
+    def tap(self, place: int, inputs: tuple[Tensor, ...], shape: tuple[int, ...]) -> Tensor:
+        """The tap of product number `place`, whose inputs are kept and whose output has `shape`."""
+        inputs = (inputs[0].detach(), *inputs[1:])
+        if self.page is None:
+            assert self.taps is not None
+            self.saved = (*self.saved, inputs)
+            return self.taps[place]
+        tap = inputs[0].new_empty(()).expand(shape).requires_grad_()
+        self.page.append(Note(self, place, inputs, tap))
+        return tap
 
     def note(self, out: Tensor) -> Tensor:
         """Note an output, where that is asked for."""
@@ -74,6 +120,11 @@ class Split(nn.Module):
 
     def accumulate(self, saved: Saved, grads: Taps) -> None:
         """Add the matrices' gradients from inputs and gradients of outputs."""
+        for place, (inputs, grad) in enumerate(zip(saved, grads, strict=True)):
+            self.accumulate_one(place, inputs, grad)
+
+    def accumulate_one(self, place: int, inputs: tuple[Tensor, ...], grad: Tensor) -> None:
+        """Add the gradient of matrix number `place`."""
         raise NotImplementedError
 
 
@@ -81,14 +132,14 @@ class SplitLinear(Split, nn.Linear):
     """A linear layer with one tap."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.taps is None:
+        if not self.is_tapped:
             return self.note(F.linear(x, self.weight, self.bias))
         x = x.to(compute_dtype(x))
-        self.saved = ((x.detach(),),)
-        return TappedLinear.apply(x, self.weight, self.bias, self.taps[0])
+        tap = self.tap(0, (x,), (*x.shape[:-1], self.out_features))
+        return TappedLinear.apply(x, self.weight, self.bias, tap)
 
-    def accumulate(self, saved: Saved, grads: Taps) -> None:
-        ((x,),), (grad,) = saved, grads
+    def accumulate_one(self, place: int, inputs: tuple[Tensor, ...], grad: Tensor) -> None:
+        (x,) = inputs
         add_gradient(self.weight, grad.flatten(0, -2).mT @ x.flatten(0, -2))
 
 
@@ -98,28 +149,39 @@ class SplitExperts(Split, Experts):
     names = ("gate_proj", "up_proj", "down_proj")
 
     def project(self, name: str, x_P: Tensor, counts_E: Tensor) -> Tensor:
-        if self.taps is None:
+        if not self.is_tapped:
             return self.note(super().project(name, x_P, counts_E))
-        self.saved = (*self.saved, (x_P.detach(), counts_E))
-        return TappedGrouped.apply(x_P, getattr(self, name), counts_E, self.taps[self.names.index(name)])
+        weight_EOI = getattr(self, name)
+        tap_PO = self.tap(self.names.index(name), (x_P, counts_E), (x_P.size(0), weight_EOI.size(1)))
+        return TappedGrouped.apply(x_P, weight_EOI, counts_E, tap_PO)
 
-    def accumulate(self, saved: Saved, grads: Taps) -> None:
-        for name, (x_PI, counts_E), grad_PO in zip(self.names, saved, grads, strict=True):
-            add_gradient(getattr(self, name), grouped_outer(grad_PO, x_PI, counts_E))
+    def accumulate_one(self, place: int, inputs: tuple[Tensor, ...], grad: Tensor) -> None:
+        x_PI, counts_E = inputs
+        parameter = self._parameters[self.names[place]]
+        assert parameter is not None
+        add_gradient(parameter, grouped_outer(grad, x_PI, counts_E))
+
+
+class SplitLocalExperts(SplitExperts, local_class(Experts)):  # type: ignore[misc]
+    """The same of experts that are divided over ranks."""
 
 
 def add_gradient(parameter: Tensor, gradient: Tensor) -> None:
-    """Add to `.grad` as autograd does."""
+    """Add to `.grad` as autograd does; of a parameter that is cut over ranks, the gradient of this rank's piece."""
     gradient = gradient.to(parameter.dtype)
+    if isinstance(parameter, DTensor):
+        gradient = DTensor.from_local(gradient, parameter.device_mesh, parameter.placements, run_check=False)
     if parameter.grad is None:
         parameter.grad = gradient
     else:
         parameter.grad += gradient
 
 
-def split_layers(module: nn.Module) -> list[Split]:
+def split_layers(module: nn.Module, cut_experts: bool = False) -> list[Split]:
     """Give the trainable linear layers and experts in `module` taps, in place; names and parameters stay. Returns them.
 
+    cut_experts: those too that are divided over ranks. What comes to these is of another size in each microbatch, so
+    their taps cannot be made beforehand: for passes with a notebook.
     Layers of other kinds (quantized, low rank) keep their whole backward in the first part.
     """
     found: list[Split] = []
@@ -128,6 +190,8 @@ def split_layers(module: nn.Module) -> list[Split]:
             child.__class__ = SplitLinear
         elif type(child) is Experts and all(parameter.requires_grad for parameter in child.parameters()):
             child.__class__ = SplitExperts
+        elif cut_experts and type(child) is local_class(Experts) and all(p.requires_grad for p in child.parameters()):
+            child.__class__ = SplitLocalExperts
         if isinstance(child, Split):
             child.reset()
             found.append(child)
