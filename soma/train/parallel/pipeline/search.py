@@ -66,6 +66,7 @@ def per_stage(costs: Costs, schedule: Schedule) -> Costs:
         costs, forward=share(costs.forward), backward=share(costs.backward), weight=share(costs.weight),
         overlapped=None if costs.overlapped is None else costs.overlapped / parts,
         all_to_all=share(costs.all_to_all), unshard=share(costs.unshard), reduce=share(costs.reduce),
+        whole=None if costs.whole is None else share(costs.whole),
     )  # fmt: skip
 
 
