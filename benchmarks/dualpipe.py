@@ -7,17 +7,19 @@ rank does.
     python benchmarks/dualpipe.py --json                       # one GPU: copies in place of the all-to-all
     python benchmarks/dualpipe.py --gpus 4 --json              # the all-to-all of NCCL, a process for each GPU
 
-On one GPU an exchange is a device copy of the same rows, once (what memory takes for them) and `--passes` times (what a
-network takes). A copy kernel uses the memory's bandwidth that computation uses too, and so slows it; an all-to-all of
-NCCL takes some of the multiprocessors. Neither is a transfer over InfiniBand. What is hidden is seen in three ways: the
-step against one after the other and against a step whose exchanges are left out; the simulation of the pair from the
-times of its pieces; and the kernels of the profiler on both streams (`--trace` writes them as a Chrome trace).
+On one GPU an exchange is a copy of the same rows, in three ways: `copies` (the device's own, on all multiprocessors),
+`processors` (a kernel on some of them, as the kernels of an all-to-all are) and `--host` (to the CPU's memory and back
+by the copy engines, at the speed of PCIe). With `--gpus` it is NCCL's all-to-all between processes, and with `--peer`
+copies to a second GPU and back. What is hidden is seen in three ways: the step against one after the other and against
+a step whose exchanges are left out; the simulation of the pair from the times of its pieces, each measured alone; the
+kernels of the profiler on both streams (`--trace` writes the last of them as a Chrome trace).
 """
 
 import argparse
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -65,6 +67,62 @@ class NoExchange(CopyExchange):
 
     def rows(self, x_PD: Tensor, to_R: list[int], from_R: list[int]) -> tuple[Tensor, None]:
         return x_PD, None
+
+
+class FewProcessors(CopyExchange):
+    """Copies by a kernel that has some of a GPU's multiprocessors and leaves the others to the computation."""
+
+    def __init__(self, ranks: int, passes: int, processors: int) -> None:
+        super().__init__(ranks, passes)
+        self.processors, self.kernel = processors, few_kernel()
+
+    def rows(self, x_PD: Tensor, to_R: list[int], from_R: list[int]) -> tuple[Tensor, None]:
+        out_QD = torch.empty_like(x_PD)
+        words, target = x_PD.view(-1).view(torch.int64), out_QD.view(-1).view(torch.int64)
+        for _ in range(self.passes):
+            self.kernel[(self.processors,)](words, target, words.numel(), BLOCK=8192, num_warps=16)
+        return out_QD, None
+
+
+def few_kernel() -> Any:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def copy(source, target, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        for first in range(tl.program_id(0) * BLOCK, count, tl.num_programs(0) * BLOCK):
+            place = first + tl.arange(0, BLOCK)
+            tl.store(target + place, tl.load(source + place, mask=place < count), mask=place < count)
+
+    return copy
+
+
+class ThroughHost(CopyExchange):
+    """Copies to the CPU's memory and back: copy engines, no multiprocessors."""
+
+    def __init__(self, ranks: int) -> None:
+        super().__init__(ranks)
+        self.room = torch.empty(0)
+
+    def rows(self, x_PD: Tensor, to_R: list[int], from_R: list[int]) -> tuple[Tensor, None]:
+        if self.room.shape != x_PD.shape:
+            self.room = torch.empty(x_PD.shape, dtype=x_PD.dtype, pin_memory=True)
+        self.room.copy_(x_PD, non_blocking=True)
+        return torch.empty_like(x_PD).copy_(self.room, non_blocking=True), None
+
+
+class ThroughPeer(CopyExchange):
+    """Copies to a second GPU and back, by the copy engines."""
+
+    def __init__(self, ranks: int, peer: torch.device) -> None:
+        super().__init__(ranks)
+        self.room = torch.empty(0, device=peer)
+
+    def rows(self, x_PD: Tensor, to_R: list[int], from_R: list[int]) -> tuple[Tensor, None]:
+        if self.room.shape != x_PD.shape:
+            self.room = torch.empty(x_PD.shape, dtype=x_PD.dtype, device=self.room.device)
+        self.room.copy_(x_PD, non_blocking=True)
+        return torch.empty_like(x_PD).copy_(self.room, non_blocking=True), None
 
 
 class Stopwatch:
@@ -159,9 +217,18 @@ class Pair:
         """
         self.use(exchange)
         workers: list[Any] = list(self.whole if kind == "whole" else self.pieces)
+        self.begin(workers)
+        start = self.stopwatch.now()
+        self.pairs(kind, workers, count)
+        seconds = self.stopwatch.seconds(start, self.stopwatch.now())
+        self.end(workers, count)
+        return seconds / (2 * count)
+
+    def begin(self, workers: list[Any]) -> None:
         for worker in workers:
             worker.forward(0, self.x)
-        start = self.stopwatch.now()
+
+    def pairs(self, kind: str, workers: list[Any], count: int) -> None:
         for turn in range(1, count + 1):
             new, old = turn % 2, (turn - 1) % 2
             for one, other in (workers, workers[::-1]):
@@ -170,10 +237,10 @@ class Pair:
                 else:
                     one.forward(new, self.x)
                     other.backward(old, self.grad)
-        seconds = self.stopwatch.seconds(start, self.stopwatch.now())
+
+    def end(self, workers: list[Any], count: int) -> None:
         for worker in workers:
             worker.backward(count % 2, self.grad)
-        return seconds / (2 * count)
 
     def chunks(self, exchange: Exchange) -> tuple[Chunk, Chunk]:
         """What the pieces of a forward and of a backward take, each pass alone."""
@@ -207,11 +274,14 @@ def middle(chunks: list[Chunk]) -> Chunk:
 
 
 def profile(pair: Pair, exchange: Exchange, trace: Path | None) -> dict[str, float]:
-    """Seconds of kernels on the computing stream, of all else, and of all else beside those, in turns."""
-    pair.run("turns", exchange, 1)
+    """Seconds of kernels on the computing stream, of all else, and of all else beside those, of four pairs in turns."""
+    pair.use(exchange)
+    pair.begin(pair.pieces)
+    torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        pair.run("turns", exchange, 2)
+        pair.pairs("turns", pair.pieces, 2)
         torch.cuda.synchronize()
+    pair.end(pair.pieces, 2)
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         profiler.export_chrome_trace(file.name)
         events = json.loads(Path(file.name).read_text())["traceEvents"]
@@ -315,6 +385,8 @@ def on_gpu(rank: int, settings: argparse.Namespace, store: str, answers: Any) ->
     """A process of several: its GPU, and the all-to-all with the others."""
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
+    if rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
     dist.init_process_group(
         "nccl", init_method=f"file://{store}", rank=rank, world_size=settings.gpus, device_id=device, pg_options=options
@@ -353,7 +425,11 @@ def main() -> None:
     arguments.add_argument("--layers", type=int, default=2, help="MoE layers of a stage (default 2)")
     arguments.add_argument("--tokens", type=int, default=4096, help="tokens of a microbatch (default 4096)")
     arguments.add_argument("--ranks", type=int, default=32, help="ranks that share the experts, where they are copies")
-    arguments.add_argument("--passes", type=int, nargs="+", default=[1, 8], help="copies of an exchange (default 1 8)")
+    arguments.add_argument("--passes", type=int, nargs="+", default=[8], help="copies of an exchange (default 8)")
+    arguments.add_argument("--few", type=int, nargs="+", default=[2, 8], help="the same by the kernel (default 2 8)")
+    arguments.add_argument("--processors", type=int, default=20, help="multiprocessors that it has (default 20)")
+    arguments.add_argument("--host", action="store_true", help="through the CPU's memory too")
+    arguments.add_argument("--peer", action="store_true", help="through a second GPU too")
     arguments.add_argument("--pairs", type=int, default=4, help="turns of a measurement (default 4)")
     arguments.add_argument("--gpus", type=int, default=0, help="processes with a GPU each and NCCL (default: none)")
     arguments.add_argument("--small", action="store_true", help="small widths: whether it runs, no measurement")
@@ -366,6 +442,15 @@ def main() -> None:
     exchanges: dict[str, Exchange] = {
         f"copies x{passes}": CopyExchange(settings.ranks, passes) for passes in settings.passes
     }
+    if device.type == "cuda":
+        for passes in settings.few:
+            exchanges[f"{settings.processors} processors x{passes}"] = FewProcessors(
+                settings.ranks, passes, settings.processors
+            )
+    if settings.host:
+        exchanges["through the host"] = ThroughHost(settings.ranks)
+    if settings.peer:
+        exchanges["through a second GPU"] = ThroughPeer(settings.ranks, torch.device("cuda", 1))
     cases = measure(settings, Pair(settings, settings.ranks, device), settings.ranks, exchanges)
     finish("dualpipe", settings, cases)
 

@@ -210,3 +210,13 @@ def work(connection: Connection, place: str, device_type: str) -> None:
             if answer[0]:  # else the pool is closed
                 dist.barrier()
                 dist.destroy_process_group()
+                forget_meshes()
+
+
+def forget_meshes() -> None:
+    """Meshes of one shape are equal to torch, which remembers the first, with groups that have ended."""
+    from torch.distributed.tensor import _redistribute, debug
+
+    for owner, name in ((debug, "_clear_sharding_prop_cache"), (debug, "_clear_python_sharding_prop_cache")):
+        getattr(owner, name, lambda: None)()  # as torch's versions have them
+    _redistribute._gen_transform_infos.cache_clear()
