@@ -213,7 +213,7 @@ def test_evaluation_timeline_and_mistakes(pool: Pool, name: str) -> None:
 
 
 def without_receives_ahead(rank: int, world_size: int, case: Case) -> bool:
-    """As over NCCL: in the first step a receive is posted when it is needed; with the same gradients as the second."""
+    """As over NCCL: a receive is posted when it is needed; with the same gradients as posted ahead."""
     pipeline = PipelineStep(make_model(case), case.plan())
     gradients = []
     for when_needed in (True, False):
