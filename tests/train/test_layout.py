@@ -56,7 +56,9 @@ def test_impossible(given: dict[str, int], ranks: int, message: str) -> None:
         ({"sp": True}, "sp cuts the sequence over the tp ranks and tp is 1"),
         ({"zero": 4}, "1, 2 or 3"),
         ({"schedule": "zbv"}, "schedule 'zbv': take zb-v"),
-        ({"stage_layers": [2, 0]}, "greater than 0"),
+        ({"pp": 2, "stage_layers": [2, 0]}, "greater than 0"),
+        ({"microbatches": 4}, "microbatches is of a pipeline, and pp is 1: set pp, or microbatch_size in place"),
+        ({"stage_layers": [2, 2]}, "stage_layers is of a pipeline, and pp is 1: set pp, or leave stage_layers out"),
     ],
 )
 def test_nonsense(given: dict[str, int], message: str) -> None:
@@ -67,11 +69,20 @@ def test_nonsense(given: dict[str, int], message: str) -> None:
 @pytest.mark.parametrize(
     ("given", "shape", "message"),
     [
-        ({"tp": 4}, {}, r"tp 4 does not divide num_attention_heads 6 \(1.5 each\): take tp 3"),
-        ({"tp": 3}, {}, "2 key/value heads can be neither cut nor repeated evenly over tp 3: take tp 2"),
+        ({"tp": 4}, {}, r"tp 4 does not divide num_attention_heads 6 \(1.5 each\): take tp 2$"),
+        (
+            {"tp": 3},
+            {},
+            "2 key/value heads can be neither cut nor .* over tp 3: take tp 2 on a .* 2 ranks, or tp 1",
+        ),
         ({"ep": 2}, {}, "the model has no experts"),
-        ({"dp": 4, "ep": 4}, {"num_experts": 6}, r"ep 4 does not divide num_experts 6 \(1.5 each\): take ep 3"),
-        ({"pp": 3, "virtual_stages": 2}, {}, "pp 3 × virtual_stages 2 = 6 stages for 4 layers"),
+        ({"dp": 4, "ep": 4}, {"num_experts": 6}, r"ep 4 does not divide num_experts 6 \(1.5 each\): take ep 2"),
+        (
+            {"pp": 3, "virtual_stages": 2},
+            {},
+            "pp 3 × virtual_stages 2 = 6 stages for 4 layers, .* take pp 2 on a .*, or pp 1",
+        ),
+        ({"pp": 8}, {}, "pp 8 for 4 layers, and every stage needs one: take pp 4"),
     ],
 )
 def test_model(given: dict[str, int], shape: dict[str, int], message: str) -> None:

@@ -4,6 +4,7 @@ The ranks form a grid of pp × dp × fsdp × cp × tp, the last one varying fast
 machine). `ep` takes no ranks of its own: it divides the dp × fsdp × cp ranks, which hold different tokens.
 """
 
+from collections.abc import Iterable
 from difflib import get_close_matches
 from math import prod
 from typing import Literal, Self
@@ -83,6 +84,11 @@ class Layout(BaseModel):
         if self.schedule not in SCHEDULES:
             near = get_close_matches(self.schedule.lower(), SCHEDULES, 1, 0.0)[0]
             raise ValueError(f"schedule {self.schedule!r}: take {near} (there are {', '.join(SCHEDULES)})")
+        if self.pp == 1:
+            for name in ("microbatches", "virtual_stages", "stage_layers"):
+                if name in self.model_fields_set and getattr(self, name) != type(self).model_fields[name].default:
+                    other = ", or microbatch_size in place of it" if name == "microbatches" else ""
+                    raise ValueError(f"{name} is of a pipeline, and pp is 1: set pp{other}, or leave {name} out")
         if self.cpu_offload:
             self._check_offload()
         if self.sp and self.tp == 1:
@@ -163,31 +169,43 @@ class Layout(BaseModel):
     def check_model(self, model: ModelConfig) -> None:
         """Raise UserError with the arithmetic where a resolved layout does not fit the model."""
         heads, keys = model.num_attention_heads, model.num_key_value_heads
+        works = [size for size in divisors(heads) if model.is_mla or keys % size == 0 or size % keys == 0]
         if heads % self.tp:
             raise UserError(
                 f"layout: tp {self.tp} does not divide num_attention_heads {heads} ({heads / self.tp:.3g} each): take "
-                f"tp {nearest_divisor(heads, self.tp)}"
+                f"{self.nearest('tp', works)}"
             )
-        if not model.is_mla and keys % self.tp and self.tp % keys:
-            works = [size for size in divisors(heads) if keys % size == 0 or size % keys == 0]
+        if self.tp not in works:
             raise UserError(
-                f"layout: {keys} key/value heads can be neither cut nor repeated evenly over tp {self.tp}: take tp "
-                f"{min(works, key=lambda size: abs(size - self.tp))}"
+                f"layout: {keys} key/value heads can be neither cut nor repeated evenly over tp {self.tp}: take "
+                f"{self.nearest('tp', works)}"
             )
         if self.ep > 1 and not model.num_experts:
             raise UserError(f"layout: ep {self.ep}, but the model has no experts (num_experts 0): take ep 1")
         if self.ep > 1 and model.num_experts % self.ep:
+            both = [size for size in divisors(model.num_experts) if self.data_ranks * self.cp % size == 0]
             raise UserError(
                 f"layout: ep {self.ep} does not divide num_experts {model.num_experts} "
-                f"({model.num_experts / self.ep:.3g} each): take ep {nearest_divisor(model.num_experts, self.ep)}"
+                f"({model.num_experts / self.ep:.3g} each): take ep {min(both, key=lambda size: abs(size - self.ep))}"
             )
         stages = self.pp * self.virtual_stages
         if stages > model.num_hidden_layers:
+            virtual = f" × virtual_stages {self.virtual_stages} = {stages} stages" if self.virtual_stages > 1 else ""
+            most = max(1, model.num_hidden_layers // self.virtual_stages)
             raise UserError(
-                f"layout: pp {self.pp} × virtual_stages {self.virtual_stages} = {stages} stages for "
-                f"{model.num_hidden_layers} layers: every stage needs a layer, so pp × virtual_stages is at most "
-                f"{model.num_hidden_layers}"
+                f"layout: pp {self.pp}{virtual} for {model.num_hidden_layers} layers, and every stage needs one: take "
+                f"{self.nearest('pp', range(1, most + 1))}"
             )
+
+    def nearest(self, name: str, works: Iterable[int]) -> str:
+        """The size among those that work that is nearest to the one there is; where these ranks cannot have it, also
+        the nearest that they can have. tp 8 of 12 heads on 8 ranks: `tp 6 on a multiple of 6 ranks, or tp 4`."""
+        wanted, every = getattr(self, name), sorted(works)
+        best = min(every, key=lambda size: abs(size - wanted))
+        if self.world % best == 0:
+            return f"{name} {best}"
+        here = min((size for size in every if self.world % size == 0), key=lambda size: abs(size - wanted))
+        return f"{name} {best} on a multiple of {best} ranks, or {name} {here}"
 
     @property
     def column_unit(self) -> int:

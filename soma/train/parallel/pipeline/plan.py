@@ -1,5 +1,6 @@
 """What a layout asks of a pipeline: its schedule for a batch, and the layers of its stages. Loads no torch."""
 
+import re
 from itertools import accumulate, pairwise
 
 from soma.base.errors import UserError
@@ -29,7 +30,8 @@ def make_plan(layout: Layout, batch_size: int, microbatch_size: int | None) -> S
     try:
         return plan_of(layout, microbatches)
     except ValueError as error:
-        raise UserError(f"layout: {error}: {advice(layout, microbatches, batch_size, microbatch_size)}") from None
+        rule = re.sub(r"[:;] use [^:;]*$", "", str(error))  # its advice is in ranks, ours in settings
+        raise UserError(f"layout: {rule}: {advice(layout, microbatches, batch_size, microbatch_size)}") from None
 
 
 def microbatches_of(layout: Layout, batch_size: int, microbatch_size: int | None) -> int:
@@ -93,11 +95,11 @@ def layers_for(layout: Layout, plan: Schedule, model: ModelConfig, sequence_leng
     count, stages = model.num_hidden_layers, plan.stages
     if stages > count:
         a_rank = stages // layout.pp
-        near = count // a_rank
-        change = f"take pp {near}" if near > 1 else "take a schedule with fewer stages a rank"
+        most = count // a_rank
+        change = layout.nearest("pp", range(2, most + 1)) if most > 1 else "schedule 1f1b, which has 1 stage a rank"
         raise UserError(
             f"layout: schedule {plan.name} on pp {layout.pp} has {stages} stages ({a_rank} a rank), and the model has "
-            f"{count} layers, at least one for each: {change}, or schedule 1f1b with pp at most {count}"
+            f"{count} layers, at least one for each: take {change}"
         )
     if layout.stage_layers is None:
         return weighed_split(count, stages, head_layers(model, sequence_length))
