@@ -152,8 +152,11 @@ class OverlapWorker(StageWorker):
         else:
             trail = self.trails.pop(index)
         if self.stage.is_last:
-            total, grad_BTD = self.head.backward(trail.y, microbatch, self.scale)
+            leaf_BTD = trail.y.requires_grad_()
+            total, output, seed = self.head.backward(leaf_BTD, microbatch, self.scale)
             self.total += total
+            torch.autograd.backward([output], [seed])
+            grad_BTD = leaf_BTD.grad
         assert grad_BTD is not None
         grads, device = [grad_BTD], grad_BTD.device
         seed = self.aux_scale / self.stage.routed if self.stage.routed else self.aux_scale
