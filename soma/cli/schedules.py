@@ -96,7 +96,7 @@ def make(
 ) -> "Schedule":
     """The schedule of that name. Raises ValueError where there is none."""
     from soma.train.parallel.pipeline import search
-    from soma.train.parallel.pipeline.schedules import SCHEDULES, interleaved
+    from soma.train.parallel.pipeline.schedules import interleaved
 
     if name == "search":
         for time in (costs.forward, costs.backward, costs.weight, costs.all_to_all, costs.unshard, costs.reduce):
@@ -107,19 +107,19 @@ def make(
         return search.search(stages, microbatches, search.v_half_limit(stages) if memory is None else memory, costs)
     if name == "interleaved":
         return interleaved(stages, microbatches, virtual_stages)
-    if name not in SCHEDULES:
-        raise ValueError(f"schedule {name!r}: expected search or one of {', '.join(SCHEDULES)}")
-    return SCHEDULES[name](stages, microbatches)
+    if name not in search.NAMED:
+        raise ValueError(f"schedule {name!r}: expected search or one of {', '.join(search.NAMED)}")
+    return search.NAMED[name](stages, microbatches)
 
 
 def show_list() -> None:
     """The schedules, each with the first sentence of its documentation and the formula of its bubble."""
     from soma.train.parallel.pipeline.formulas import FORMULAS
-    from soma.train.parallel.pipeline.schedules import SCHEDULES
+    from soma.train.parallel.pipeline.search import NAMED
 
-    for name, function in SCHEDULES.items():
+    for name, function in NAMED.items():
         first = (function.__doc__ or "").split("\n")[0].split(". ")[0].rstrip(".")
-        typer.echo(f"{name:12} {first}; bubble {FORMULAS[name]}")
+        typer.echo(f"{name:12} {first}{f'; bubble {FORMULAS[name]}' if name in FORMULAS else ''}")
     typer.echo(f"{'search':12} The shortest for your times that holds at most --memory activations")
 
 

@@ -9,9 +9,11 @@ import pytest
 from typer.testing import CliRunner
 
 from soma.cli import app
+from soma.train.parallel.config import Layout
 from soma.train.parallel.pipeline import formulas
 from soma.train.parallel.pipeline.costs import Costs
 from soma.train.parallel.pipeline.draw import LEFT, chrome_trace, svg
+from soma.train.parallel.pipeline.plan import plan_of
 from soma.train.parallel.pipeline.schedule import Action, Overlap, Schedule, layers_of_stages
 from soma.train.parallel.pipeline.schedules import SCHEDULES, interleaved
 from soma.train.parallel.pipeline.search import fixed, per_stage, search, v_half_limit
@@ -160,7 +162,9 @@ def test_overlap_shortens() -> None:
 def test_v_half() -> None:
     """At most ceil(p/2) + 1 activations, less than any fixed schedule with less idle time than 1F1B needs."""
     for ranks in (4, 8):
-        schedule = search(ranks, 3 * ranks, v_half_limit(ranks))
+        schedule = plan_of(Layout(pp=ranks, schedule="v-half"), 3 * ranks)
+        assert schedule.activations == v_half_limit(ranks)
+        assert schedule.steps == search(ranks, 3 * ranks, v_half_limit(ranks)).steps
         validate(schedule)
         timeline = simulate(schedule, per_stage(EVEN_COSTS, schedule))
         assert timeline.peak <= v_half_limit(ranks)

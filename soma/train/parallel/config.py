@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from soma.base.errors import UserError
 from soma.model.config import ModelConfig
-from soma.train.parallel.pipeline.schedules import SCHEDULES
+from soma.train.parallel.pipeline.search import NAMED
 
 GRID = ("pp", "dp", "fsdp", "cp", "tp")  # the slowest first
 REST = -1
@@ -81,9 +81,9 @@ class Layout(BaseModel):
         rest = [name for name in GRID if sizes[name] == REST]
         if len(rest) > 1:
             raise ValueError(f"{' and '.join(rest)} are all -1: only one can be all ranks that are left")
-        if self.schedule not in SCHEDULES:
-            near = get_close_matches(self.schedule.lower(), SCHEDULES, 1, 0.0)[0]
-            raise ValueError(f"schedule {self.schedule!r}: take {near} (there are {', '.join(SCHEDULES)})")
+        if self.schedule not in NAMED:
+            near = get_close_matches(self.schedule.lower(), NAMED, 1, 0.0)[0]
+            raise ValueError(f"schedule {self.schedule!r}: take {near} (there are {', '.join(NAMED)})")
         if self.pp == 1:
             for name in ("microbatches", "virtual_stages", "stage_layers"):
                 if name in self.model_fields_set and getattr(self, name) != type(self).model_fields[name].default:

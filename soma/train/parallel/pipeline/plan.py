@@ -8,7 +8,8 @@ from soma.model.config import ModelConfig
 from soma.model.formulas import flops_per_token
 from soma.train.parallel.config import Layout
 from soma.train.parallel.pipeline.schedule import Schedule, layers_of_stages
-from soma.train.parallel.pipeline.schedules import SCHEDULES, interleaved
+from soma.train.parallel.pipeline.schedules import interleaved
+from soma.train.parallel.pipeline.search import NAMED
 
 
 def make_plan(layout: Layout, batch_size: int, microbatch_size: int | None) -> Schedule:
@@ -17,8 +18,8 @@ def make_plan(layout: Layout, batch_size: int, microbatch_size: int | None) -> S
     Raises UserError with the arithmetic that fails and the nearest that works.
     """
     name, chunks = layout.schedule, layout.virtual_stages
-    if name not in SCHEDULES:
-        raise UserError(f"layout: schedule {name!r}: expected one of {', '.join(SCHEDULES)}")
+    if name not in NAMED:
+        raise UserError(f"layout: schedule {name!r}: expected one of {', '.join(NAMED)}")
     if name == "interleaved" and chunks == 1:
         raise UserError("layout: schedule interleaved has 2 or more virtual_stages, and there is 1: take 2, or 1f1b")
     if name != "interleaved" and chunks > 1:
@@ -57,7 +58,7 @@ def plan_of(layout: Layout, microbatches: int) -> Schedule:
     """Raises ValueError where ranks and microbatches do not fit the schedule."""
     if layout.schedule == "interleaved":
         return interleaved(layout.pp, microbatches, layout.virtual_stages)
-    return SCHEDULES[layout.schedule](layout.pp, microbatches)
+    return NAMED[layout.schedule](layout.pp, microbatches)
 
 
 def advice(layout: Layout, microbatches: int, batch_size: int, microbatch_size: int | None) -> str:

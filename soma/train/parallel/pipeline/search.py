@@ -8,6 +8,7 @@ memory, whatever their number. The order is what counts: the real times decide b
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 from soma.train.parallel.pipeline.costs import Costs, Memory, PerStage
@@ -50,6 +51,12 @@ def search(ranks: int, microbatches: int, limit: float, costs: Costs | None = No
     if best is None:
         raise ValueError(f"no schedule of {ranks} ranks holds at most {limit:g} activations: the least is {least:g}")
     return replace(best[2], steps=tuple(tuple(best[2].computing(rank)) for rank in range(ranks)), zero=None)
+
+
+def v_half(ranks: int, microbatches: int) -> Schedule:
+    """Half the memory of 1F1B, on a V (arXiv:2405.15362): what `search` finds at equal times for `v_half_limit`."""
+    limit = v_half_limit(ranks)
+    return replace(search(ranks, microbatches, limit), name="v-half", activations=limit)
 
 
 def per_stage(costs: Costs, schedule: Schedule) -> Costs:
@@ -171,3 +178,6 @@ def repeat(ranks: int, microbatches: int, ticks: dict[tuple[str, int], int]) -> 
             at[tick] = Action("W", backward.stage, backward.microbatch)
         rows.append([action for _, action in sorted(at.items())])
     return make("searched", microbatches, [vee(ranks)], rows, None)
+
+
+NAMED: dict[str, Callable[[int, int], Schedule]] = {**SCHEDULES, "v-half": v_half}
