@@ -1,6 +1,8 @@
 """DeepSpeed as the engine: the data-parallel rows of the parity grid, and its checkpoints under other engines."""
 
 import os
+import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,6 +19,7 @@ from soma.train.config import PreferenceConfig, TrainConfig
 from soma.train.parallel import bridge_deepspeed
 from soma.train.parallel.bridge import bridge, check
 from soma.train.parallel.config import Layout
+from soma.train.parallel.launch import OWN_STORE
 from soma.train.parallel.mesh import Mesh
 from soma.train.world import World
 from tests.train.parity import (
@@ -34,7 +37,7 @@ from tests.train.parity import (
     train,
 )  # fmt: skip
 from tests.train.pool import Pool, device
-from tests.train.test_topology import command, furthest_apart, last_step, trained, write_recipe
+from tests.train.test_topology import ENVIRONMENT, command, furthest_apart, last_step, trained, write_recipe
 
 REASON = "deepspeed is not installed: pip install 'somacube[deepspeed]'"
 ZERO = {stage: {"engine": "deepspeed", "zero": stage} for stage in (1, 2, 3)}
@@ -205,6 +208,26 @@ def test_torchrun(tmp_path: Path, stage: int) -> None:
     two = trained(command(recipe, tmp_path / "two", *options, ranks=2), tmp_path / "two")
     assert one.name == two.name
     assert furthest_apart(one, two) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="kill -9 is POSIX")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_killed_ranks(tmp_path: Path, stage: int) -> None:
+    """kill -9 between the backward pass and the update: torchrun starts the ranks again, and the bits are the same."""
+    pytest.importorskip("deepspeed", reason=REASON)
+    recipe, mark = write_recipe(tmp_path, steps=10), tmp_path / "mark"
+    options = ("--set", "train.layout.engine=deepspeed", "--set", f"train.layout.zero={stage}")
+    undisturbed = trained(command(recipe, tmp_path / "one", *options, ranks=2), tmp_path / "one")
+    call = command(recipe, tmp_path / "two", *options, ranks=2)
+    call[call.index("soma.cli")] = "tests.train.dying_rank"
+    told = {"SOMA_TEST_MARK": str(mark), "SOMA_TEST_RANKS": "2", "SOMA_TEST_KILL": "rank"}
+    done = subprocess.run(call, capture_output=True, text=True, timeout=400, env=ENVIRONMENT | OWN_STORE | told)
+    assert done.returncode == 0, done.stderr
+    assert mark.exists()
+    assert any(f"resumed at step {step} of 10" in done.stdout + done.stderr for step in (4, 6)), done.stderr
+    killed = (tmp_path / "two" / "tiny" / "train").resolve()
+    assert furthest_apart(undisturbed, killed) == 0.0
 
 
 @pytest.mark.parametrize(
