@@ -85,7 +85,8 @@ def schedule(
     timeline = simulate(plan, search.per_stage(costs, plan), search.memory_per_stage(held, plan))
     is_even = not any(isinstance(value, tuple) for value in number.values())
     published = formulas.bubble(plan.name, stages, costs, virtual_stages) if is_even else None
-    show(timeline, published, held)
+    is_free = not (transfer or link or any(each(number["unshard"])) or any(each(number["reduce"])))
+    show(timeline, published, held, is_free)
     if draw is not None:
         draw.write_text(svg(timeline) if draw.suffix == ".svg" else json.dumps(chrome_trace(timeline)))
         typer.echo(f"drawn: {draw}")
@@ -123,19 +124,22 @@ def show_list() -> None:
     typer.echo(f"{'search':12} The shortest for your times that holds at most --memory activations")
 
 
-def show(timeline: "Timeline", published: float | None, memory: "Memory") -> None:
-    """What a schedule costs."""
+def show(timeline: "Timeline", published: float | None, memory: "Memory", is_free: bool) -> None:
+    """What a schedule costs. `is_free`: nothing that travels takes time, as the formulas have it."""
     from soma.train.parallel.pipeline.formulas import FORMULAS
 
     plan = timeline.schedule
     formula = "none" if published is None else f"{published:.6g}   = {FORMULAS[plan.name]}"
+    promised = "" if plan.activations is None else f"; at most {plan.activations:g} promised"
+    free = "" if is_free or published is None else ", for free transfers"
     typer.echo(f"{plan.name}: {plan.ranks} ranks, {plan.microbatches} microbatches, {plan.stages} stages")
     typer.echo(f"step         {timeline.length:.6g}")
-    typer.echo(f"bubble       {timeline.bubble:.6g}   formula {formula}")
+    typer.echo(f"bubble       {timeline.bubble:.6g}   formula {formula}{free}")
     typer.echo(f"idle share   {timeline.idle_share:.2%}")
-    typer.echo(f"activations  {' '.join(f'{held:g}' for held in timeline.peaks)}   (by rank, in a rank's forwards)")
+    held = " ".join(f"{most:g}" for most in timeline.peaks)
+    typer.echo(f"activations  {held}   (by rank, in a rank's forwards{promised})")
     if any(timeline.exposed):
-        typer.echo(f"all-to-all   {' '.join(f'{time:g}' for time in timeline.exposed)}   (by rank, not hidden)")
+        typer.echo(f"all-to-all   {' '.join(f'{time:.6g}' for time in timeline.exposed)}   (by rank, not hidden)")
     if any(timeline.peak_bytes):
         peaks = "   ".join(human_bytes(count) for count in timeline.peak_bytes)
         cut = f", {memory.shards} shards" if plan.zero else ""

@@ -380,12 +380,14 @@ def test_command_of_a_sharded_pipeline(tmp_path: Path) -> None:
     output = said_by(*words, "--gradient-bytes", "16GB", "--message-bytes", "1MB", "--draw", str(out))
     assert "all-to-all   " in output
     assert "memory       " in output
+    assert "at most 2 promised" in output
     assert "4 shards" in output
     names = {event["name"] for event in json.loads(out.read_text())["traceEvents"]}
     assert {"unshard0", "reduce3", "F0.0 to rank 1", "dispatch"} <= names
     listed = said_by("--list")
     assert all(name in listed for name in [*SCHEDULES, "search"])
     assert "formula none" in said_by("1f1b", "--forward", "1,2,1,1")
+    assert "(p-1)(F+B), for free transfers" in said_by("1f1b", "--transfer", "0.1")
     assert "formula 3 " in said_by("interleaved", "--virtual-stages", "3")
 
 

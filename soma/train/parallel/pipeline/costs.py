@@ -30,7 +30,7 @@ class Costs:
     """Times, in any one unit, of a stage: a rank with two stages computes twice as long.
 
     forward: F. backward: the gradient of a stage's input alone. weight: that of its weights. transfer: of a message
-    from rank to rank, one number or one for each link (a link has one direction and carries one message at a time);
+    from rank to rank, one number or one for each link (of one direction, 0 for those not named; one message at a time);
     it is hidden behind computation of others. overlapped: of a forward and a full backward that run side by side, where
     that is known (None: from their parts, `pair`), one number or one for each (stage of the forward, of the backward).
     whole: of a full backward, where its parts help each other (None: the sum of them). `chunks.chunk_costs` finds both
