@@ -24,7 +24,7 @@ from soma.train.parallel.pipeline.execute import Clock, execute
 from soma.train.parallel.pipeline.lower import lower, one_by_one
 from soma.train.parallel.pipeline.schedule import Action, Overlap, Schedule, ShardAction, Step, Transfer, actions_of
 from soma.train.parallel.pipeline.schedules import SCHEDULES, interleaved
-from soma.train.parallel.pipeline.simulate import LongerError, simulate
+from soma.train.parallel.pipeline.simulate import LongerError, Timeline, simulate
 from soma.train.parallel.pipeline.transfers import AHEAD
 from soma.train.parallel.pipeline.validate import SHOWN, validate
 
@@ -366,6 +366,16 @@ def test_lanes_are_drawn() -> None:
     assert sum(event["ph"] == "X" and event["tid"] >= 4 for event in events) == len(traffic)
     most = [max(event["args"]["bytes"] for event in events if event["ph"] == "C" and event["pid"] == r) for r in (0, 1)]
     assert most == timeline.peak_bytes
+
+
+def test_links_of_a_plan_above_its_run() -> None:
+    plan = simulate(SCHEDULES["1f1b"](2, 4), Costs(1, 1, 1, 0.5))
+    run = Timeline(plan.schedule, simulate(plan.schedule, Costs(2, 2, 2)).spans, plan.peaks)
+    picture = ElementTree.fromstring(svg(run, plan))
+    titles = [node.text or "" for node in picture.iter("{http://www.w3.org/2000/svg}title")]
+    assert sum(title.startswith("send: ") for title in titles) == 8
+    events = chrome_trace(run, 1e6, plan)["traceEvents"]
+    assert sum(event["ph"] == "X" and event["cat"] == "receive" for event in events) == 8
 
 
 def said_by(*words: str) -> str:

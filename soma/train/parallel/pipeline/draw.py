@@ -28,12 +28,14 @@ def svg(timeline: Timeline, plan: Timeline | None = None) -> str:
     """One row a rank, time to the right, microbatch numbers inside; hover shows stage, start and end. Links that are
     busy have lanes below it.
 
-    With a `plan` in the same unit of time `timeline` is a measured run of it: the plan lies above it, half as high.
+    With a `plan` in the same unit of time `timeline` is a measured run of it: the plan lies above it, half as high, and
+    what links do is the plan's.
     """
     schedule = timeline.schedule
     length = timeline.length if plan is None else max(timeline.length, plan.length)
     scale = (WIDTH - LEFT - 12) / length
-    lanes = [lane for lane in LANES if any(traffic.lane == lane for row in timeline.traffic for traffic in row)]
+    links = timeline if plan is None else plan
+    lanes = [lane for lane in LANES if any(traffic.lane == lane for row in links.traffic for traffic in row)]
     band = ROW + GAP + LANE * len(lanes) + (0 if plan is None else PLAN)
     height = TOP + schedule.ranks * band + 34
     parts = [
@@ -44,7 +46,11 @@ def svg(timeline: Timeline, plan: Timeline | None = None) -> str:
     ]
     for rank, row in enumerate(timeline.spans):
         y = TOP + rank * band
+        strips_y = y + ROW if plan is None else y
+        for traffic in links.traffic[rank] if lanes else []:
+            parts.append(strip(traffic, strips_y + LANE * lanes.index(traffic.lane), scale))
         if plan is not None:
+            y += LANE * len(lanes)
             for span in plan.spans[rank]:
                 parts += boxes(span, y, scale, min(schedule.stages_of(rank)), PLAN)
             y += PLAN
@@ -53,9 +59,7 @@ def svg(timeline: Timeline, plan: Timeline | None = None) -> str:
         own = min(schedule.stages_of(rank))
         for span in row:
             parts += boxes(span, y, scale, own)
-        for traffic in timeline.traffic[rank] if lanes else []:
-            parts.append(strip(traffic, y + ROW + LANE * lanes.index(traffic.lane), scale))
-    return "\n".join([*parts, *legend(timeline, height - 22), "</svg>", ""])
+    return "\n".join([*parts, *legend(links, height - 22), "</svg>", ""])
 
 
 def strip(traffic: Traffic, y: float, scale: float) -> str:
@@ -136,7 +140,8 @@ def chrome_trace(
     """The time line as complete events (`ph: X`), a process for each rank; a unit of time is shown as a millisecond.
     What links do lies in threads of its own, bytes held are a counter.
 
-    A measured run is in seconds: its unit is 1e6 microseconds. Its `plan`, in the same unit, lies in threads below it.
+    A measured run is in seconds: its unit is 1e6 microseconds. Its `plan`, in the same unit, lies in threads below it,
+    and what links do is the plan's.
     """
     events: list[dict[str, Any]] = []
     for rank, row in enumerate(timeline.spans):
@@ -144,7 +149,7 @@ def chrome_trace(
         for span in row:
             for thread, action in enumerate(actions_of(span.step)):
                 events.append(event(action, span, rank, thread, unit_microseconds))
-        events += link_events(timeline, rank, unit_microseconds)
+        events += link_events(timeline if plan is None else plan, rank, unit_microseconds)
         if plan is None:
             continue
         for thread, name in ((0, "run"), (2, "plan")):
