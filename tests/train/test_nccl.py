@@ -21,7 +21,10 @@ from tests.train.pool import Pool
 from tests.train.test_bridge import REASON, under_torchrun
 from tests.train.test_parity import LORA_SLICE, PAIRS_SLICE, RANKS, SLICE
 from tests.train.test_pipeline import gaps
+from tests.train.test_samples import LAYOUTS as SAMPLED
+from tests.train.test_samples import draw_on_rank
 from tests.train.test_topology import MOVES, last_step, merged
+from tests.train.test_uneven import UNEVEN
 
 GPUS = torch.cuda.device_count()
 LIMIT = 60.0  # seconds for a layout: its communicators, kernels that are loaded, its cases
@@ -139,3 +142,18 @@ def test_another_layout_goes_on(
     expected = merged(case, ours.weights) if case.lora else ours.weights
     assert model.keys() <= expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in model.items())
+
+
+@four
+@pytest.mark.parametrize(("layout", "ranks", "case"), UNEVEN, ids=lambda value: str(value))
+def test_uneven(gpus: Pool, layout: dict[str, Any], ranks: int, case: Case) -> None:
+    check(gpus, layout, [case], ranks)
+
+
+@four
+@pytest.mark.parametrize(("layout", "model"), SAMPLED, ids=lambda value: str(value))
+def test_samples(gpus: Pool, layout: dict[str, Any], model: str) -> None:
+    """The likeliest tokens of one process on a GPU (draws may fall otherwise by a rounding)."""
+    (expected,) = gpus.run(draw_on_rank, 1, {}, model, timeout=LIMIT)
+    for found in gpus.run(draw_on_rank, 4, layout, model, timeout=LIMIT):
+        assert (found["greedy"], found["trained"]) == (expected["greedy"], expected["trained"])

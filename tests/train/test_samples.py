@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from soma.train.parallel.config import Layout
 from soma.train.samples import continue_texts
 from soma.train.world import World
 from tests.train.parity import Case, Recording, make_trainer
-from tests.train.pool import Pool
+from tests.train.pool import Pool, device
 
 PROMPTS = ["a", "some longer text", "and one of the longest that there are, so that little is left"]
 LAYOUTS: list[Any] = [
@@ -44,7 +43,7 @@ class Letters:
 def sample(trainer: Recording, temperature: float = 0.0) -> list[str]:
     tokenizer: Any = Letters()
     trainer.model.eval()
-    return continue_texts(trainer.parallel, tokenizer, PROMPTS, 9, temperature, 3, torch.device("cpu"))
+    return continue_texts(trainer.parallel, tokenizer, PROMPTS, 9, temperature, 3, device())
 
 
 def draw(world: World, model: str, steps: int) -> dict[str, list[str]]:
@@ -59,7 +58,7 @@ def draw(world: World, model: str, steps: int) -> dict[str, list[str]]:
 
 
 def draw_on_rank(rank: int, world_size: int, layout: dict[str, Any], model: str) -> dict[str, list[str]]:
-    return draw(World.join(Layout(**layout), "cpu"), model, 1)
+    return draw(World.join(Layout(**layout), device().type), model, 1)
 
 
 @pytest.mark.parametrize(("layout", "model"), LAYOUTS, ids=lambda value: str(value))
