@@ -1,7 +1,7 @@
 """Runs a schedule on paper: when every step starts and ends, who waits, who holds how much. Loads no torch."""
 
 import math
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -136,7 +136,7 @@ class Simulation:
         self.done: dict[Action, float] = {}  # for the rank that did it
         self.arrived: dict[Action, float] = {}  # for the rank that reads it
         self.gathered: dict[tuple[int, int], float] = {}  # rank, stage
-        self.links: dict[Channel, Link] = {}
+        self.links: defaultdict[Channel, Link] = defaultdict(Link)
         self.waiting: dict[tuple[str, Action], int] = {}
         self.spans: list[list[Span]] = [[] for _ in ranks]
         self.traffic: list[list[Traffic]] = [[] for _ in ranks]
@@ -144,6 +144,7 @@ class Simulation:
         self.whole: set[tuple[int, int]] = set()  # rank, stage with gradients that are not reduced
         self.pieces: set[tuple[int, int]] = set()
         self.exposed = [0.0 for _ in ranks]
+        self.has_more = bool(costs.all_to_all) or memory != Memory()
         self.todo = deque(ranks)
 
     def time(self, step: Compute) -> float:
@@ -182,7 +183,7 @@ class Simulation:
             self.shard(rank, step, now)
         elif isinstance(step, Transfer):
             channel = (rank, step.peer) if step.kind == "send" else (step.peer, rank)
-            link = self.links.setdefault(channel, Link())
+            link = self.links[channel]
             if step.kind == "send":
                 link.queue.append((step.message, now))
             else:
@@ -217,7 +218,8 @@ class Simulation:
         end = self.clocks[rank] = start + self.time(step)
         self.left[rank] -= end - start
         self.spans[rank].append(Span(step, start, end))
-        self.note(rank, step, start, end)
+        if self.has_more:
+            self.note(rank, step, start, end)
         for action in actions_of(step):
             self.done[made_by(action)] = end
             self.wake("done", made_by(action))
@@ -225,7 +227,7 @@ class Simulation:
 
     def note(self, rank: int, step: Compute, start: float, end: float) -> None:
         """Trips to experts, and what a step allocates and frees."""
-        phases = self.costs.phases(step) if self.costs.all_to_all else []
+        phases = self.costs.phases(step)
         for phase in phases:
             if phase.lane == "all-to-all":
                 self.traffic[rank].append(Traffic("all-to-all", phase.name, start + phase.start, start + phase.end))
