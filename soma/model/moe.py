@@ -193,14 +193,19 @@ class MoE(nn.Module):
     def forward(self, x_BTD: Tensor, keep_BT: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Output, and in training the load-balancing loss times its coefficient (None otherwise)."""
         x_ND = x_BTD.reshape(-1, x_BTD.size(-1))
-        weights_NK, chosen_NK, scores_NE = self.gate(x_ND)
+        weights_NK, chosen_NK, aux = self.route(x_ND, keep_BT)
         out_BTD = self.experts(x_ND, weights_NK, chosen_NK).view(x_BTD.shape)
         if self.has_shared:
             out_BTD = out_BTD + self.shared_experts(x_BTD)
-        return out_BTD, self.balance(scores_NE, chosen_NK, keep_BT)
+        return out_BTD, aux
+
+    def route(self, x_ND: Tensor, keep_BT: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The router's weights and choices, (N, K); in training they are counted, and its loss comes with them."""
+        weights_NK, chosen_NK, scores_NE = self.gate(x_ND)
+        return weights_NK, chosen_NK, self.balance(scores_NE, chosen_NK, keep_BT)
 
     def balance(self, scores_NE: Tensor, chosen_NK: Tensor, keep_BT: Tensor | None) -> Tensor | None:
-        """In training: the choices are counted, and the load-balancing loss times its coefficient (None for 0)."""
+        """The load-balancing loss times its coefficient, in training (None otherwise, and for 0)."""
         if not self.training:
             return None
         keep_N = None if keep_BT is None else keep_BT.flatten()

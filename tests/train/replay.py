@@ -50,7 +50,7 @@ class Replay:
         for name, layer in model.layers.named_children():
             if isinstance(layer.mlp, MoE):
                 gate = layer.mlp.gate
-                layer.mlp.register_forward_pre_hook(partial(self.remember, gate))
+                layer.mlp.route = partial(self.route, gate, layer.mlp.route)  # type: ignore[method-assign]
                 gate.choose = partial(self.choose, name, gate, gate.choose)  # type: ignore[method-assign]
 
     def rows(self, tokens_BT: Tensor) -> np.ndarray:
@@ -60,10 +60,11 @@ class Replay:
         assert all(len(rows) == 1 for rows in found), "two rows have the same tokens"
         return np.concatenate(found)
 
-    def remember(self, gate: nn.Module, module: nn.Module, args: tuple[Tensor, Tensor]) -> None:
-        """Before an MoE runs, also when it is computed again: whose tokens they are."""
-        keep_BT: Any = args[1]  # DeepSpeed's hooks make another tensor of it, in the same memory
+    def route(self, gate: nn.Module, plain: Callable[..., Any], x_ND: Tensor, keep_BT: Any) -> Any:
+        """In place of `MoE.route`, also when it is computed again: whose tokens they are."""
+        # DeepSpeed's hooks make another tensor of it, in the same memory.
         gate.rows = keep_BT.rows if hasattr(keep_BT, "rows") else self.by_memory[keep_BT.data_ptr()]  # type: ignore[assignment]
+        return plain(x_ND, keep_BT)
 
     def choose(self, name: str, gate: Any, plain: Callable[[Tensor], Tensor], scores_NE: Tensor) -> Tensor:
         """In place of `Router.choose`."""

@@ -12,11 +12,12 @@ from soma.train.parallel.exchange import Arriving
 from soma.train.parallel.pipeline import execute, overlap
 from soma.train.parallel.pipeline.pieces import Piece
 from soma.train.world import World
-from tests.train.parity import Case, Outcome, alone, differences, train
+from tests.train.parity import Case, Outcome, alone, differences, jobs, train
 from tests.train.pool import Pool
 
 LAYOUT = {"pp": 2, "dp": 2, "ep": 2, "schedule": "dualpipe"}
-TURNED = {"pp": 2, "dp": 2, "ep": 2, "schedule": "dualpipe-v"}
+FOLDED = {"pp": 2, "dp": 2, "ep": 2, "schedule": "dualpipe-v"}
+SHARDED = {"pp": 2, "fsdp": 2, "ep": 2, "schedule": "dualpipe"}
 
 
 class Turns:
@@ -39,13 +40,13 @@ class Turns:
 
 
 def on_rank(
-    rank: int, world_size: int, layout: dict[str, Any], cases: list[Case], spoil: Callable[[pytest.MonkeyPatch], None]
+    rank: int, world_size: int, layout: dict[str, Any], given: list[Any], spoil: Callable[[pytest.MonkeyPatch], None]
 ) -> tuple[list[Outcome], int, list[tuple[int, int]]]:  # fmt: skip
     world = World.join(Layout(**layout), "cpu")
     with pytest.MonkeyPatch.context() as patch:
         turns = Turns(patch)
         spoil(patch)
-        outcomes = [train(case, world) for case in cases]
+        outcomes = [train(case, world, choices) for case, choices in given]
     return outcomes if rank == 0 else [], turns.pairs, turns.order
 
 
@@ -54,9 +55,9 @@ def nothing(patch: pytest.MonkeyPatch) -> None:
 
 
 def check(pool: Pool, layout: dict[str, Any], cases: list[Case], ranks: int = 4) -> None:
-    answers = pool.run(on_rank, ranks, layout, cases, nothing, timeout=300)
+    answers = pool.run(on_rank, ranks, layout, jobs(cases), nothing, timeout=300)
     for case, ours in zip(cases, answers[0][0], strict=True):
-        assert differences(ours, alone(case), case.precision if case.precision == "fp32" else "bf16 moe") == [], case
+        assert differences(ours, alone(case), case.precision) == [], case
     assert all(pairs > 0 for _, pairs, _ in answers)
     # Two ranks that share experts start the same exchanges: what one sends of each is what the other awaits.
     (_, _, one), (_, _, other) = answers[0], answers[1]
@@ -70,13 +71,14 @@ def test_equals_one_process(pool: Pool) -> None:
 
 
 @pytest.mark.parallel
-@pytest.mark.parametrize("layout", [LAYOUT, TURNED])
+@pytest.mark.parametrize("layout", [LAYOUT, FOLDED, SHARDED, SHARDED | {"zero": 1}], ids=str)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_grid(pool: Pool, layout: dict[str, Any], precision: str, optimizer: str) -> None:
-    models = [("moe4", ""), ("latent4", ""), ("latent4", "full")]
+    depth = 5 if layout == FOLDED else 4
+    models = [(f"moe{depth}", ""), (f"latent{depth}", ""), (f"latent{depth}", "full")]
     cases = [Case(model, precision, 1, optimizer, lora=lora) for model, lora in models]
-    check(pool, layout, [*cases, Case("moe4", precision, 1, optimizer, checkpointing=True)])
+    check(pool, layout, [*cases, Case(f"moe{depth}", precision, 1, optimizer, checkpointing=True)])
 
 
 @pytest.mark.parallel
@@ -115,6 +117,6 @@ def lose_rows(patch: pytest.MonkeyPatch) -> None:
 )
 def test_faults_are_seen(pool: Pool, fault: Callable[[pytest.MonkeyPatch], None], said: str) -> None:
     case = Case("moe4", microbatch=2)
-    ours = pool.run(on_rank, 4, LAYOUT, [case], fault, timeout=300)[0][0][0]
+    ours = pool.run(on_rank, 4, LAYOUT, jobs([case]), fault, timeout=300)[0][0][0]
     found = differences(ours, alone(case), "fp32")
     assert any(said in line for line in found), found

@@ -287,10 +287,10 @@ class Front:
         x_BTD = layer.attend(x_BTD, rope, masks, None)
         h_BTD = layer.post_attention_layernorm(x_BTD)
         h_ND = h_BTD.flatten(0, 1)
-        weights_NK, chosen_NK, scores_NE = moe.gate(h_ND)
+        weights_NK, chosen_NK, aux = moe.route(h_ND, keep_BT)
         self.spread = spread_of(moe.experts)
         assert self.spread is not None
         rows_PD, self.sent = self.spread.pack(h_ND, chosen_NK)
         if moe.has_shared:
             x_BTD = x_BTD + moe.shared_experts(h_BTD)
-        return [x_BTD, rows_PD, weights_NK], moe.balance(scores_NE, chosen_NK, keep_BT)
+        return [x_BTD, rows_PD, weights_NK], aux

@@ -79,7 +79,7 @@ def make_pipeline(
     pipeline = PipelineStep(
         model, plan, group, layers=layers, head=head, autocast=compute.autocast,
         compiled=compute.compile and not in_layers, split=layout.tp == 1 and not by_layer, recompute=again is True,
-        overlap=layout.tp * layout.cp * layout.fsdp == 1 and not by_layer and not compute.compile,
+        overlap=layout.tp * layout.cp == 1 and not by_layer and not compute.compile,
         sequence_ranks=layout.tp if layout.sp else 1, device=compute.device,
     )  # fmt: skip
     if layout.fsdp == 1 or needs_measure(again):
