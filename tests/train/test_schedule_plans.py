@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shlex
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -376,6 +377,20 @@ def test_links_of_a_plan_above_its_run() -> None:
     assert sum(title.startswith("send: ") for title in titles) == 8
     events = chrome_trace(run, 1e6, plan)["traceEvents"]
     assert sum(event["ph"] == "X" and event["cat"] == "receive" for event in events) == 8
+
+
+def test_the_commands_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They run, and the first prints what stands below it."""
+    page = (Path(__file__).parents[2] / "docs" / "schedules.md").read_text().replace("\\\n", "")
+    lines = [shlex.split(line, comments=True) for line in page.split("\n") if line.startswith("soma schedule ")]
+    assert len(lines) >= 4
+    monkeypatch.chdir(tmp_path)
+    outputs = []
+    for words in lines:
+        done = CliRunner().invoke(app, words[1:])
+        assert done.exit_code == 0, (words, done.output, done.exception)
+        outputs.append(done.output.replace("drawn: out.svg\n", ""))
+    assert f"```\n{outputs[0]}```" in page
 
 
 def said_by(*words: str) -> str:
