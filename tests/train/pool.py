@@ -144,7 +144,7 @@ class Pool:
         """What went wrong on which rank, and where those are that are still busy: the likely cause first, in a line
         each, then at length."""
         causes = sorted(errors, key=lambda rank: (LOST in errors[rank], rank))  # a lost rank's peers fail after it
-        lines = [f"rank {rank}: {errors[rank].strip().splitlines()[-1][:200]}" for rank in causes]
+        lines = [f"rank {rank}: {cause(errors[rank])}" for rank in causes]
         if busy:
             after = f"{GRACE:g} s after that" if errors else f"after {timeout:g} s"
             lines.append(f"still busy {after}: ranks {', '.join(map(str, busy))}")
@@ -169,6 +169,14 @@ class Pool:
             process.join(10)
         self.workers.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def cause(text: str) -> str:
+    """The end of a traceback in a line: the error, and the notes that it carries (which case of many it was)."""
+    lines = text.strip().splitlines()
+    frames = ("  ", "Extension modules:")  # the latter ends what faulthandler writes
+    start = next((place for place in range(len(lines), 0, -1) if lines[place - 1].startswith(frames)), 0)
+    return " | ".join(line for line in lines[start:] if line)[:400]
 
 
 def work(connection: Connection, place: str, device_type: str) -> None:
@@ -202,12 +210,12 @@ def work(connection: Connection, place: str, device_type: str) -> None:
                 dist.init_process_group(
                     backend, init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=limit
                 )
-                answer = (True, fn(rank, world_size, *args))
+                is_well, answer = True, pickle.dumps((True, fn(rank, world_size, *args)))
             except BaseException:  # noqa: BLE001 - SystemExit too is the rank's answer
-                answer = (False, traceback.format_exc())
+                is_well, answer = False, pickle.dumps((False, traceback.format_exc()))
             sys.stdout.flush()
-            connection.send_bytes(pickle.dumps(answer))
-            if answer[0]:  # else the pool is closed
+            connection.send_bytes(answer)
+            if is_well:  # else the pool is closed
                 dist.barrier()
                 dist.destroy_process_group()
                 forget_meshes()

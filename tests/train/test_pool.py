@@ -20,8 +20,14 @@ def total(rank: int, world_size: int, x: torch.Tensor) -> tuple[int, torch.Tenso
 
 def fail_on(rank: int, world_size: int, bad: int) -> None:
     if rank == bad:
-        raise RuntimeError("one rank is ill")
+        error = RuntimeError("one rank is ill")
+        error.add_note("in the third case")
+        raise error
     dist.barrier()
+
+
+def answer_what_cannot_travel(rank: int, world_size: int) -> object:
+    return (lambda: rank) if rank == 1 else rank
 
 
 def hang_on(rank: int, world_size: int, bad: int) -> None:
@@ -41,10 +47,15 @@ def test_pool(pool: Pool) -> None:
 def test_failures_name_the_rank() -> None:
     own = Pool()
     with pytest.raises(
-        PoolError, match=r"(?s)^rank 1: .*one rank is ill\nstill busy 1.5 s after that: ranks 0\nrank 1 fail"
+        PoolError,
+        match=r"^rank 1: RuntimeError: one rank is ill \| in the third case\n"
+        r"still busy 1.5 s after that: ranks 0\nrank 1 fail",
     ):
         own.run(fail_on, 2, 1)
-    assert len(own.run(total, 2, torch.ones(1))) == 2  # new processes have imported this file then
+    first = own.run(total, 2, torch.ones(1))  # new processes have imported this file then
+    with pytest.raises(PoolError, match=r"(?s)^rank 1: .*pickle.*answer_what_cannot_travel"):
+        own.run(answer_what_cannot_travel, 2)
+    assert len({pid for pid, *_ in own.run(total, 2, torch.ones(1))} & {pid for pid, *_ in first}) == 0  # all are new
     with pytest.raises(PoolError, match=r"(?s)still busy after 3 s: ranks 1\n.*in hang_on"):
         own.run(hang_on, 2, 1, timeout=3)
     own.close()
