@@ -1,4 +1,4 @@
-"""The README's commands, with a recipe that extends the quickstart and trains for 20 seconds."""
+"""The README's commands, with a recipe that extends the quickstart and trains for 20 steps."""
 
 import json
 import os
@@ -13,8 +13,8 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 SOMA = [sys.executable, "-m", "soma.cli"]
 SMALL = {
-    "train": {"max_seconds": 20, "steps": 60, "compile": False, "evaluate_every": 0},
-    "tune": {"max_seconds": 8, "steps": 10, "compile": False},
+    "train": {"max_seconds": 20, "steps": 20, "compile": False, "evaluate_every": 0},
+    "tune": {"max_seconds": 8, "steps": 4, "compile": False},
     "evaluate": {"max_bytes": 20000},
     "probe": {"max_tokens": 16},
 }
