@@ -21,7 +21,6 @@ from soma.train.parallel.config import Layout
 from soma.train.parallel.pipeline.replicas import Replicas
 from soma.train.parallel.pipeline.training import StagedLanguageModeling
 from soma.train.parallel.pipeline.transport import Transport
-from soma.train.parallel.shard import StageShards
 from soma.train.world import World
 from tests.train import parity
 from tests.train.grid import GRID, RANKS, Sizes, depth
@@ -56,7 +55,7 @@ def bucket(patch: pytest.MonkeyPatch, world: World) -> None:
 
 
 def shard(patch: pytest.MonkeyPatch, world: World) -> None:
-    """fsdp: what rank 1 adds to one reduction is lost."""
+    """fsdp, also of a stage of a pipeline: what rank 1 adds to one reduction is lost."""
 
     def lost(scatter: Callable[..., Any], *args: Any, **more: Any) -> Any:
         (more["input"] if "input" in more else args[1]).zero_()
@@ -134,17 +133,6 @@ def send(patch: pytest.MonkeyPatch, world: World) -> None:
         spoil(patch, Transport, "send", empty)
 
 
-def stage(patch: pytest.MonkeyPatch, world: World) -> None:
-    """pp × fsdp: stages do not reduce."""
-
-    def drop(self: StageShards) -> None:
-        for module in self.modules:
-            for parameter in module.parameters(recurse=True):  # type: ignore[attr-defined]
-                parameter.grad = torch.zeros_like(parameter)
-
-    patch.setattr(StageShards, "reduce", drop)
-
-
 def pieces(patch: pytest.MonkeyPatch, world: World) -> None:
     """The norm is that of a rank's own pieces."""
     patch.setattr(norm, "cut_axes", lambda gradient: ())
@@ -205,7 +193,7 @@ def order(patch: pytest.MonkeyPatch, world: World) -> None:
 SUMS: list[tuple[Fault, str, str]] = [  # fault, layout, model
     (bucket, "dp4", "dense"), (shard, "fsdp4", "dense"), (sum_, "tp4", "moe"), (scatter, "fsdp2-tp2-sp", "dense"),
     (ring, "cp4", "dense"), (gather, "cp4-all_gather", "moe"), (combine, "dp4-ep4", "moe"),
-    (copies, "pp2-1f1b-dp2", "dense"), (send, "pp2-zb-v-cp2", "moe"), (stage, "pp2-1f1b-fsdp2-zero1", "dense"),
+    (copies, "pp2-1f1b-dp2", "dense"), (send, "pp2-zb-v-cp2", "moe"), (shard, "pp2-1f1b-fsdp2-zero1", "dense"),
     (pieces, "fsdp4", "dense"),
 ]  # fmt: skip
 MORE_SUMS: list[tuple[Fault, str, str]] = [
