@@ -74,8 +74,10 @@ KINDS: dict[str, dict[str, Any]] = {"dense": DENSE, "moe": MOE, "latent": LATENT
 # Matrices that two and four ranks cannot cut evenly; positions beyond those that the frequencies were made for.
 ODD = DENSE | {"vocab_size": 97, "intermediate_size": 51, "max_position_embeddings": 16,
                "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}  # fmt: skip
+# Query heads that share key heads unevenly on two ranks (4 + 2 and 2 + 4), and on four (3, 1 + 2, 2 + 1, 3).
+SHARED = DENSE | {"num_attention_heads": 12, "num_key_value_heads": 3, "head_dim": 4}
 # With 3, 5 and 9 layers: on 2, 4 and 8 stages they lie unevenly.
-MODELS: dict[str, dict[str, Any]] = {"wide": WIDE, "odd": ODD} | KINDS | {
+MODELS: dict[str, dict[str, Any]] = {"wide": WIDE, "odd": ODD, "shared": SHARED} | KINDS | {
     f"{name}{layers}": shape | {"num_hidden_layers": layers}
     for name, shape in KINDS.items() for layers in (3, 4, 5, 9)
 }  # fmt: skip

@@ -19,6 +19,8 @@ UNEVEN: list[Any] = [
     ({"pp": 3, "stage_layers": [1, 2, 1]}, 3, Case("moe4", microbatch=4)),
     ({"cp": 2}, 2, Case("odd", microbatch=1)),
     ({"fsdp": 2, "tp": 2, "sp": True}, 4, Case("odd", microbatch=1)),
+    ({"tp": 4}, 4, Case("shared", lora="full")),
+    pytest.param({"cp": 2, "tp": 2}, 4, Case("shared", optimizer="muon"), marks=pytest.mark.parallel),
     pytest.param({"tp": 4}, 4, Case("odd", microbatch=1, optimizer="muon"), marks=pytest.mark.parallel),
     pytest.param(
         {"cp": 3, "cp_method": "all_gather"}, 3, Case(pairs=True, microbatch=4), marks=pytest.mark.parallel

@@ -168,17 +168,11 @@ class Layout(BaseModel):
 
     def check_model(self, model: ModelConfig) -> None:
         """Raise UserError with the arithmetic where a resolved layout does not fit the model."""
-        heads, keys = model.num_attention_heads, model.num_key_value_heads
-        works = [size for size in divisors(heads) if model.is_mla or keys % size == 0 or size % keys == 0]
+        heads = model.num_attention_heads
         if heads % self.tp:
             raise UserError(
                 f"layout: tp {self.tp} does not divide num_attention_heads {heads} ({heads / self.tp:.3g} each): take "
-                f"{self.nearest('tp', works)}"
-            )
-        if self.tp not in works:
-            raise UserError(
-                f"layout: {keys} key/value heads can be neither cut nor repeated evenly over tp {self.tp}: take "
-                f"{self.nearest('tp', works)}"
+                f"{self.nearest('tp', divisors(heads))}"
             )
         if self.ep > 1 and not model.num_experts:
             raise UserError(f"layout: ep {self.ep}, but the model has no experts (num_experts 0): take ep 1")

@@ -9,11 +9,13 @@ become gather and reduce-scatter.
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement, Replicate, Shard
 
+from soma.base.errors import UserError
 from soma.model.attention import Attention, LatentAttention
 from soma.model.layers import MLP
 from soma.model.lora import LoRALinear, shared_inputs
@@ -140,8 +142,9 @@ def cut_mlp(mlp: MLP, mesh: DeviceMesh) -> None:
 
 
 def cut_attention(attention: Attention, mesh: DeviceMesh) -> None:
-    """Heads are divided. With fewer key heads than ranks each rank uses the one that its query heads share."""
-    ranks, rank = mesh.size(), mesh.get_local_rank()
+    """Heads are divided. Key heads that the ranks do not divide are whole on each of them, which uses those of its
+    query heads: as often as a query head needs it, where these share their key heads unevenly."""
+    ranks, rank, shared = mesh.size(), mesh.get_local_rank(), attention.num_heads // attention.num_kv_heads
     cut_columns(attention.q_proj, mesh)
     cut_rows(attention.o_proj, mesh)
     keys, width = attention.num_kv_heads, attention.head_dim
@@ -151,22 +154,37 @@ def cut_attention(attention: Attention, mesh: DeviceMesh) -> None:
         cut_columns(attention.v_proj, mesh)
         attention.num_kv_heads //= ranks
     else:
+        own = [(rank * attention.num_heads + head) // shared for head in range(attention.num_heads)]
+        used = sorted(set(own))
+        chosen = used if len({own.count(key) for key in used}) == 1 else own
         for linear in (attention.k_proj, attention.v_proj):
-            use_rows(linear, mesh, rank * keys // ranks * width, width)
-        attention.num_kv_heads = 1
+            use_heads(linear, mesh, chosen, width)
+        attention.num_kv_heads = len(chosen)
     if attention.qk_norm:
         keep_whole(attention.q_norm, mesh, partial=True)
         keep_whole(attention.k_norm, mesh, partial=True)
 
 
-def use_rows(linear: nn.Module, mesh: DeviceMesh, start: int, count: int) -> None:
-    """Every rank has the whole layer and computes some outputs, perhaps the same ones as others."""
+def use_heads(linear: nn.Module, mesh: DeviceMesh, heads: list[int], width: int) -> None:
+    """Every rank has the whole layer and computes the outputs of some heads of `width`, perhaps the same as others do.
+
+    Raises UserError where a layer is rounded and a head is wanted twice: its rows are packed.
+    """
+    start, count = heads[0] * width, len(heads) * width
+    is_run = heads == list(range(heads[0], heads[0] + len(heads)))
 
     def view(piece: Tensor) -> Tensor:
-        return piece.narrow(0, start, count)
+        if is_run:
+            return piece.narrow(0, start, count)
+        return torch.cat([piece.narrow(0, head * width, width) for head in heads])
 
     base = linear.base if isinstance(linear, LoRALinear) else linear
     if isinstance(base, QuantizedLinear):
+        if not is_run:
+            raise UserError(
+                f"layout: tp {mesh.size()} divides query heads so that they share {base.out_features // width} key "
+                "heads unevenly, which rounded weights (lora.base_weights) cannot: take base_weights full or another tp"
+            )
         base.keep(0, start, count)
     for name, parameter in base._parameters.items():
         if parameter is not None:
