@@ -9,11 +9,12 @@ from torch import Tensor
 
 from soma.model.config import ModelConfig
 from soma.model.transformer import Transformer
-from soma.train.parallel import exchange
-from soma.train.parallel.exchange import CopyExchange
+from soma.train.parallel.exchange import CopyExchange, moment
 from soma.train.parallel.expert import spread
+from soma.train.parallel.pipeline import overlap
 from soma.train.parallel.pipeline.microbatch import Microbatch
 from soma.train.parallel.pipeline.overlap import OverlapWorker, in_turns
+from soma.train.parallel.pipeline.pieces import Recorder
 from soma.train.parallel.pipeline.schedules import SCHEDULES
 from soma.train.parallel.pipeline.stage import StageWorker, cut
 from tests.train.parity import LATENT
@@ -140,19 +141,20 @@ def exact(device: torch.device) -> Any:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 def test_a_copy_that_does_not_wait_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The communication stream starts before the rows are there: the computing stream is held up first."""
+    """The computing stream is held up before every piece, and copies wait for an event that is long over."""
     device = torch.device("cuda", 0)
+    plain_run, plain_start, early = Recorder.run, overlap.start, moment(device)
 
-    def beside(device: torch.device, ready: Any) -> Any:
-        return torch.cuda.stream(exchange.communication_stream(device))
+    def run(recorder: Recorder, *args: Any) -> Any:
+        torch.cuda._sleep(20_000_000)
+        return plain_run(recorder, *args)
 
-    def moment(device: torch.device) -> Any:
-        torch.cuda._sleep(2_000_000)
-        return torch.cuda.current_stream(device).record_event()
+    def start(exchange: Any, x_PD: Tensor, to_R: list[int], from_R: list[int], ready: Any) -> Any:
+        return plain_start(exchange, x_PD, to_R, from_R, early)
 
     with exact(device):
         expected = plain(device)
-        monkeypatch.setattr("soma.train.parallel.pipeline.overlap.moment", moment)
+        monkeypatch.setattr(Recorder, "run", run)
         assert furthest(turns(device), expected) < 3e-5
-        monkeypatch.setattr(exchange, "beside", beside)
+        monkeypatch.setattr(overlap, "start", start)
         assert not furthest(turns(device), expected) < 3e-5
