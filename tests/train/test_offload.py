@@ -98,6 +98,11 @@ def check(pool: Pool, layout: dict[str, Any], ranks: int, cases: list[Case]) -> 
 
 
 def test_a_process_alone_is_as_without(pool: Pool) -> None:
+    check(pool, {}, 1, CASES[:3])
+
+
+@pytest.mark.parallel
+def test_every_case_of_a_process_alone(pool: Pool) -> None:
     check(pool, {}, 1, CASES)
 
 
