@@ -150,7 +150,7 @@ def write(
     RESULTS.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {
         "benchmark": name,
-        "command": command(name),
+        "command": command(),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "machine": machine(arguments.threads),
@@ -201,9 +201,9 @@ def rounded(case: Case) -> dict[str, Any]:
     return {**record, "spread": [short(value) for value in case.spread]}
 
 
-def command(name: str) -> str:
+def command() -> str:
     """The command line to type again, without this machine's paths."""
-    return " ".join(["python", f"benchmarks/{name}.py", *sys.argv[1:]])
+    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
 
 
 def commit() -> str:
