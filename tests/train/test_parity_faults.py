@@ -115,7 +115,7 @@ def combine(patch: pytest.MonkeyPatch, world: World) -> None:
         return right(*args).roll(1, 0)
 
     if world.rank == 1:
-        spoil(patch, expert, "rows_to_all", turned, call=1)
+        spoil(patch, expert, "travel", turned, call=1)
 
 
 def copies(patch: pytest.MonkeyPatch, world: World) -> None:
