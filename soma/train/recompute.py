@@ -44,9 +44,7 @@ def recompute_layers(
     kind, number = checkpointing_form(mode)
     numbers = [int(name) for name, _ in model.layers.named_children()]
     layers: list[nn.Module] = list(model.layers)
-    dropout = any(
-        layer.dropout > 0 for layer in lora_layers(model).values()
-    )  # the same mask again, from the same state
+    dropout = has_dropout(model)  # the same mask again, from the same state
     if kind == "none":
         return 0
     if kind == "selective":
@@ -61,6 +59,11 @@ def recompute_layers(
     for index in chosen:
         layers[index].forward = recomputing(layers[index].forward, random=dropout)
     return len(chosen)
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether a forward pass in training draws numbers."""
+    return any(layer.dropout > 0 for layer in lora_layers(model).values())
 
 
 def needs_measure(mode: bool | str) -> bool:

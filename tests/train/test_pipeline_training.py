@@ -117,6 +117,27 @@ def test_pipeline_prefers_as_one_process(
     assert len(samples(out)) == 4
 
 
+def test_dropout_masks_of_a_stage_that_is_computed_again(
+    run: Run, pool: Pool, small: dict, tmp_path: Path, tokens: Path, tokenizer: Path
+) -> None:  # fmt: skip
+    """They are those of its forward pass: the same run as without recomputation."""
+    base = run("base", TrainConfig(**small | {"steps": 1, "warmup": 0})).model
+    settings = small | {
+        "microbatch_size": 1, "steps": 2, "warmup": 0, "learning_rate": 1e-2, "evaluate_every": 0,
+        "lora": {"r": 4, "lora_dropout": 0.5}, "layout": {"pp": 2},
+    }  # fmt: skip
+    for name, again in (("kept", False), ("again", True)):
+        (tmp_path / name).mkdir()
+        job = {
+            "config": settings | {"activation_checkpointing": again}, "out": str(tmp_path / name),
+            "work": str(tmp_path / f"{name}-work"), "tokens": str(tokens), "tokenizer": str(tokenizer),
+            "model": str(base),
+        }  # fmt: skip
+        pool.run(train_rank, 2, job)
+    assert len(losses(tmp_path / "kept")) == 2
+    assert losses(tmp_path / "again") == pytest.approx(losses(tmp_path / "kept"), abs=1e-6)
+
+
 def samples(folder: Path) -> list[tuple[str, str]]:
     records = [json.loads(line) for line in (folder / "logs" / "metrics.jsonl").read_text().splitlines()]
     return [(record["prompt"], record["text"]) for record in records if record["event"] == "sample"]

@@ -30,7 +30,7 @@ from soma.train.parallel.pipeline.plan import layers_for, make_plan
 from soma.train.parallel.pipeline.schedule import Schedule
 from soma.train.parallel.pipeline.simulate import simulate
 from soma.train.parallel.pipeline.whole import hidden_states
-from soma.train.recompute import needs_measure, recompute_layers
+from soma.train.recompute import has_dropout, needs_measure, recompute_layers
 
 
 def stage_model(
@@ -71,14 +71,16 @@ def make_pipeline(
     layout, again, group = mesh.layout, config.activation_checkpointing, mesh.group("pp")
     assert group is not None
     divide(model, mesh, whole_batch=config.microbatch_size is None and plan.microbatches == 1)
+    # A layer that is computed again draws its dropout masks again; a stage would draw others.
+    by_stage = again is True and not has_dropout(model)
+    by_layer = again is not False and not by_stage
     # Layers that talk to other ranks are compiled one by one, and so are those that are wrapped one by one.
-    by_layer = again not in (False, True)
     in_layers = layout.tp * layout.cp * layout.ep * layout.fsdp > 1 or by_layer
     # A matrix that is cut over tp ranks gets its gradient from autograd, and a layer that autograd computes again has
     # no taps left: a B does all there.
     pipeline = PipelineStep(
         model, plan, group, layers=layers, head=head, autocast=compute.autocast,
-        compiled=compute.compile and not in_layers, split=layout.tp == 1 and not by_layer, recompute=again is True,
+        compiled=compute.compile and not in_layers, split=layout.tp == 1 and not by_layer, recompute=by_stage,
         overlap=layout.tp * layout.cp == 1 and not by_layer and not compute.compile,
         sequence_ranks=layout.tp if layout.sp else 1, device=compute.device,
     )  # fmt: skip
