@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-WIDTH = (
-    1024  # a compiled update of any number of rows reads and writes 16 bytes at a time if their length divides by it
-)
+# A compiled update of any number of rows reads and writes 16 bytes at a time if their length divides by it.
+WIDTH = 1024
 FIRST, SECOND = 0x7FEB352D, 0x846CA68B - (1 << 32)  # lowbias32's factors, as int32
 
 

@@ -43,6 +43,10 @@ def test_it_needs_shards() -> None:
         Layout(cpu_offload=True).resolve(4)
     with pytest.raises(UserError, match=r"ep 4 on 4 ranks .*: take ep 2"):
         Layout(cpu_offload=True, fsdp=4, ep=4).resolve(4)
+    with pytest.raises(
+        UserError, match=r"engine deepspeed shares work between ranks, and there is 1: take engine soma"
+    ):
+        Layout(cpu_offload=True, engine="deepspeed", zero=2).resolve(1)
     assert Layout(cpu_offload=True).resolve(1).fsdp == 1
     assert Layout(cpu_offload=True, fsdp=-1, ep=2).resolve(4).fsdp == 4
     with pytest.raises(ValidationError, match=r"activation_checkpointing with a budget .* take true, every:N"):

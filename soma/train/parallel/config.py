@@ -27,9 +27,13 @@ class Layout(BaseModel):
     dp: int | None = Field(
         None,
         description="Replicas of the model, each with its own rows of the batch; gradients are summed. "
-        "None: 1 where another size is -1, else all ranks that are left.",
+        "None: 1 where another size is -1 or the engine is deepspeed, else all ranks that are left.",
     )
-    fsdp: int = Field(1, description="Ranks that share parameters, gradients and optimizer state (FSDP2, ZeRO).")
+    fsdp: int = Field(
+        1,
+        description="Ranks that share parameters, gradients and optimizer state (FSDP2, ZeRO). With engine deepspeed 1 "
+        "is all ranks that are left, unless dp is given.",
+    )
     zero: Literal[1, 2, 3] = Field(
         3,
         description="What the fsdp ranks cut: 1 the optimizer state; 2 gradients too, after each microbatch; "
@@ -139,6 +143,11 @@ class Layout(BaseModel):
             raise UserError(
                 f"layout: ep {self.ep} does not divide dp × fsdp × cp = {sizes['dp']} × {sizes['fsdp']} × "
                 f"{sizes['cp']} = {holders} ({holders / self.ep:.3g}): take ep {near}"
+            )
+        if self.cpu_offload and self.engine != "soma" and world == 1:
+            raise UserError(
+                f"layout: engine {self.engine} shares work between ranks, and there is 1: take engine soma for "
+                "cpu_offload on one GPU"
             )
         if self.cpu_offload and sizes["fsdp"] == 1 and world > 1:
             raise UserError(

@@ -11,7 +11,7 @@ from soma.data.loader import Batch
 from soma.train import loss
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Microbatch:
     """What every stage gets from the loader of its own rank: integers (B, T), and `rows`, the positions of all B·T that
     have a target. None for positions, documents or rows: 0…T-1, one document, all positions.

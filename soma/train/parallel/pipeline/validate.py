@@ -133,7 +133,7 @@ def check_end(plan: Schedule, place: Place, step: Transfer, made: set[Action]) -
 
 
 def check_orders(plan: Schedule, ends: Mapping[Transfer, Place]) -> None:
-    """A channel's receives in the order of its sends; no more of them open at once than a channel has buffers."""
+    """A channel's receives in the order of its sends."""
     receives: dict[Channel, list[Action]] = {}
     for rank, row in enumerate(plan.steps):
         for step in row:
