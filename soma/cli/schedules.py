@@ -48,8 +48,7 @@ def schedule(
     list_: bool = typer.Option(False, "--list", help="Name the schedules."),
 ) -> None:
     """Check, time and draw a pipeline schedule; the published formula stands beside the simulated bubble."""
-    from soma.train.parallel.pipeline import costs as costs_
-    from soma.train.parallel.pipeline import formulas, search
+    from soma.train.parallel.pipeline import search
     from soma.train.parallel.pipeline.draw import chrome_trace, svg
     from soma.train.parallel.pipeline.lower import lower
     from soma.train.parallel.pipeline.simulate import simulate
@@ -60,36 +59,50 @@ def schedule(
         return
     if draw is not None and draw.suffix not in (".svg", ".json"):
         raise UserError(f"--draw {draw}: expected a name that ends in .svg or .json")
-    times = {
-        "forward": forward, "backward": backward, "weight": weight, "all-to-all": all_to_all, "unshard": unshard,
-        "reduce": reduce,
-    }  # fmt: skip
-    number = {key: numbers(text, key) for key, text in times.items()}
-    if all(not any(each(number[key])) for key in ("forward", "backward", "weight")):
-        raise UserError("--forward, --backward, --weight: all are 0, so nothing would take any time")
-    costs = costs_.Costs(
-        number["forward"], number["backward"], number["weight"], links(transfer, link, stages), overlapped,
-        number["all-to-all"], number["unshard"], number["reduce"],
+    costs = read_costs(
+        {"forward": forward, "backward": backward, "weight": weight, "all-to-all": all_to_all, "unshard": unshard,
+         "reduce": reduce}, links(transfer, link, stages), overlapped,
     )  # fmt: skip
-    sizes = {"activation": activation_bytes, "parameter": parameter_bytes, "gradient": gradient_bytes}
-    bytes_ = {key: byte_counts(text, f"--{key}-bytes") for key, text in sizes.items()}
-    message = parse_bytes(message_bytes, "--message-bytes")
-    held = costs_.Memory(bytes_["activation"], bytes_["parameter"], bytes_["gradient"], message, shards)
+    sizes = {"activation-bytes": activation_bytes, "parameter-bytes": parameter_bytes, "gradient-bytes": gradient_bytes}
+    held = read_memory(sizes, message_bytes, shards)
     try:
         plan = make(name, stages, microbatches, virtual_stages, memory, costs)
-        check_lengths(plan, number | {f"{key}-bytes": count for key, count in bytes_.items()})
+        check_lengths(plan, costs, held)
         plan = lower(plan, zero)
         validate(plan)
     except ValueError as error:
         raise UserError(str(error)) from None
     timeline = simulate(plan, search.per_stage(costs, plan), search.memory_per_stage(held, plan))
-    is_even = not any(isinstance(value, tuple) for value in number.values())
-    published = formulas.bubble(plan.name, stages, costs, virtual_stages) if is_even else None
-    is_free = not (transfer or link or any(each(number["unshard"])) or any(each(number["reduce"])))
-    show(timeline, published, held, is_free)
+    show(timeline, costs, held, virtual_stages)
     if draw is not None:
         draw.write_text(svg(timeline) if draw.suffix == ".svg" else json.dumps(chrome_trace(timeline)))
         typer.echo(f"drawn: {draw}")
+
+
+def read_costs(
+    times: dict[str, str], transfer: "float | dict[tuple[int, int], float]", overlapped: float | None
+) -> "Costs":
+    """The times by the names of their options. Raises UserError for what is no time, and where nothing takes any."""
+    from soma.train.parallel.pipeline.costs import Costs
+
+    number = {option: numbers(text, option) for option, text in times.items()}
+    if all(not any(each(number[option])) for option in ("forward", "backward", "weight")):
+        raise UserError("--forward, --backward, --weight: all are 0, so nothing would take any time")
+    return Costs(
+        number["forward"], number["backward"], number["weight"], transfer, overlapped, number["all-to-all"],
+        number["unshard"], number["reduce"],
+    )  # fmt: skip
+
+
+def read_memory(sizes: dict[str, str], message: str, shards: int) -> "Memory":
+    """The bytes by the names of their options. Raises UserError for what is no size."""
+    from soma.train.parallel.pipeline.costs import Memory
+
+    counts = {option: byte_counts(text, f"--{option}") for option, text in sizes.items()}
+    return Memory(
+        counts["activation-bytes"], counts["parameter-bytes"], counts["gradient-bytes"],
+        parse_bytes(message, "--message-bytes"), shards,
+    )  # fmt: skip
 
 
 def make(
@@ -100,7 +113,7 @@ def make(
     from soma.train.parallel.pipeline.schedules import interleaved
 
     if name == "search":
-        for time in (costs.forward, costs.backward, costs.weight, costs.all_to_all, costs.unshard, costs.reduce):
+        for time in options_of(costs).values():
             if len(each(time)) not in (1, 2 * stages):
                 raise ValueError(
                     f"search: {len(each(time))} times: give one, or those of {2 * stages} parts of the model"
@@ -124,12 +137,15 @@ def show_list() -> None:
     typer.echo(f"{'search':12} The shortest for your times that holds at most --memory activations")
 
 
-def show(timeline: "Timeline", published: float | None, memory: "Memory", is_free: bool) -> None:
-    """What a schedule costs. `is_free`: nothing that travels takes time, as the formulas have it."""
-    from soma.train.parallel.pipeline.formulas import FORMULAS
+def show(timeline: "Timeline", costs: "Costs", memory: "Memory", virtual_stages: int) -> None:
+    """What a schedule costs; `costs` and `memory` as they were given."""
+    from soma.train.parallel.pipeline import formulas
 
-    plan = timeline.schedule
-    formula = "none" if published is None else f"{published:.6g}   = {FORMULAS[plan.name]}"
+    plan, given = timeline.schedule, options_of(costs)
+    is_even = all(len(each(value)) == 1 for value in given.values())
+    published = formulas.bubble(plan.name, plan.ranks, costs, virtual_stages) if is_even else None
+    formula = "none" if published is None else f"{published:.6g}   = {formulas.FORMULAS[plan.name]}"
+    is_free = not (costs.transfer or any(each(costs.unshard)) or any(each(costs.reduce)))  # as the formulas have it
     promised = "" if plan.activations is None else f"; at most {plan.activations:g} promised"
     free = "" if is_free or published is None else ", for free transfers"
     typer.echo(f"{plan.name}: {plan.ranks} ranks, {plan.microbatches} microbatches, {plan.stages} stages")
@@ -180,8 +196,19 @@ def links(transfer: float, link: list[str], ranks: int) -> "float | dict[tuple[i
     return times
 
 
-def check_lengths(plan: "Schedule", given: "dict[str, PerStage]") -> None:
+def options_of(costs: "Costs") -> "dict[str, PerStage]":
+    """The times that may be given for each stage, by their options."""
+    return {
+        "forward": costs.forward, "backward": costs.backward, "weight": costs.weight, "all-to-all": costs.all_to_all,
+        "unshard": costs.unshard, "reduce": costs.reduce,
+    }  # fmt: skip
+
+
+def check_lengths(plan: "Schedule", costs: "Costs", memory: "Memory") -> None:
     """As many numbers as stages, or as parts that make up stages. Raises ValueError."""
-    for option, value in given.items():
+    sizes = {
+        "activation-bytes": memory.activation, "parameter-bytes": memory.parameters, "gradient-bytes": memory.gradients
+    }  # fmt: skip
+    for option, value in (options_of(costs) | sizes).items():
         if len(each(value)) > 1 and len(each(value)) % plan.stages:
             raise ValueError(f"--{option}: {len(each(value))} numbers, {plan.name} has {plan.stages} stages")

@@ -414,6 +414,9 @@ def test_command_of_a_sharded_pipeline(tmp_path: Path) -> None:
     assert "formula none" in said_by("1f1b", "--forward", "1,2,1,1")
     assert "(p-1)(F+B), for free transfers" in said_by("1f1b", "--transfer", "0.1")
     assert "formula 3 " in said_by("interleaved", "--virtual-stages", "3")
+    pairs = [said_by("dualpipe", "--overlapped", time).split("\n")[1] for time in ("3", "2")]
+    assert pairs[0] == said_by("dualpipe").split("\n")[1]  # as long as their parts
+    assert float(pairs[1].removeprefix("step")) < float(pairs[0].removeprefix("step"))
 
 
 @pytest.mark.parametrize(
