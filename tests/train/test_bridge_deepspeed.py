@@ -267,6 +267,12 @@ def test_what_it_cannot_do(
         check(config, Layout(**layout, engine="deepspeed").resolve(4))
 
 
+@pytest.mark.parametrize(("ranks", "expected"), [(1, False), (2, True)])
+def test_one_rank_is_not_its_own(ranks: int, expected: bool) -> None:
+    """So that rank's model is filled where it trains."""
+    assert bridge_deepspeed.starts_in_ram(Layout(engine="deepspeed", zero=3).resolve(ranks)) is expected
+
+
 def test_all_ranks_are_its_own() -> None:
     """Where no size is given, fsdp takes the ranks, not dp."""
     layout = Layout(engine="deepspeed", zero=2).resolve(4)

@@ -165,8 +165,9 @@ class Updates:
 
 
 def starts_in_ram(layout: Layout) -> bool:
-    """Whether a model is to be filled in the CPU's memory at first, whatever it trains on."""
-    return layout.engine == "deepspeed" and layout.zero == 3
+    """Whether a model is to be filled in the CPU's memory at first, whatever it trains on: not that of one rank alone,
+    which no engine takes."""
+    return layout.engine == "deepspeed" and layout.zero == 3 and layout.world > 1
 
 
 def import_deepspeed(device: torch.device) -> Any:
