@@ -277,6 +277,8 @@ def test_all_ranks_are_its_own() -> None:
     """Where no size is given, fsdp takes the ranks, not dp."""
     layout = Layout(engine="deepspeed", zero=2).resolve(4)
     assert (layout.dp, layout.fsdp) == (1, 4)
+    layout = Layout(engine="deepspeed", tp=-1).resolve(4)  # which it cannot, and says so when it is asked
+    assert (layout.dp, layout.fsdp, layout.tp) == (1, 1, 4)
 
 
 @pytest.mark.parametrize(("stage", "taken"), [(1, {"optimizer"}), (2, {"optimizer"}), (3, {"optimizer", "param"})])

@@ -169,6 +169,7 @@ def test_what_does_not_fit_is_said() -> None:
             {"pp": 4, "schedule": "zb-v"},
             r"zb-v on pp 4 has 8 stages \(2 a rank\), and the model has 4 layers.*take pp 2",
         ),
+        ({"pp": 3, "schedule": "zb-v"}, r"take pp 2 on a multiple of 2 ranks$"),  # which three are not
     ):
         layout = Layout(**({"pp": 2, "dp": 1} | changes))
         with pytest.raises(UserError, match=said):

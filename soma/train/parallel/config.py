@@ -122,7 +122,7 @@ class Layout(BaseModel):
         """
         sizes = {name: getattr(self, name) for name in GRID}
         if sizes["dp"] is None:
-            if self.engine == "deepspeed" and sizes["fsdp"] == 1:
+            if self.engine == "deepspeed" and sizes["fsdp"] == 1 and REST not in sizes.values():
                 sizes["fsdp"] = REST
             sizes["dp"] = 1 if REST in sizes.values() else REST
         rest = next((name for name, size in sizes.items() if size == REST), None)
@@ -207,8 +207,9 @@ class Layout(BaseModel):
         best = min(every, key=lambda size: abs(size - wanted))
         if self.world % best == 0:
             return f"{name} {best}"
-        here = min((size for size in every if self.world % size == 0), key=lambda size: abs(size - wanted))
-        return f"{name} {best} on a multiple of {best} ranks, or {name} {here}"
+        here = [size for size in every if self.world % size == 0]
+        other = f", or {name} {min(here, key=lambda size: abs(size - wanted))}" if here else ""
+        return f"{name} {best} on a multiple of {best} ranks{other}"
 
     @property
     def column_unit(self) -> int:
