@@ -35,4 +35,7 @@ def parse_bytes(text: str, where: str) -> int:
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
     if match is None or match[2].lower() not in UNITS:
         raise UserError(f"{where}: {text!r} is not a size; write a number and a unit, such as 20GB or 512MiB")
-    return int(float(match[1]) * UNITS[match[2].lower()])
+    count = float(match[1]) * UNITS[match[2].lower()]
+    if count == float("inf"):
+        raise UserError(f"{where}: {text!r} is more than a number can hold")
+    return int(count)

@@ -1,6 +1,7 @@
 """`soma schedule`: a pipeline schedule checked, timed and drawn."""
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from soma.train.parallel.pipeline.schedule import Schedule
     from soma.train.parallel.pipeline.simulate import Timeline
 
+MOST = 2**19  # stages × microbatches of a plan: minutes of work, some gigabytes
 EACH = "one number for a rank's whole share of the model, or one for each stage (or parts of stages): 1,1,2,1"
 
 
@@ -57,8 +59,7 @@ def schedule(
     if list_:
         show_list()
         return
-    if draw is not None and draw.suffix not in (".svg", ".json"):
-        raise UserError(f"--draw {draw}: expected a name that ends in .svg or .json")
+    check_sizes(stages, microbatches, {"transfer": transfer, "overlapped": overlapped, "memory": memory}, draw)
     costs = read_costs(
         {"forward": forward, "backward": backward, "weight": weight, "all-to-all": all_to_all, "unshard": unshard,
          "reduce": reduce}, links(transfer, link, stages), overlapped,
@@ -73,6 +74,8 @@ def schedule(
     except ValueError as error:
         raise UserError(str(error)) from None
     timeline = simulate(plan, search.per_stage(costs, plan), search.memory_per_stage(held, plan))
+    if not math.isfinite(timeline.length):
+        raise UserError("the times add up to more than a number can hold: give them in a larger unit")
     show(timeline, costs, held, virtual_stages)
     if draw is not None:
         draw.write_text(svg(timeline) if draw.suffix == ".svg" else json.dumps(chrome_trace(timeline)))
@@ -103,6 +106,23 @@ def read_memory(sizes: dict[str, str], message: str, shards: int) -> "Memory":
         counts["activation-bytes"], counts["parameter-bytes"], counts["gradient-bytes"],
         parse_bytes(message, "--message-bytes"), shards,
     )  # fmt: skip
+
+
+def check_sizes(stages: int, microbatches: int, numbers: dict[str, float | None], draw: Path | None) -> None:
+    """Raise UserError for a plan too large to be made, a number that is none, a picture that cannot be written."""
+    if stages * microbatches > MOST:
+        raise UserError(
+            f"--stages {stages} × --microbatches {microbatches} is more than {MOST}: ask for a smaller plan"
+        )
+    for option, value in numbers.items():
+        if value is not None and not math.isfinite(value):
+            raise UserError(f"--{option} {value}: give a finite number")
+    if draw is None:
+        return
+    if draw.suffix not in (".svg", ".json"):
+        raise UserError(f"--draw {draw}: expected a name that ends in .svg or .json")
+    if not draw.parent.is_dir():
+        raise UserError(f"--draw {draw}: there is no folder {draw.parent}: make it, or choose another path")
 
 
 def make(
@@ -170,7 +190,7 @@ def numbers(text: str, option: str) -> "PerStage":
     """`1` or `1,2,1`."""
     found = []
     for part in text.split(","):
-        if not re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)(e-?\d+)?\s*", part):
+        if not re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)(e-?\d+)?\s*", part) or not math.isfinite(float(part)):
             raise UserError(f"--{option} {text!r}: {part!r} is no time; write one number, or one for each stage: 1,1,2")
         found.append(float(part))
     return found[0] if len(found) == 1 else tuple(found)
@@ -189,7 +209,7 @@ def links(transfer: float, link: list[str], ranks: int) -> "float | dict[tuple[i
     times = {(one, other): transfer for one in range(ranks) for other in range(ranks)}
     for text in link:
         match = re.fullmatch(r"(\d+)-(\d+)=(\d+\.?\d*|\.\d+)", text)
-        if match is None or max(int(match[1]), int(match[2])) >= ranks:
+        if match is None or int(match[1]) == int(match[2]) or max(int(match[1]), int(match[2])) >= ranks:
             raise UserError(f"--link {text!r}: expected two ranks below {ranks} and a time, such as 0-1=0.5")
         one, other = int(match[1]), int(match[2])
         times[one, other] = times[other, one] = float(match[3])

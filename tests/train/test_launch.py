@@ -68,6 +68,22 @@ def test_slurm() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "plain"), [("a.b_c-", "a-b-c"), ("2nd", "run-2nd"), ("x" * 64, "x" * 50)]
+)  # fmt: skip
+def test_names_of_kubernetes(name: str, plain: str) -> None:
+    """A run may be called what a service may not."""
+    job = replace(JOB, name=name)
+    for kind in ("kubernetes", "jobset", "pytorchjob"):
+        first, *_ = yaml.safe_load_all(job.text(kind))
+        assert first["metadata"]["name"] == plain
+        assert f"claimName: {plain}-runs" in job.text(kind)
+    service, pods = yaml.safe_load_all(job.text("kubernetes"))
+    spec = pods["spec"]["template"]["spec"]
+    assert spec["subdomain"] == service["metadata"]["name"]
+    assert f"--rdzv-endpoint={plain}-0.{plain}:29500" in spec["containers"][0]["command"]
+
+
 def test_kubernetes() -> None:
     """Both objects fit the schemas of Kubernetes 1.33, and a spoilt one does not."""
     service, job = yaml.safe_load_all(JOB.text("kubernetes"))

@@ -253,3 +253,20 @@ def test_command(tmp_path) -> None:
     assert json.loads(trace.read_text())["traceEvents"]
     wrong = CliRunner().invoke(app, ["schedule", "dualpip"])
     assert "expected search or one of gpipe" in str(wrong.exception)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--draw", "nowhere/x.svg"), "there is no folder nowhere"),
+        (("--transfer", "inf"), "give a finite number"),
+        (("--memory", "nan"), "give a finite number"),
+        (("--forward", "9" * 400), "is no time"),
+        (("--transfer", "1e308"), "more than a number can hold"),
+        (("--link", "0-0=1"), "expected two ranks"),
+        (("--stages", "100000"), "ask for a smaller plan"),
+    ],
+)  # fmt: skip
+def test_command_refuses(options: tuple[str, ...], message: str) -> None:
+    done = CliRunner().invoke(app, ["schedule", "1f1b", *options])
+    assert message in str(done.exception)

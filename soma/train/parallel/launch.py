@@ -1,6 +1,7 @@
 """How a recipe is started on many ranks: `torchrun`, a SLURM script, Kubernetes manifests. Loads no torch."""
 
 import os
+import re
 import shlex
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ REPLICATED = "ranks"  # the name of a JobSet's only job
 # Agents of torchrun that share their store with the ranks tell its address in the first round alone, so a node that
 # comes later waits for it until all fail (torch 2.13).
 OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+MOST = 50  # characters of a Kubernetes name: with what operators put behind it, a pod's stays within 63
 RESTARTS = 3  # of a job that has lost a rank; it goes on from its last checkpoint
 
 
@@ -115,7 +117,7 @@ class Launch:
                 "ports": [{"name": "rendezvous", "port": PORT}],
             },
         }
-        pod = {"subdomain": self.name, **self.pod("train", f"{self.name}-0.{self.name}")}
+        pod = {"subdomain": self.object_name, **self.pod("train", f"{self.object_name}-0.{self.object_name}")}
         job = {
             "apiVersion": "batch/v1",
             "kind": "Job",
@@ -127,13 +129,17 @@ class Launch:
     def jobset(self) -> str:
         """A JobSet (jobset.x-k8s.io/v1alpha2), whose operator makes the service and starts all pods anew at once when
         one is lost; an elastic job replaces the lost pod alone."""
-        pod = self.pod("train", f"{self.name}-{REPLICATED}-0-0.{self.name}")
+        pod = self.pod("train", f"{self.object_name}-{REPLICATED}-0-0.{self.object_name}")
         jobset = {
             "apiVersion": "jobset.x-k8s.io/v1alpha2",
             "kind": "JobSet",
             "metadata": self.metadata,
             "spec": {
-                "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True, "subdomain": self.name},
+                "network": {
+                    "enableDNSHostnames": True,
+                    "publishNotReadyAddresses": True,
+                    "subdomain": self.object_name,
+                },
                 "failurePolicy": {"maxRestarts": RESTARTS},
                 "replicatedJobs": [
                     {
@@ -177,12 +183,19 @@ class Launch:
         return yaml.safe_dump(job, sort_keys=False)
 
     @property
+    def object_name(self) -> str:
+        """The run's name as Kubernetes takes it for all that is here, services being the strictest (RFC 1035): small
+        letters, digits and hyphens, a letter first. `2nd.try_` is `run-2nd-try`."""
+        plain = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+        return (plain if plain[0].isalpha() else f"run-{plain}")[:MOST].rstrip("-")
+
+    @property
     def labels(self) -> dict[str, str]:
-        return {"app.kubernetes.io/name": self.name}
+        return {"app.kubernetes.io/name": self.object_name}
 
     @property
     def metadata(self) -> dict[str, Any]:
-        return {"name": self.name, "labels": self.labels}
+        return {"name": self.object_name, "labels": self.labels}
 
     def job(self, pod: dict[str, Any], failures: int) -> dict[str, Any]:
         """The spec of an indexed Job, one pod a node, that may lose `failures` pods."""
@@ -210,7 +223,7 @@ class Launch:
             "restartPolicy": "Never",
             "containers": [main],
             "volumes": [
-                {"name": "runs", "persistentVolumeClaim": {"claimName": f"{self.name}-runs"}},
+                {"name": "runs", "persistentVolumeClaim": {"claimName": f"{self.object_name}-runs"}},
                 {"name": "shm", "emptyDir": {"medium": "Memory"}},
             ],
         }
