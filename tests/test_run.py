@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from soma import cli
 from soma.base.errors import UserError
 from soma.recipe import Recipe
 from soma.run import run
@@ -30,3 +31,15 @@ def test_a_damaged_input_is_named(tmp_path: Path) -> None:
         run(recipe(310), tmp_path / "runs")
     shard.write_bytes(whole)
     assert run(recipe(310), tmp_path / "runs").record["status"] == "finished"
+
+
+def test_ctrl_c_says_that_the_work_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.schedules, "show_list", interrupted)
+    monkeypatch.setattr("sys.argv", ["soma", "schedule", "--list"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "soma: interrupted; the same command goes on from here\n"

@@ -49,8 +49,8 @@ def mlflow_client(uri: str) -> Any:
         import mlflow
     except ImportError:
         raise UserError("tracking and registry need MLflow: pip install somacube[train]") from None
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("mlflow", "alembic"):  # their errors come as exceptions too, and a log line would add a traceback
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)

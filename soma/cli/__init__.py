@@ -30,6 +30,8 @@ from soma.cli import (
 # Mistakes about paths, not ours: no right to write there, a read-only disk, a file where a folder should be …
 NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
+INTERRUPTED = 130  # exit status after Ctrl-C
+
 
 def _version(asked: bool) -> None:
     if asked:
@@ -91,8 +93,10 @@ def main() -> None:
         app()
     except UserError as error:
         fail(str(error), 2)
-    except KeyboardInterrupt:
-        fail("interrupted; the same command goes on from here", 130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # typer has caught KeyboardInterrupt, and ends without a word
+            fail("interrupted; the same command goes on from here", INTERRUPTED)
+        raise
     except OSError as error:
         if error.filename and error.errno in NOT_OURS:
             fail(f"{error.filename}: {(error.strerror or '').lower()}; choose another path, or mend this one", 2)

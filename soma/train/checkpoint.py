@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from soma.base import progress
 from soma.base.artefact import directory_bytes, file_hash, publish, read_json, write_json
 from soma.base.errors import UserError
+from soma.base.units import human_bytes
 from soma.model.quantized import QuantizedLinear
 from soma.train.optim import allocate_state
 from soma.train.parallel.flat import kept_piece
@@ -300,8 +301,8 @@ def disk_full(checkpoints: Checkpoints, step: int, tensors: dict[str, Tensor]) -
         if not (is_no_space(error) or free + written < needed):
             raise
         raise UserError(
-            f"the disk is full: the checkpoint of step {step} needs {needed / 1e6:,.0f} MB in {checkpoints.directory}, "
-            f"where {(free + written) / 1e6:,.0f} MB are free. {last_whole(checkpoints)} Free some space and give the "
+            f"the disk is full: the checkpoint of step {step} needs {human_bytes(needed)} in {checkpoints.directory}, "
+            f"where {human_bytes(free + written)} are free. {last_whole(checkpoints)} Free some space and give the "
             "same command again"
         ) from error
 

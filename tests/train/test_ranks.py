@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
+from soma.base.errors import UserError
 from soma.model.config import ModelConfig
 from soma.model.hub import load_model
 from soma.train.config import TrainConfig
-from soma.train.parallel.ranks import store_prefix
+from soma.train.parallel.ranks import Calls, store_prefix
 from soma.train.trainer import TrainResult
 
 Run = Callable[..., TrainResult]
@@ -64,6 +66,19 @@ def test_two_ranks_are_one(
             assert (a - b).abs().max() < 2e-4, name
         newest = sorted((tmp_path / "b-work" / "checkpoints").iterdir())[-1]
         (newest / "manifest.json").unlink()
+
+
+def test_the_others_say_that_rank_0_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has failed in a stage of its own, with a message; theirs must not bury it under tracebacks."""
+
+    def closed(*_: object, **__: object) -> None:
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:525] Connection closed by peer [127.0.0.1]:12345")
+
+    monkeypatch.setattr(dist, "new_group", lambda **_: None)
+    monkeypatch.setattr(dist, "broadcast_object_list", closed)
+    monkeypatch.setattr(dist, "get_rank", lambda: 3)
+    with pytest.raises(UserError, match="rank 3 ends too: rank 0 is gone"):
+        Calls().follow(print)
 
 
 def test_each_start_has_keys_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from soma.base.errors import UserError
 from soma.train.parallel.watch import LONG_WAITS
 
 # GPU streams beyond this number wait for each other by chance, and one that waits for another rank (each process group
@@ -57,10 +58,13 @@ class Calls:
         dist.broadcast_object_list([job], src=0, group=self.group)
 
     def follow(self, function: Callable[..., Any]) -> None:
-        """On the other ranks: `function(**job)` for every job, to the last."""
+        """On the other ranks: `function(**job)` for every job, to the last. Raises UserError if rank 0 ends before."""
         while True:
             box: list[dict[str, Any] | None] = [None]
-            dist.broadcast_object_list(box, src=0, group=self.group)
+            try:
+                dist.broadcast_object_list(box, src=0, group=self.group)
+            except RuntimeError as error:
+                raise UserError(f"rank {dist.get_rank()} ends too: rank 0 is gone, and its message says why") from error
             if box[0] is None:
                 return
             function(**box[0])
