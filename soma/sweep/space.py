@@ -1,5 +1,6 @@
 """What a sweep searches: `--over KEY=LOW..HIGH`, `KEY=LOW..HIGH:log`, `KEY=a,b,c`. Loads no torch."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -84,6 +85,11 @@ def _values(option: str, text: str) -> Range | Choice:
             raise UserError(f"--over {option}: a log scale needs numbers above 0")
         return Range(low, high, scale == "log")
     values = tuple(_scalar(part) for part in text.split(","))
+    for value in values:
+        if not isinstance(value, str | int | float | None):
+            raise UserError(
+                f"--over {option}: {value!r} is no single value: a choice is a number, a word, true or null"
+            )
     if len(set(values)) < 2:
         raise UserError(f"--over {option}: one value leaves nothing to search; use --set, or give several")
     return Choice(values)
@@ -99,6 +105,6 @@ def _scalar(text: str) -> Any:
 
 def _number(option: str, text: str) -> float:
     value = _scalar(text.strip())
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise UserError(f"--over {option}: {text!r} is no number; {FORM}")
     return value

@@ -40,7 +40,8 @@ def test_space() -> None:
     [
         ([], "nothing to search"), (["x"], "expected KEY=LOW..HIGH"), (["x=2..1"], "is not below"),
         (["x=0..1:log"], "above 0"), (["x=1..2:square"], "unknown scale 'square'"), (["x=a..b"], "'a' is no number"),
-        (["x=3"], "one value"), (["x=1,2", "x=3,4"], "given twice"),
+        (["x=3"], "one value"), (["x=1...inf"], "is no number"), (["x=[1],2"], "no single value"),
+        (["x=1,2", "x=3,4"], "given twice"),
     ],
 )  # fmt: skip
 def test_mistakes_in_a_space(options: list[str], wrong: str) -> None:
