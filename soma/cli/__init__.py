@@ -95,7 +95,10 @@ def main() -> None:
         fail(str(error), 2)
     except SystemExit as end:
         if end.code == INTERRUPTED:  # typer has caught KeyboardInterrupt, and ends without a word
-            fail("interrupted; the same command goes on from here", INTERRUPTED)
+            from soma.train.parallel.launch import launched
+
+            other = ", unless another rank has named a mistake" if launched() else ""  # torchrun ends us for it
+            fail(f"interrupted; the same command goes on from here{other}", INTERRUPTED)
         raise
     except OSError as error:
         if error.filename and error.errno in NOT_OURS:

@@ -38,6 +38,7 @@ def test_rest(given: dict[str, int], ranks: int, expected: dict[str, int]) -> No
     [
         ({"dp": 2, "tp": 3}, 8, "dp 2 × tp 3 = 6 ranks, and there are 8: take tp 4"),
         ({"fsdp": -1, "tp": 3}, 8, r"8 ranks / \(tp 3 = 3\) = 2.67: take tp 2"),
+        ({"tp": 2}, 1, r"1 ranks / \(tp 2 = 2\) = 0.5: take tp 1, or start 2 ranks with torchrun"),
         ({"dp": 3, "tp": 3}, 8, "dp 3 × tp 3 = 9 ranks, and there are 8: start 9 ranks"),
         ({"ep": 3}, 4, r"ep 3 does not divide dp × fsdp × cp = 4 × 1 × 1 = 4 \(1.33\): take ep 2"),
     ],

@@ -258,5 +258,6 @@ def advice(sizes: dict[str, int], world: int) -> str:
         if best is None or abs(fits - size) < abs(best[1] - size):
             best = (name, fits, size)
     if best is not None:
-        return f"take {best[0]} {best[1]}"
+        more = f", or start {prod(sizes.values())} ranks with torchrun" if world == 1 else ""
+        return f"take {best[0]} {best[1]}{more}"
     return f"start {prod(sizes.values())} ranks"
