@@ -5,10 +5,13 @@ from typing import Any
 
 import pytest
 
+from soma.base.errors import UserError
 from soma.model.transformer import Transformer
 from soma.train.parallel import apply
 from soma.train.parallel.config import Layout
+from soma.train.parallel.tensor import used_keys
 from soma.train.world import World
+from tests.train import parity
 from tests.train.parity import Case, Outcome, alone, differences, train
 from tests.train.pool import Pool
 from tests.train.test_parity import check
@@ -52,3 +55,21 @@ def with_own_length_alone(rank: int, world_size: int) -> Outcome | None:
 def test_a_length_that_is_not_shared_is_seen(pool: Pool) -> None:
     found = differences(pool.run(with_own_length_alone, 2)[0], alone(Case("odd", microbatch=1)), "fp32")
     assert any(text.startswith("gradient 1") for text in found)
+
+
+def refused(rank: int, world_size: int) -> str:
+    """What a rank says of rounded weights whose key heads are shared unevenly."""
+    wide = parity.MODELS["shared"] | {"head_dim": 32, "intermediate_size": 128}  # the pieces are whole groups
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(parity.MODELS, "shared", wide)
+        with pytest.raises(UserError) as said:
+            train(Case("shared", lora="int8"), World.join(Layout(tp=4), "cpu"))
+    return str(said.value)
+
+
+def test_rounded_key_heads_are_refused_on_all_ranks(pool: Pool) -> None:
+    """Also on those whose own heads would do: they would wait for the others."""
+    assert [used_keys(12, 3, 4, rank) for rank in range(4)] == [[0], [0, 1, 1], [1, 1, 2], [2]]
+    said = "layout: tp 4 divides query heads so that they share 3 key heads unevenly"
+    for text in pool.run(refused, 4):
+        assert text.startswith(said)

@@ -144,7 +144,8 @@ def cut_mlp(mlp: MLP, mesh: DeviceMesh) -> None:
 def cut_attention(attention: Attention, mesh: DeviceMesh) -> None:
     """Heads are divided. Key heads that the ranks do not divide are whole on each of them, which uses those of its
     query heads: as often as a query head needs it, where these share their key heads unevenly."""
-    ranks, rank, shared = mesh.size(), mesh.get_local_rank(), attention.num_heads // attention.num_kv_heads
+    ranks = mesh.size()
+    by_rank = [used_keys(attention.num_heads, attention.num_kv_heads, ranks, rank) for rank in range(ranks)]
     cut_columns(attention.q_proj, mesh)
     cut_rows(attention.o_proj, mesh)
     keys, width = attention.num_kv_heads, attention.head_dim
@@ -154,33 +155,46 @@ def cut_attention(attention: Attention, mesh: DeviceMesh) -> None:
         cut_columns(attention.v_proj, mesh)
         attention.num_kv_heads //= ranks
     else:
-        own = [(rank * attention.num_heads + head) // shared for head in range(attention.num_heads)]
-        used = sorted(set(own))
-        chosen = used if len({own.count(key) for key in used}) == 1 else own
         for linear in (attention.k_proj, attention.v_proj):
-            use_heads(linear, mesh, chosen, width)
-        attention.num_kv_heads = len(chosen)
+            use_heads(linear, mesh, by_rank, width)
+        attention.num_kv_heads = len(by_rank[mesh.get_local_rank()])
     if attention.qk_norm:
         keep_whole(attention.q_norm, mesh, partial=True)
         keep_whole(attention.k_norm, mesh, partial=True)
 
 
-def use_heads(linear: nn.Module, mesh: DeviceMesh, heads: list[int], width: int) -> None:
+def used_keys(heads: int, keys: int, ranks: int, rank: int) -> list[int]:
+    """The key heads of a rank's query heads, each once where as many of these share each, else one for each of these.
+
+    Worked example: 12 query heads share 3 key heads on 4 ranks: [0], [0, 1, 1], [1, 1, 2], [2].
+    """
+    count, shared = heads // ranks, heads // keys
+    own = [head // shared for head in range(rank * count, (rank + 1) * count)]
+    used = sorted(set(own))
+    return used if len({own.count(key) for key in used}) == 1 else own
+
+
+def is_run(heads: list[int]) -> bool:
+    """Whether heads are neighbours, each once."""
+    return heads == list(range(heads[0], heads[0] + len(heads)))
+
+
+def use_heads(linear: nn.Module, mesh: DeviceMesh, by_rank: list[list[int]], width: int) -> None:
     """Every rank has the whole layer and computes the outputs of some heads of `width`, perhaps the same as others do.
 
-    Raises UserError where a layer is rounded and a head is wanted twice: its rows are packed.
+    Raises UserError, on all ranks, where a layer is rounded and a rank wants a head twice: its rows are packed.
     """
+    heads = by_rank[mesh.get_local_rank()]
     start, count = heads[0] * width, len(heads) * width
-    is_run = heads == list(range(heads[0], heads[0] + len(heads)))
 
     def view(piece: Tensor) -> Tensor:
-        if is_run:
+        if is_run(heads):
             return piece.narrow(0, start, count)
         return torch.cat([piece.narrow(0, head * width, width) for head in heads])
 
     base = linear.base if isinstance(linear, LoRALinear) else linear
     if isinstance(base, QuantizedLinear):
-        if not is_run:
+        if not all(map(is_run, by_rank)):
             raise UserError(
                 f"layout: tp {mesh.size()} divides query heads so that they share {base.out_features // width} key "
                 "heads unevenly, which rounded weights (lora.base_weights) cannot: take base_weights full or another tp"
