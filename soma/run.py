@@ -179,6 +179,9 @@ def run(
     """
     planned = plan(recipe, runs)
     chosen = select(planned, first, last)
+    for item in chosen:
+        if force or not item.cached:
+            item.stage.check()
     folder = runs / recipe.name
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "recipe.yaml", to_yaml(recipe))

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from soma.base.artefact import content_hash, file_hash, json_hash, read_json, write_json
+from soma.base.errors import UserError
 from soma.base.fetch import fetch
 from soma.base.secrets import URL
 from soma.data.config import DataConfig, InstructConfig, MixturePart, TokenizerConfig
@@ -38,13 +39,18 @@ def _no_metrics(artefact: Path) -> dict[str, float]:
     return {}
 
 
+def _no_check() -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Stage:
     """One step of a run. Raise `format_version` when the same inputs and config give other bytes than before.
 
     `config` is JSON and part of the key; `inputs` maps a role to the stage that fills it; `fingerprint` hashes what
     lies outside of the store; `build` returns None, or the reason why a second run would not give the same bytes;
-    `metrics` reads the figures of a finished artefact for `soma runs`.
+    `metrics` reads the figures of a finished artefact for `soma runs`; `check` raises UserError for what `build` would
+    refuse, as far as that is known before any stage is made.
     """
 
     name: str
@@ -54,6 +60,7 @@ class Stage:
     fingerprint: Callable[[], str] = _nothing
     metrics: Callable[[Path], dict[str, float]] = _no_metrics
     format_version: int = 1
+    check: Callable[[], None] = _no_check
 
 
 def stages_of(recipe: Recipe) -> list[Stage]:
@@ -85,7 +92,8 @@ def stages_of(recipe: Recipe) -> list[Stage]:
         pairs = "instruct" if block == "tune" else "preferences"
         stages.append(pairs_stage(pairs, _seeded(data, recipe), corpus))
         stages.append(pair_tokens_stage(f"{pairs}_tokens", pairs, tokenizer, base))
-        stages.append(tune_stage(block, _seeded(config, recipe), f"{pairs}_tokens", model, tokenizer, base))
+        tuning = _seeded(config, recipe)
+        stages.append(tune_stage(block, tuning, f"{pairs}_tokens", model, tokenizer, base, recipe.model))
         start, model = model, {"model": block}
         if recipe.evaluate is not None and (block == "prefer" or recipe.data is None):
             measure = _seeded(recipe.evaluate, recipe)
@@ -324,8 +332,9 @@ def pretrain_stage(
 
     settings = {"train": _json(config), "model": shape.model_dump(mode="json", exclude_unset=True) if shape else None}
     return Stage(
-        "train", settings, build, {"tokens": tokens, **tokenizer}, _fingerprint(base), training_metrics("train")
-    )
+        "train", settings, build, {"tokens": tokens, **tokenizer}, _fingerprint(base), training_metrics("train"),
+        check=lambda: _check_fit("train", config, shape),
+    )  # fmt: skip
 
 
 def tune_stage(
@@ -335,6 +344,7 @@ def tune_stage(
     model: Mapping[str, str],
     tokenizer: Mapping[str, str],
     base: StartModel | None,
+    shape: ModelShape | None,
 ) -> Stage:
     """model, masked tokens → model (instruction or preference tuning, by the config's type)"""
 
@@ -343,7 +353,21 @@ def tune_stage(
         return _train(job, name, config, start, job.inputs["tokens"], base)
 
     inputs = {"tokens": tokens, **model, **tokenizer}
-    return Stage(name, _json(config), build, inputs, _fingerprint(base), training_metrics(name), format_version=2)
+    return Stage(
+        name, _json(config), build, inputs, _fingerprint(base), training_metrics(name), format_version=2,
+        check=lambda: _check_fit(name, config, shape),
+    )  # fmt: skip
+
+
+def _check_fit(name: str, config: TrainConfig, shape: ModelShape | None) -> None:
+    """Raise UserError where the ranks that there are cannot train this."""
+    from soma.train.parallel.fit import check_fit
+    from soma.train.parallel.launch import world_size
+
+    try:
+        check_fit(config, shape, world_size())
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
 
 
 def _required(base: StartModel | None) -> StartModel:

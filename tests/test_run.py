@@ -33,6 +33,22 @@ def test_a_damaged_input_is_named(tmp_path: Path) -> None:
     assert run(recipe(310), tmp_path / "runs").record["status"] == "finished"
 
 
+def test_a_layout_that_does_not_fit_is_said_before_anything_is_made(tmp_path: Path) -> None:
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    for number in range(4):
+        (docs / f"{number}.md").write_text(f"# {number}\n\n" + f"Document {number} says {number * number}. " * 40)
+    recipe = Recipe.model_validate({
+        "name": "r", "data": {"sources": str(docs), "min_documents": 1}, "tokenizer": {"vocab_size": 300},
+        "model": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48},
+        "train": {"layout": {"tp": 2}}, "tracking": {"enabled": False},
+    })  # fmt: skip
+    with pytest.raises(UserError, match=r"^train: layout: .*take tp 1, or start 2 ranks with torchrun"):
+        run(recipe, tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+    assert "corpus" in run(recipe, tmp_path / "runs", last="corpus").artefacts  # no training is asked for
+
+
 def test_ctrl_c_says_that_the_work_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted() -> None:
         raise KeyboardInterrupt

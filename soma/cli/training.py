@@ -66,18 +66,11 @@ def train(
 def _why_not(recipe: Any, blocks: list[str], ranks: int) -> str | None:
     """Why a recipe's training stages cannot run on so many ranks; None if they can."""
     from soma.base.errors import UserError
-    from soma.train.parallel.pipeline.plan import layers_for, make_plan
+    from soma.train.parallel.fit import check_fit
 
     for name in blocks:
-        block = getattr(recipe, name)
         try:
-            layout = block.layout.resolve(ranks)
-            layout.check_batch(block.batch_size, block.microbatch_size)
-            plan = make_plan(layout, block.batch_size, block.microbatch_size) if layout.pp > 1 else None
-            if recipe.model is not None and recipe.model.vocab_size is not None:
-                layout.check_model(recipe.model)
-                if plan is not None:
-                    layers_for(layout, plan, recipe.model, block.sequence_length)
+            check_fit(getattr(recipe, name), recipe.model, ranks)
         except UserError as error:
             return f"{name}: {error}"
     return None

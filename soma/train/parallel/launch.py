@@ -19,9 +19,14 @@ MOST = 50  # characters of a Kubernetes name: with what operators put behind it,
 RESTARTS = 3  # of a job that has lost a rank; it goes on from its last checkpoint
 
 
+def world_size() -> int:
+    """How many processes `torchrun` has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def launched() -> bool:
     """Whether `torchrun` started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return world_size() > 1
 
 
 @dataclass(frozen=True)
