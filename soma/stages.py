@@ -365,7 +365,7 @@ def _check_fit(name: str, config: TrainConfig, shape: ModelShape | None) -> None
     from soma.train.parallel.launch import world_size
 
     try:
-        check_fit(config, shape, world_size())
+        check_fit(config, config.layout.resolve(world_size()), shape)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
 

@@ -69,8 +69,9 @@ def _why_not(recipe: Any, blocks: list[str], ranks: int) -> str | None:
     from soma.train.parallel.fit import check_fit
 
     for name in blocks:
+        config = getattr(recipe, name)
         try:
-            check_fit(getattr(recipe, name), recipe.model, ranks)
+            check_fit(config, config.layout.resolve(ranks), recipe.model)
         except UserError as error:
             return f"{name}: {error}"
     return None

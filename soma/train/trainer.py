@@ -33,8 +33,8 @@ from soma.train.parallel.bridge import bridge
 from soma.train.parallel.bridge_deepspeed import starts_in_ram
 from soma.train.parallel.config import Layout
 from soma.train.parallel.export import save_merged, save_whole
+from soma.train.parallel.fit import check_fit
 from soma.train.parallel.offload import offloading
-from soma.train.parallel.pipeline.plan import layers_for, make_plan
 from soma.train.parallel.pipeline.training import stage_model
 from soma.train.parallel.watch import watched
 from soma.train.start import Start, fill
@@ -288,11 +288,7 @@ def check_model(config: TrainConfig, model: ModelConfig, index: dict[str, Any], 
 
 def check_layout(config: TrainConfig, layout: Layout, model: ModelConfig) -> None:
     """Raise UserError where the layout does not fit the batch, the model, or what else is asked for."""
-    layout.check_batch(config.batch_size, config.microbatch_size)
-    layout.check_model(model)
-    if layout.pp > 1:
-        plan = make_plan(layout, config.batch_size, config.microbatch_size)
-        layers_for(layout, plan, model, config.sequence_length)
+    check_fit(config, layout, model)
     padded = layout.padded_length(config.sequence_length)
     if padded != config.sequence_length and model.num_experts and not config.isolate_documents:
         raise UserError(

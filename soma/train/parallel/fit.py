@@ -1,16 +1,16 @@
-"""Whether a training stage's layout fits what is known before anything is made: ranks, batch, shape of the model."""
+"""Whether a training stage's layout fits its batch and its model: asked before any stage is made, and by training."""
 
 from soma.model.config import ModelConfig
 from soma.train.config import TrainConfig
+from soma.train.parallel.config import Layout
 from soma.train.parallel.pipeline.plan import layers_for, make_plan
 
 
-def check_fit(config: TrainConfig, model: ModelConfig | None, ranks: int) -> None:
-    """Raise UserError with the arithmetic where `config` cannot be trained on so many ranks.
+def check_fit(config: TrainConfig, layout: Layout, model: ModelConfig | None) -> None:
+    """Raise UserError with the arithmetic where a resolved layout does not fit batch or model.
 
     model: None where its shape is known only when training begins; `vocab_size` may be missing (the tokenizer's).
     """
-    layout = config.layout.resolve(ranks)
     layout.check_batch(config.batch_size, config.microbatch_size)
     plan = make_plan(layout, config.batch_size, config.microbatch_size) if layout.pp > 1 else None
     if model is None:
