@@ -1,5 +1,5 @@
 # make quickstart   install, then train, measure and serve a small model on the Python standard library
-# make test         install what the tests need, check style, types and layers, run the tests (under 15 minutes)
+# make test         install what the tests need, check style, types and layers, run the tests (about 25 minutes on 2 cores)
 # make test-full    the same with the long tests
 # make test-parallel  every layout and pipeline schedule against one process, in PARTS side by side (of 4 to 8 processes)
 
