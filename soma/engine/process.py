@@ -10,135 +10,34 @@ import asyncio
 import itertools
 import logging
 import math
-import queue
 import subprocess
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from soma.base import progress
 from soma.base.errors import UserError
 from soma.engine.channel import Channel, Message
-from soma.engine.check import check_embeddable, check_request
+from soma.engine.check import check_request
 from soma.engine.errors import EngineClosedError, EngineRestartingError, QueueFullError, RequestError
 from soma.engine.guided import Guides
 from soma.engine.handover import threadsafe
 from soma.engine.launch import Launched, launch
 from soma.engine.params import SamplingParams
 from soma.engine.remote_adapters import RemoteAdapters
-from soma.engine.request import Completion, Request, TokenEvent
+from soma.engine.remote_embedder import RemoteEmbedder
+from soma.engine.remote_request import ProcessRequest
+from soma.engine.request import Completion, TokenEvent
 from soma.engine.stats import COUNTERS, EMPTY
-from soma.engine.text import StopScanner
 from soma.model.tokenizer import Tokenizer
 
 log = logging.getLogger("soma.engine")
 
 LONGEST_DELAY = 30.0  # seconds between two attempts to start again
-MAX_EMBEDDINGS = 64  # requests for embeddings that may wait
 LOST = "the engine stopped in the middle of this request; it is being restarted, send the request again"
-
-
-class ProcessRequest(Request):
-    """A request whose tokens are made in the engine process, and whose text is made here."""
-
-    def __init__(
-        self, prompt_ids: list[int], params: SamplingParams, max_tokens: int, tokenizer: Tokenizer,
-        send_cancel: Callable[["ProcessRequest"], None], deliver: Callable[[TokenEvent], None] | None,
-    ) -> None:  # fmt: skip
-        self.prompt_ids, self.params, self.max_tokens = prompt_ids, params, max_tokens
-        self.decoder, self.scanner = tokenizer.stream_decoder(), StopScanner(params.stop)
-        self.events = queue.SimpleQueue()
-        self.deliver = deliver or self.events.put
-        self.send_cancel = send_cancel
-        self.number = -1
-        self.chosen: str | None = None  # its adapter
-        self.options: dict[str, Any] = {}  # those of `submit_all`
-        self.made: list[int] = []
-        self.cancelled = False
-        self.finish_reason: str | None = None
-        self.prompt_logprobs = None
-        self.arrived = time.monotonic()
-        self.scheduled: float | None = None
-        self.first_token: float | None = None
-        self.ended: float | None = None
-
-    def cancel(self) -> None:
-        if not self.cancelled and self.finish_reason is None:
-            self.cancelled = True
-            self.send_cancel(self)
-
-    def with_text(self, event: TokenEvent) -> TokenEvent:
-        """The event with what became safe to show; a stop string ends the request here."""
-        if event.id is not None:
-            self.made.append(event.id)
-            self.first_token = self.first_token or time.monotonic()
-        text, reason = "", event.finish_reason
-        if event.id is not None and not event.is_end:
-            text = self.scanner.push(self.decoder.push(event.id))
-            reason = "stop" if self.scanner.stopped else reason
-        if reason in ("stop", "length", "abort"):
-            text += self.scanner.push(self.decoder.flush()) + self.scanner.flush()
-            reason = "stop" if self.scanner.stopped else reason
-        if reason is not None:
-            self.finish_reason, self.ended = reason, time.monotonic()
-        return replace(event, text=text, finish_reason=reason) if text or reason else event
-
-
-class RemoteEmbedder:
-    """The engine process's embeddings, asked like an `Embedder`."""
-
-    def __init__(self, process: "EngineProcess") -> None:
-        self.process = process
-        self.waiting: dict[int, Future[np.ndarray]] = {}
-
-    @property
-    def max_length(self) -> int:
-        return int(self.process.facts["max_length"])
-
-    @property
-    def dimensions(self) -> int:
-        return int(self.process.facts["dimensions"])
-
-    @property
-    def labels(self) -> list[str]:
-        """Of a classifier."""
-        return list(self.process.facts["labels"])
-
-    def check(self, ids: Sequence[int]) -> None:
-        """Raises RequestError for ids that cannot be embedded."""
-        check_embeddable(ids, self.process.vocab_size, self.max_length)
-
-    def submit(
-        self, prompts: Sequence[Sequence[int]], firsts: Sequence[int] | None = None
-    ) -> "Future[np.ndarray]":  # fmt: skip
-        """One vector per prompt, (n, D) float32, later. Raises RequestError, QueueFullError, EngineClosedError."""
-        for ids in prompts:
-            self.check(ids)
-        future: Future[np.ndarray] = Future()
-        with self.process.lock:
-            channel = self.process.open_channel()
-            if len(self.waiting) >= MAX_EMBEDDINGS:
-                raise QueueFullError(len(self.waiting), retry_after=1)
-            number = next(self.process.numbers)
-            self.waiting[number] = future
-            channel.put("embed", number, [list(ids) for ids in prompts], None if firsts is None else list(firsts))
-        return future
-
-    def settle(self, number: int, vectors: np.ndarray | None, error: str | None) -> None:
-        """Give an answer to the one who waits for it."""
-        with self.process.lock:
-            future = self.waiting.pop(number)
-        if future.set_running_or_notify_cancel():
-            if vectors is None:
-                future.set_exception(RuntimeError(error))
-            else:
-                future.set_result(vectors)
 
 
 class EngineProcess:

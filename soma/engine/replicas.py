@@ -21,7 +21,8 @@ from soma.base.errors import UserError
 from soma.engine.errors import EngineClosedError, EngineRestartingError, QueueFullError, RequestError, unknown_model
 from soma.engine.launch import Launched
 from soma.engine.params import SamplingParams
-from soma.engine.process import EngineProcess, ProcessRequest
+from soma.engine.process import EngineProcess
+from soma.engine.remote_request import ProcessRequest
 from soma.engine.request import Completion, TokenEvent
 from soma.engine.router import Router
 from soma.engine.stats import total
