@@ -14,6 +14,7 @@ from tokenizers import decoders, pre_tokenizers
 from soma.data.tokens import SplitWriter, write_index
 from soma.model.config import ModelConfig
 from soma.model.tokenizer import Tokenizer
+from soma.train import loop
 from soma.train.config import TrainConfig
 from soma.train.trainer import TrainResult, train
 from tests.train.pool import Pool
@@ -51,6 +52,22 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "chat_template": TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
+
+
+class Killed(Exception):  # noqa: N818
+    """Stands for a kill in the same process."""
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """Training ends with `Killed` when so many steps are done."""
+    true_step = loop.Trainer.train_step
+
+    def step(trainer: loop.Trainer) -> None:
+        if trainer.at.done == steps:
+            raise Killed
+        true_step(trainer)
+
+    monkeypatch.setattr(loop.Trainer, "train_step", step)
 
 
 def sentences(count: int, seed: int) -> list[str]:

@@ -30,6 +30,7 @@ from soma.train.parallel.apply import parallelize
 from soma.train.parallel.config import Layout
 from soma.train.trainer import TrainResult
 from soma.train.world import World
+from tests.train.conftest import Killed, stop_after
 from tests.train.pool import Pool
 
 Run = Callable[..., TrainResult]
@@ -45,26 +46,11 @@ class Notes(progress.Reporter):
         self.notes.append(text)
 
 
-class Killed(Exception):  # noqa: N818
-    """Stands for a kill in the same process."""
-
-
 def stable(path: Path) -> list[dict]:
     """The log without what a clock has touched."""
     timed = {"tokens_per_second", "mfu", "seconds", "peak_memory_bytes"}
     records = map(json.loads, path.read_text().splitlines())
     return [{key: value for key, value in record.items() if key not in timed} for record in records]
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    true_step = loop.Trainer.train_step
-
-    def step(trainer: loop.Trainer) -> None:
-        if trainer.at.done == steps:
-            raise Killed
-        true_step(trainer)
-
-    monkeypatch.setattr(loop.Trainer, "train_step", step)
 
 
 @pytest.mark.parametrize(
