@@ -41,13 +41,20 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
 
 
 @pytest.fixture(scope="module")
-def process(tiny_folder: Path) -> Iterator[EngineProcess]:
+def shared_process(tiny_folder: Path) -> Iterator[EngineProcess]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         engine = EngineProcess(tiny_folder, max_running=60, max_waiting=4)
         yield engine
         engine.close()
     assert engine.process.returncode == 0
+
+
+@pytest.fixture
+def process(shared_process: EngineProcess) -> EngineProcess:
+    """Running, whatever the test before did to it."""
+    assert wait_for(lambda: shared_process.alive)
+    return shared_process
 
 
 @pytest.mark.parametrize(
@@ -156,15 +163,24 @@ def test_killed_in_the_middle_of_50_streams(process: EngineProcess, caplog: pyte
     assert process.generate([5], SamplingParams(max_tokens=3, ignore_eos=True)).finish_reason == "length"
 
 
-def test_counters_go_on_over_a_restart(process: EngineProcess) -> None:
-    before = process.stats()["prefix_cache_hits"]
-    process._take("stats", {**process.live, "prefix_cache_hits": process.live["prefix_cache_hits"] + 5})
-    process.process.kill()
-    assert wait_for(lambda: not process.alive)
-    assert process.stats()["prefix_cache_hits"] == before + 5
-    assert wait_for(lambda: process.alive)
-    process._take("stats", {**process.live, "prefix_cache_hits": 3})
-    assert process.stats()["prefix_cache_hits"] == before + 8
+def test_counters_go_on_over_a_restart(tiny_folder: Path) -> None:
+    engine = EngineProcess(tiny_folder)
+
+    def ask() -> None:
+        engine.generate(list(range(10, 50)), SamplingParams(max_tokens=1))
+
+    def queries() -> float:
+        return engine.stats()["prefix_cache_queries"]
+
+    ask()
+    assert wait_for(lambda: queries() == 40)
+    engine.process.kill()
+    assert wait_for(lambda: not engine.alive)
+    assert queries() == 40
+    assert wait_for(lambda: engine.alive)
+    ask()
+    assert wait_for(lambda: queries() == 80)
+    engine.close()
 
 
 def test_killed_in_the_middle_of_embeddings(process: EngineProcess) -> None:
