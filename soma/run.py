@@ -29,7 +29,8 @@ from soma.base.secrets import redact
 from soma.base.units import human_bytes
 from soma.evaluate.report import write_report
 from soma.recipe import Recipe, to_yaml
-from soma.stages import Build, Stage, stages_of
+from soma.stages.order import stages_of
+from soma.stages.stage import Build, Stage
 from soma.tracking import Trackers, Tracking
 
 KEY_LENGTH = 16

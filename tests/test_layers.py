@@ -81,7 +81,7 @@ def test_data_loads_no_torch() -> None:
 
 
 def test_the_runner_loads_no_torch_before_a_stage_runs() -> None:
-    assert loaded(["soma.run", "soma.stages"], ("torch", "transformers", "mlflow")) == ""
+    assert loaded(["soma.run", "soma.stages.order"], ("torch", "transformers", "mlflow")) == ""
 
 
 def test_a_heavy_import_is_noticed(tmp_path: Path) -> None:

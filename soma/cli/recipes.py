@@ -155,7 +155,7 @@ def show(
 def check(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Check a recipe and name its stages."""
     from soma.recipe import load
-    from soma.stages import stages_of
+    from soma.stages.order import stages_of
 
     loaded = load(recipe, overrides or [])
     typer.echo(f"{recipe}: fine; stages: {', '.join(stage.name for stage in stages_of(loaded))}")

@@ -114,7 +114,7 @@ def test_a_changed_threshold_measures_nothing_again(tmp_path: Path, monkeypatch:
 
 def test_stages_of_a_recipe_with_filters() -> None:
     from soma.recipe import Recipe
-    from soma.stages import stages_of
+    from soma.stages.order import stages_of
 
     def stages(**data: object) -> dict[str, dict[str, object]]:
         recipe = Recipe.model_validate({"name": "x", "data": {"sources": "docs", **data}, "tokenizer": {}})

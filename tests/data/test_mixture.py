@@ -15,7 +15,7 @@ from soma.data.loader import IGNORE, Batch, TokenLoader
 from soma.data.mixture import BLOCK, Schedule, write_mixture
 from soma.data.tokens import SplitWriter, write_index
 from soma.recipe import Recipe
-from soma.stages import stages_of
+from soma.stages.order import stages_of
 
 EOS = 0
 

@@ -16,7 +16,8 @@ from soma.data.shards import write_shards
 from soma.data.tokenizer import NOT_THE_SAME, SPECIALS, UNKNOWN, load_tokenizer, train_tokenizer
 from soma.data.tokenizer import build as build_inner
 from soma.model.tokenizer import Tokenizer
-from soma.stages import Build, tokenizer_stage
+from soma.stages.data import tokenizer_stage
+from soma.stages.stage import Build
 
 TEXTS = [
     "the cat sat on the mat, the cat's hat",

@@ -13,7 +13,8 @@ from soma.evaluate.perplexity import score_texts, to_perplexity
 from soma.evaluate.scorer import PerplexityScorer, open_model_scorer
 from soma.model.hub import load_model
 from soma.model.tokenizer import Tokenizer
-from soma.stages import Build, corpus_stage, documents_stage
+from soma.stages.data import corpus_stage, documents_stage
+from soma.stages.stage import Build
 from tests.tiny import TEXT, make_model
 
 TEXTS = [TEXT, "hello world!", TEXT * 40]
