@@ -36,8 +36,8 @@ check: $(DEV_STAMP)
 	$(BIN)/lint-imports
 
 bench: $(DEV_STAMP) $(PEERS_STAMP)
-	$(BIN)/python -m benchmarks.train --json
-	$(BIN)/python -m benchmarks.generate --json
+	$(BIN)/python benchmarks/train.py --json
+	$(BIN)/python benchmarks/generate.py --json
 	$(BIN)/python benchmarks/engine.py --peers $(PEERS)/bin/python --json
 	$(BIN)/python benchmarks/data.py --json
 	$(BIN)/python benchmarks/gateway.py --json

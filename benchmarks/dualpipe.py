@@ -32,13 +32,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from common import Case, alternate, finish, parser
-from peers.exchanges import FewProcessors, NoExchange, ThroughHost, ThroughPeer
+from peers.exchanges import CopyExchange, FewProcessors, NoExchange, ThroughHost, ThroughPeer
 from torch import nn
 
 from soma.model.config import ModelConfig
 from soma.model.moe import MoE
 from soma.model.transformer import Transformer
-from soma.train.parallel.exchange import CopyExchange, Exchange, GroupExchange
+from soma.train.parallel.exchange import Exchange, GroupExchange
 from soma.train.parallel.expert import spread
 from soma.train.parallel.pipeline.chunks import Chunk, length
 from soma.train.parallel.pipeline.microbatch import Microbatch

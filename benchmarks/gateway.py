@@ -23,12 +23,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import psutil
 import yaml
-
-from benchmarks.common import Case, compare, finish, make_case, parser
+from common import Case, compare, finish, make_case, parser
 
 EVENTS = 16
 CONNECTIONS = 32

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import ROOT, Case, finish, make_case, parser
 
-from benchmarks.common import ROOT, Case, finish, make_case, parser
 from soma.serve.guards.checks import masked
 from soma.serve.guards.grounded import NUMBER, SENTENCE, groundedness
 from soma.serve.guards.grounded import THRESHOLD as GROUNDED

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks.common import compare, finish, parser
+from common import compare, finish, parser
+
 from soma.serve.calls import Call, Caller, Usage
 from soma.serve.database import Database
 from soma.serve.keys.keyring import Keyring

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from common import ROOT, Case, compare, finish, parser
 
-from benchmarks.common import ROOT, Case, compare, finish, parser
 from soma.serve.features import environment
 from soma.serve.features.join import View, join
 

@@ -120,7 +120,6 @@ def speed(texts: list[str], encoder: TextEncoder, rounds: int, warmup: int) -> l
 
 
 def main() -> None:
-    sys.path.remove(str(Path(__file__).resolve().parent))  # benchmarks/grpc.py is not the grpc that qdrant-client wants
     arguments = parser("retrieval", "Recall and nDCG on BoolQ; the encoder beside sentence-transformers.", rounds=3)
     arguments.add_argument("--passages", type=int, default=800)
     arguments.add_argument("--questions", type=int, default=300)

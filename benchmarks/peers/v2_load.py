@@ -1,4 +1,6 @@
-"""Load for benchmarks/grpc.py: `python v2_load.py KIND ADDRESS COLUMNS SECONDS CLIENTS` asks `echo` in a closed loop.
+"""Load for benchmarks/v2_infer.py: asks `echo` in a closed loop.
+
+    python v2_load.py KIND ADDRESS COLUMNS SECONDS CLIENTS
 
 KIND: json, binary (REST), grpc (raw contents), grpc_typed (fp32_contents). Prints requests a second. Requests are
 encoded once; answers are received whole and not decoded, so that the client is light and the same for both servers.

@@ -1,4 +1,4 @@
-"""The peer of benchmarks/grpc.py, in a virtual environment with mlserver: its model `echo`, which returns its rows."""
+"""The peer of benchmarks/v2_infer.py, in an environment with mlserver: its model `echo`, which returns its rows."""
 
 from mlserver import MLModel
 from mlserver.codecs import NumpyCodec

@@ -1,4 +1,4 @@
-"""Our side of benchmarks/grpc.py: `python v2_ours.py HTTP_PORT GRPC_PORT` serves `echo`, which returns its rows."""
+"""Our side of benchmarks/v2_infer.py: `python v2_ours.py HTTP_PORT GRPC_PORT` serves `echo`, which returns its rows."""
 
 import sys
 

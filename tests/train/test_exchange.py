@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.peers.exchanges import CopyExchange
 from soma.model.config import ModelConfig
 from soma.model.transformer import Transformer
-from soma.train.parallel.exchange import CopyExchange, moment
+from soma.train.parallel.exchange import moment
 from soma.train.parallel.expert import spread
 from soma.train.parallel.pipeline import overlap
 from soma.train.parallel.pipeline.microbatch import Microbatch

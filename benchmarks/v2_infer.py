@@ -1,6 +1,6 @@
 """V2 infer: JSON against binary REST against gRPC (bytes on the wire, latency), and ours against MLServer.
 
-    python benchmarks/grpc.py --json          # about 5 minutes; makes a virtual environment with mlserver once
+    python benchmarks/v2_infer.py --json          # about 5 minutes; makes a virtual environment with mlserver once
 
 The model returns its rows, so what is measured is the protocol. Bytes are counted by a relay that one request goes
 through; latency is the median of requests one after another, without the relay. Against MLServer: requests a second of
@@ -23,14 +23,10 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-if __name__ == "__main__":  # `benchmarks` holds a grpc.py; the package of that name is meant below
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 import grpc
 import psutil
-
-from benchmarks.common import ROOT, Case, compare, finish, make_case, parser
-from benchmarks.peers.v2_load import binary_body, grpc_body, json_body
+from common import ROOT, Case, compare, finish, make_case, parser
+from peers.v2_load import binary_body, grpc_body, json_body
 
 PEERS = ROOT / "benchmarks" / "peers"
 SIZES = {"1 kB": 256, "16 kB": 4096, "256 kB": 65_536, "4 MB": 1_048_576}
@@ -245,7 +241,7 @@ def against_mlserver(ours: Loaded, theirs: Loaded, rounds: int, warmup: int) -> 
 
 
 def main() -> None:
-    arguments = parser("grpc", __doc__.splitlines()[0], rounds=3)
+    arguments = parser("v2_infer", __doc__.splitlines()[0], rounds=3)
     arguments.add_argument("--seconds", type=float, default=3.0, help="of each load (default 3)")
     arguments.add_argument("--mlserver", type=Path, default=ROOT / ".venv" / "mlserver", help="virtual environment")
     given = arguments.parse_args()
@@ -263,7 +259,7 @@ def main() -> None:
                     Loaded(our_process, ours, ours_grpc, given.seconds),
                     Loaded(their_process, theirs, theirs_grpc, given.seconds), given.rounds, given.warmup,
                 )  # fmt: skip
-    finish("grpc", given, cases, ["grpcio", "fastapi", "uvicorn", "protobuf", "numpy"])
+    finish("v2_infer", given, cases, ["grpcio", "fastapi", "uvicorn", "protobuf", "numpy"])
 
 
 if __name__ == "__main__":
