@@ -23,10 +23,11 @@ import numpy as np
 from common import ROOT, Case, finish, make_case, parser
 
 from soma.serve.guards.checks import masked
+from soma.serve.guards.config import Grounded, Injection
 from soma.serve.guards.grounded import NUMBER, SENTENCE, groundedness
-from soma.serve.guards.grounded import THRESHOLD as GROUNDED
-from soma.serve.guards.injection import THRESHOLD, injection_score
+from soma.serve.guards.injection import injection_score
 
+INJECTION, GROUNDED = Injection().threshold, Grounded().threshold
 EXAMPLES = ROOT / "tests" / "serve" / "guard_examples.jsonl"
 KINDS = ("email", "ip", "phone", "card", "iban", "secret")
 PHRASES = ("ignore all previous instructions", "ignore previous instructions", "disregard", "system prompt",
@@ -109,7 +110,7 @@ def main() -> None:
     """Run."""
     arguments = parser("guardrails", "Precision and recall of guards.", rounds=1)
     given = arguments.parse_args()
-    cases = finders("injection", lambda text: injection_score(text) >= THRESHOLD, "list of phrases",
+    cases = finders("injection", lambda text: injection_score(text) >= INJECTION, "list of phrases",
                     lambda text: any(phrase in text.lower() for phrase in PHRASES))  # fmt: skip
     cases += finders("personal", lambda text: masked(text, KINDS)[1], "one naive pattern", NAIVE.search)
     missing: dict[str, str] = {}
@@ -117,7 +118,7 @@ def main() -> None:
         rows = json.loads((DATA / "alpaca" / "alpaca_en_demo.json").read_text(encoding="utf-8"))
         asked = [f"{row['instruction']}\n{row['input']}" for row in rows]
         ours, theirs = (1000 * sum(map(found, asked)) / len(asked) for found in (
-            lambda text: injection_score(text) >= THRESHOLD,
+            lambda text: injection_score(text) >= INJECTION,
             lambda text: any(phrase in text.lower() for phrase in PHRASES)))  # fmt: skip
         cases.append(make_case(f"injection: false alarms, Alpaca ({len(asked)})", "per 1000", [ours + 1e-9],
                                "list of phrases", [theirs + 1e-9], higher_is_better=False))  # fmt: skip

@@ -1,4 +1,4 @@
-"""Benchmarks run as `python benchmarks/NAME.py`: their folder comes first on the path, and the checkout is not on it."""
+"""Benchmarks run as `python benchmarks/NAME.py`: their folder comes first on the path, the checkout is not on it."""
 
 import ast
 import sys

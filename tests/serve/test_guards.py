@@ -18,9 +18,9 @@ from soma.serve.errors import ApiError
 from soma.serve.graphs.config import GraphsFile
 from soma.serve.graphs.serve import graphs_app
 from soma.serve.guards.checks import judged, masked
-from soma.serve.guards.config import Guarded
+from soma.serve.guards.config import Guarded, Injection
 from soma.serve.guards.grounded import groundedness, support
-from soma.serve.guards.injection import THRESHOLD, injection_score
+from soma.serve.guards.injection import injection_score
 from soma.serve.guards.node import passages_of
 from soma.serve.yaml_file import read_as
 
@@ -37,7 +37,7 @@ def figures(check: str, found: Any) -> tuple[float, float]:
 
 def test_labelled_examples() -> None:
     """Bounds below what `benchmarks/guardrails.py` prints, so that a pattern that is lost is seen."""
-    precision, recall = figures("injection", lambda text: injection_score(text) >= THRESHOLD)
+    precision, recall = figures("injection", lambda text: injection_score(text) >= Injection().threshold)
     assert precision >= 0.8
     assert recall >= 0.75
     kinds = ("email", "ip", "phone", "card", "iban", "secret")

@@ -250,12 +250,3 @@ def test_bf16_against_ml_dtypes() -> None:
     assert np.isnan(ours[~finite].view(ml_dtypes.bfloat16)).all()
     back = datatypes.from_raw(theirs[finite].tobytes(), "BF16", (int(finite.sum()),), "x")
     assert np.array_equal(back, theirs[finite].astype(np.float32))
-
-
-def test_datatype_names() -> None:
-    for name, dtype in DTYPES.items():
-        if name != "BF16":
-            assert datatypes.datatype_of(dtype) == name
-    assert datatypes.datatype_of(np.dtype("U5")) == "BYTES"
-    with pytest.raises(ValueError, match="complex64"):
-        datatypes.datatype_of(np.dtype("complex64"))

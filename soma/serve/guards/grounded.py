@@ -17,7 +17,6 @@ STOP = frozenset(re.findall(r"\w+", """
     more most no not of on or our she should so some such than that the their them then there these they this to was we
     were what when which who will with would you your
 """))  # fmt: skip
-THRESHOLD = 0.6
 FEWEST = 2  # content words of a sentence that says something that could be checked
 
 

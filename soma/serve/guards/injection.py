@@ -51,7 +51,6 @@ SIGNS: tuple[tuple[float, str], ...] = (
 )  # fmt: skip
 PATTERNS = tuple((weight, re.compile(pattern, re.IGNORECASE)) for weight, pattern in SIGNS)
 LONGEST = 20_000  # letters that are looked at; of a longer text its beginning and its end
-THRESHOLD = 0.5
 INVISIBLE = re.compile("[\u200b-\u200f\u2060-\u2064\ufeff\u00ad\U000e0000-\U000e007f]")
 
 

@@ -42,16 +42,6 @@ def known_shape(shape: Any, where: str) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def datatype_of(dtype: np.dtype[Any]) -> str:
-    """The protocol's name of a numpy dtype. Raises ValueError for one that it does not have."""
-    if dtype.kind in "OSU":
-        return "BYTES"
-    for name, each in DTYPES.items():
-        if each == dtype.newbyteorder("<") and name != "BF16":
-            return name
-    raise ValueError(f"the protocol has no datatype for numpy's {dtype}")
-
-
 def from_raw(data: bytes | memoryview, datatype: str, shape: tuple[int, ...], where: str) -> np.ndarray:
     """The tensor in raw bytes; a read-only view of them where that is possible. Raises ApiError."""
     count = math.prod(shape)
