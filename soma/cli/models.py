@@ -96,12 +96,12 @@ def serve(
     ] = False,
 ) -> None:
     """Serve a model: OpenAI API under /v1, a chat page at /, /health, /metrics."""
-    from soma.serve.server import parse_adapters
+    from soma.serve.options import ServeOptions, parse_adapters
     from soma.serve.server import serve as serve_model
 
     with progress.use(progress.choose()):
-        serve_model(
-            model, host, port, name=name, allow_public=allow_public, precision=precision, device=device,
+        options = ServeOptions(
+            host=host, port=port, name=name, allow_public=allow_public, precision=precision, device=device,
             max_length=max_length, max_running=max_running, max_waiting=max_waiting, weights=weights,
             cache_dtype=cache_dtype, replicas=replicas, speculate=speculate, draft_tokens=draft_tokens,
             tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel, in_process=in_process,
@@ -111,9 +111,9 @@ def serve(
             request_log_seconds=request_log_seconds,
             grpc_port=grpc_port, grpc_compression=grpc_compression, models=models,
             allow_model_control=allow_model_control, limits=limits, trusted_proxies=trusted_proxy or (),
-            index=index, rerank=rerank,
-            prompts=prompts,
+            index=index, rerank=rerank, prompts=prompts,
         )  # fmt: skip
+        serve_model(model, options)
 
 
 def chat(

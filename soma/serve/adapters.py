@@ -11,7 +11,7 @@ from soma.serve.errors import ApiError
 from soma.serve.tokens import read_as
 
 if TYPE_CHECKING:
-    from soma.serve.app import Service
+    from soma.serve.service import Service
 
 
 class LoadRequest(BaseModel):

@@ -14,7 +14,7 @@ from soma.serve.errors import ApiError
 from soma.serve.tokens import read_as
 
 if TYPE_CHECKING:
-    from soma.serve.app import Service
+    from soma.serve.service import Service
 
 MAX_INPUTS = 2048  # OpenAI's
 

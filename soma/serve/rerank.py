@@ -15,7 +15,7 @@ from soma.serve.pairs import encode_pairs
 from soma.serve.tokens import read_as
 
 if TYPE_CHECKING:
-    from soma.serve.app import Service
+    from soma.serve.service import Service
 
 
 class RerankRequest(BaseModel):

@@ -18,7 +18,7 @@ from soma.serve.response_request import ResponsesRequest
 from soma.serve.tools import ToolUse
 
 if TYPE_CHECKING:
-    from soma.serve.app import Service
+    from soma.serve.service import Service
 
 
 class ResponsesFormat(ChatFormat):

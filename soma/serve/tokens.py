@@ -12,7 +12,7 @@ from soma.serve.errors import ApiError
 from soma.serve.protocol import Message
 
 if TYPE_CHECKING:
-    from soma.serve.app import Service
+    from soma.serve.service import Service
 
 Body = TypeVar("Body", bound=BaseModel)
 

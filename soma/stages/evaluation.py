@@ -59,7 +59,7 @@ def probe_stage(config: ProbeConfig, model: Mapping[str, str], base: StartModel 
 
     def build(job: Build) -> str:
         from soma.serve.probe import probe
-        from soma.serve.server import running_service
+        from soma.serve.running import running_service
 
         folder = model_folder(job, base)
         logs = job.out / "logs"

@@ -15,7 +15,7 @@ from soma.serve.app import create_app
 from soma.serve.calls import Gates
 from soma.serve.database import Database
 from soma.serve.gateway import Gateway
-from soma.serve.server import running_service
+from soma.serve.running import running_service
 
 # The service's own words go to a file; one thread, since two only wait for each other on tiny models.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}

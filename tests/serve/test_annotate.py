@@ -23,7 +23,7 @@ from soma.cli import app
 from soma.data.annotation.files import read_records
 from soma.serve.annotate.app import create_app, serve_annotate
 from soma.serve.annotate.session import Decision, Session
-from soma.serve.server import base_url, listen
+from soma.serve.listener import base_url, listen
 
 SMILE = "Anna 😀 met Bob in New York City."
 HOSTILE = "<img src=x onerror=\"document.title='broken'\"><script>document.title='broken'</script>"

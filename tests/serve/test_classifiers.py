@@ -18,7 +18,7 @@ from soma.base.errors import UserError
 from soma.engine.embed import Classifier, Embedder, load_embedder
 from soma.model.classifier import is_classifier
 from soma.serve.pairs import cut, encode_pairs
-from soma.serve.server import running_service
+from soma.serve.running import running_service
 from soma.serve.v2.config import build_encoder
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "fox", "hello", "world", "jump", "##s", "##ing", "dog"]

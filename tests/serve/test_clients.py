@@ -14,7 +14,7 @@ from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 from pydantic import SecretStr
 from tiny import make_model
 
-from soma.serve.server import running_service
+from soma.serve.running import running_service
 
 NO_KEY = SecretStr("none")
 

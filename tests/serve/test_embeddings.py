@@ -18,7 +18,7 @@ from tokenizers import models, normalizers, pre_tokenizers, processors
 from soma.engine.embed import Embedder
 from soma.model.hub import load_model
 from soma.model.tokenizer import Tokenizer
-from soma.serve.server import running_service
+from soma.serve.running import running_service
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "fox", "hello", "world", "jump", "##s", "##ing"]
 TEXTS = ["hello world", "the fox jumps", "jumping"]

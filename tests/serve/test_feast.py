@@ -23,8 +23,9 @@ from test_point_in_time import oracle
 from soma.serve.features import environment
 from soma.serve.features.online import look_up_once
 from soma.serve.features.repo import SETTINGS, apply, init, materialize
-from soma.serve.features.server import healthy, running_feature_server
+from soma.serve.features.server import running_feature_server
 from soma.serve.graphs.serve import graphs_app
+from soma.serve.running import healthy
 
 pytestmark = [pytest.mark.slow, needs_feast]
 NOW = datetime(2026, 1, 1, tzinfo=UTC)

@@ -18,7 +18,7 @@ from soma.data.feedback import export_feedback
 from soma.run import run
 from soma.serve.database import Database
 from soma.serve.keys.store import KeyStore
-from soma.serve.server import running_service
+from soma.serve.running import running_service
 
 TAB, ENTER = "\ue004", "\ue007"
 

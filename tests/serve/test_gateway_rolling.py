@@ -22,13 +22,13 @@ from gateway_tools import RunningGateway, Scripted, running_gateway, until
 from http_tools import metric
 from redis_tools import free_port
 
-from soma.serve.server import healthy
+from soma.serve.running import healthy
 
 pytestmark = pytest.mark.slow
 STREAMS, TOKENS = 50, 40
 ENGINE = (
-    "import sys; from soma.serve.server import serve; "
-    "serve(sys.argv[1], port=int(sys.argv[2]), name='tiny', max_running=64, ready=lambda url: None)"
+    "import sys; from soma.serve.options import ServeOptions; from soma.serve.server import serve; "
+    "serve(sys.argv[1], ServeOptions(port=int(sys.argv[2]), name='tiny', max_running=64), ready=lambda url: None)"
 )
 NGINX = """
 daemon off; pid {folder}/nginx.pid; error_log {folder}/error.log; worker_processes 1;

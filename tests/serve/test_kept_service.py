@@ -24,8 +24,10 @@ from soma.serve.errors import ApiError
 from soma.serve.gateway import Gateway
 from soma.serve.keys.store import KeyStore
 from soma.serve.ledger.recover import journals_of
+from soma.serve.options import ServeOptions
 from soma.serve.protocol import CompletionRequest, read_body
-from soma.serve.server import running_service, serve
+from soma.serve.running import running_service
+from soma.serve.server import serve
 
 PRICES = "currency: USD\nmodels: {tiny: {prompt: 1, cached: 0.25, completion: 2}}\n"
 CANARY = "canary-7391-of-a-prompt"
@@ -399,11 +401,11 @@ def test_prices_must_name_what_is_served(tiny_folder: Path, tmp_path: Path) -> N
     where = str(tmp_path / "keys.db")
     Database(where).close()
     with pytest.raises(UserError, match="no price for 'tiny'"):
-        serve(tiny_folder, port=0, keys=where, prices=str(tmp_path / "prices.yaml"), in_process=True)
+        serve(tiny_folder, ServeOptions(port=0, keys=where, prices=str(tmp_path / "prices.yaml"), in_process=True))
     with pytest.raises(UserError, match="go with the database"):
-        serve(tiny_folder, port=0, prices=str(tmp_path / "prices.yaml"))
+        serve(tiny_folder, ServeOptions(port=0, prices=str(tmp_path / "prices.yaml")))
     with pytest.raises(UserError, match="soma keys create"):
-        serve(tiny_folder, port=0, keys=str(tmp_path / "none.db"))
+        serve(tiny_folder, ServeOptions(port=0, keys=str(tmp_path / "none.db")))
 
 
 def test_beyond_loopback_with_keys_alone(tiny_folder: Path, tmp_path: Path) -> None:
@@ -411,6 +413,6 @@ def test_beyond_loopback_with_keys_alone(tiny_folder: Path, tmp_path: Path) -> N
     where = str(tmp_path / "keys.db")
     Database(where).close()
     with pytest.raises(UserError, match="keys \\(--keys"):
-        serve(tiny_folder, "0.0.0.0", 70_000)
+        serve(tiny_folder, ServeOptions(host="0.0.0.0", port=70_000))
     with pytest.raises(UserError, match="port 70000"):
-        serve(tiny_folder, "0.0.0.0", 70_000, keys=where)
+        serve(tiny_folder, ServeOptions(host="0.0.0.0", port=70_000, keys=where))

@@ -15,7 +15,7 @@ from soma.serve.calls import Call, Caller, Usage
 from soma.serve.errors import ApiError, respond
 from soma.serve.limits.config import LimitsConfig, Rule, read_limits
 from soma.serve.limits.gate import LimitsGate, LimitsHold, span
-from soma.serve.server import running_service
+from soma.serve.running import running_service
 
 
 class Clock:

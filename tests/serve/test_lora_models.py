@@ -15,7 +15,9 @@ from test_replicas import engines_of
 from soma.base.errors import UserError
 from soma.model.lora_config import LoRAConfig
 from soma.model.tokenizer import Tokenizer
-from soma.serve.server import parse_adapters, running_service, serve
+from soma.serve.options import ServeOptions, parse_adapters
+from soma.serve.running import running_service
+from soma.serve.server import serve
 
 PROMPT = [20, 30, 40, 50]
 
@@ -131,4 +133,4 @@ def test_what_is_refused_at_the_start(base_folder: Path, folders: dict[str, Path
             parse_adapters(given)
     for adapters, words in (({"tiny": str(folders["one"])}, "name of the base"), ({"x": "/nowhere"}, "no such model")):
         with pytest.raises(UserError, match=words):
-            serve(base_folder, port=0, in_process=True, adapters=adapters)
+            serve(base_folder, ServeOptions(port=0, in_process=True, adapters=adapters))

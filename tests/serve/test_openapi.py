@@ -16,7 +16,7 @@ from soma.serve.gateway import Gateway
 from soma.serve.keys.routes import PUBLIC
 from soma.serve.keys.store import KeyStore
 from soma.serve.openapi import BODIES
-from soma.serve.server import running_service
+from soma.serve.running import running_service
 from soma.serve.upstreams.app import ROUTES, create_gateway_app
 from soma.serve.upstreams.config import GatewayConfig
 

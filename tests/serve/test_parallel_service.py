@@ -9,7 +9,9 @@ import pytest
 from http_tools import LONG, open_stream, post
 
 from soma.base.errors import UserError
-from soma.serve.server import running_service, serve
+from soma.serve.options import ServeOptions
+from soma.serve.running import running_service
+from soma.serve.server import serve
 
 
 def test_two_ranks_behind_a_front_that_is_killed(tiny_folder: Path) -> None:
@@ -38,4 +40,4 @@ def test_two_ranks_behind_a_front_that_is_killed(tiny_folder: Path) -> None:
 def test_wrong_numbers(tiny_folder: Path) -> None:
     for options in ({"tensor_parallel": 0}, {"pipeline_parallel": -1}, {"tensor_parallel": 2, "in_process": True}):
         with pytest.raises(UserError, match="parallel"):
-            serve(tiny_folder, **options)  # type: ignore[arg-type]
+            serve(tiny_folder, ServeOptions(**options))  # type: ignore[arg-type]

@@ -28,7 +28,7 @@ from soma.serve.calls import Call, Passage, Usage
 from soma.serve.database import Database, ledger
 from soma.serve.keys.store import KeyStore
 from soma.serve.ledger.report import report
-from soma.serve.server import running_service
+from soma.serve.running import running_service
 from soma.serve.templates.config import PromptError, PromptFile
 from soma.serve.templates.library import Library
 from soma.serve.templates.score import compare, scores, sign_test, wilson

@@ -14,7 +14,9 @@ from test_restart import stream
 
 from soma.base.errors import UserError
 from soma.engine.replicas import Replicas
-from soma.serve.server import running_service, serve
+from soma.serve.options import ServeOptions
+from soma.serve.running import running_service
+from soma.serve.server import serve
 
 SHORT = {**LONG, "max_tokens": 3}
 
@@ -156,7 +158,7 @@ def test_none_left_is_a_503_until_one_is_back(url: str) -> None:
 def test_wrong_numbers(tiny_folder: Path) -> None:
     for options in ({"replicas": 0}, {"replicas": 2, "in_process": True}):
         with pytest.raises(UserError, match="replicas"):
-            serve(tiny_folder, **options)  # type: ignore[arg-type]
+            serve(tiny_folder, ServeOptions(**options))  # type: ignore[arg-type]
 
 
 def test_one_that_cannot_start_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

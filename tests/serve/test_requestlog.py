@@ -24,7 +24,7 @@ from soma.serve.requestlog.config import RequestLogConfig, request_log_config
 from soma.serve.requestlog.gate import RequestLog, is_sampled
 from soma.serve.requestlog.record import MOST_BYTES, Record, asked_of
 from soma.serve.requestlog.writer import REQUESTS, Writer
-from soma.serve.server import running_service
+from soma.serve.running import running_service
 
 MAIL = "write to ada.lovelace@example.com"
 

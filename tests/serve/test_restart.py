@@ -15,7 +15,7 @@ import pytest
 from http_tools import JSON, LONG, call, metric, post, wait_for
 from prometheus_client.parser import text_string_to_metric_families
 
-from soma.serve.server import running_service
+from soma.serve.running import running_service
 
 STREAMS = 50
 SHORT = {**LONG, "max_tokens": 3}

@@ -22,7 +22,7 @@ from soma.serve.retrieval.encoders import PACKAGED, LocalEncoder, RemoteEncoder,
 from soma.serve.retrieval.index import Cutting, forget, index
 from soma.serve.retrieval.qdrant import QdrantStore
 from soma.serve.retrieval.search import Retriever, open_retriever
-from soma.serve.server import running_service
+from soma.serve.running import running_service
 
 pytest.importorskip("qdrant_client", reason="the extra [retrieval] is not installed")
 CUTTING = Cutting(chunk_tokens=32, overlap=8)

@@ -20,7 +20,7 @@ from soma.serve.retrieval.index import Cutting, index
 from soma.serve.retrieval.qdrant import QdrantStore
 from soma.serve.retrieval.routes import Knowledge
 from soma.serve.retrieval.search import Retriever
-from soma.serve.server import running_service
+from soma.serve.running import running_service
 
 ANSWER = "In the sea [1]. On the mat [7]."
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}

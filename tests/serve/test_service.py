@@ -21,8 +21,11 @@ from soma.engine.params import SamplingParams
 from soma.model.hub import load_model
 from soma.model.tokenizer import Tokenizer
 from soma.serve.app import create_app
+from soma.serve.listener import check_host, listen
+from soma.serve.options import ServeOptions
 from soma.serve.probe import percentile, probe
-from soma.serve.server import check_host, listen, running_service, serve
+from soma.serve.running import running_service
+from soma.serve.server import serve
 
 
 def idle(url: str) -> bool:
@@ -86,7 +89,7 @@ def test_a_full_queue_is_429_with_retry_after(service_url: str) -> None:
 def own_process(folder: Path, **options: object) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
     """A service whose process the test has in its hands."""
     arguments = json.dumps({"model_ref": str(folder), "port": 0, **options})
-    code = "import sys; from soma.serve.server import main; main(sys.argv[1])"
+    code = "import sys; from soma.serve.running import main; main(sys.argv[1])"
     process = subprocess.Popen([sys.executable, "-c", code, arguments], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -188,7 +191,7 @@ def test_a_port_in_use(tmp_path: Path) -> None:
     port = taken.getsockname()[1]
     try:
         with pytest.raises(UserError, match=rf"port {port} .* in use.*--port"):
-            serve(tmp_path, port=port)
+            serve(tmp_path, ServeOptions(port=port))
     finally:
         taken.close()
     with pytest.raises(UserError, match="0 to 65535"):
@@ -200,7 +203,7 @@ def test_a_port_in_use(tmp_path: Path) -> None:
 def test_only_this_machine_unless_said(tmp_path: Path) -> None:
     for host in ("0.0.0.0", "::", "192.168.0.5", "example.org", ""):
         with pytest.raises(UserError, match="allow-public"):
-            serve(tmp_path, host)
+            serve(tmp_path, ServeOptions(host=host))
         check_host(host, allow_public=True)
     for host in ("127.0.0.1", "127.0.0.9", "::1", "localhost"):
         check_host(host, allow_public=False)

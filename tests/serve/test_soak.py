@@ -11,7 +11,7 @@ import pytest
 from http_tools import metric, wait_for
 from tiny import make_model
 
-from soma.serve.server import running_service
+from soma.serve.running import running_service
 
 AT_ONCE = 24
 GROWTH = 24 << 20  # bytes that a process may have gained after its warm-up: allocators keep some

@@ -22,6 +22,7 @@ from v2_tools import v2_server
 from soma.base.errors import UserError
 from soma.engine.embed import load_embedder
 from soma.model.tokenizer import Tokenizer
+from soma.serve.options import ServeOptions
 from soma.serve.server import serve
 from soma.serve.v2.config import ModelsFile, add_models
 from soma.serve.v2.front import Alone, Front
@@ -224,9 +225,9 @@ def test_soma_serve(tiny_folder: Path, folder: Path) -> None:
 
 def test_a_grpc_port_in_use(tiny_folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener, pytest.raises(UserError, match="grpc port"):
-        serve(tiny_folder, port=0, grpc_port=listener.getsockname()[1], in_process=True)
+        serve(tiny_folder, ServeOptions(port=0, grpc_port=listener.getsockname()[1], in_process=True))
     with pytest.raises(UserError, match="grpc compression 'zip'"):
-        serve(tiny_folder, port=0, grpc_port=0, grpc_compression="zip", in_process=True)
+        serve(tiny_folder, ServeOptions(port=0, grpc_port=0, grpc_compression="zip", in_process=True))
 
 
 def test_an_encoder_of_the_file(bert_folder: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -23,11 +23,12 @@ from soma.serve.admin.beside import Beside
 from soma.serve.admin.bodies import Empty, Expiry, NewBudget, NewKey, NewTeam, Rotation
 from soma.serve.errors import ApiError
 from soma.serve.gateway import Gateway
+from soma.serve.http_server import http_config
 from soma.serve.keys.door import Door, Guard
 from soma.serve.keys.store import NANO, Budget, Key, KeyStore
 from soma.serve.ledger import report as reports
 from soma.serve.ledger.book import balances_of
-from soma.serve.slow_headers import HeaderTimeout
+from soma.serve.listener import base_url, listen
 from soma.serve.tokens import read_as
 
 MAX_BODY = 1 << 16
@@ -198,15 +199,9 @@ class AdminServer:
     """The admin API on its own port, until `close`. Raises UserError for a host or port that cannot be had."""
 
     def __init__(self, gateway: Gateway, host: str, port: int, beside: Beside) -> None:
-        from soma.serve.server import base_url, listen
-
         self.listener = listen(host, port)
         self.url = base_url(self.listener)
-        config = uvicorn.Config(
-            create_admin(gateway, beside), log_level="warning", access_log=False, lifespan="off", http=HeaderTimeout,
-            timeout_graceful_shutdown=2,
-        )  # fmt: skip
-        self.server = uvicorn.Server(config)
+        self.server = uvicorn.Server(http_config(create_admin(gateway, beside)))
         self.thread = threading.Thread(
             target=self.server.run, args=([self.listener],), name="soma-admin", daemon=True
         )  # fmt: skip

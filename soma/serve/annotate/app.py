@@ -15,8 +15,8 @@ from soma.base import progress
 from soma.base.errors import UserError
 from soma.base.locks import Busy, lock
 from soma.serve.annotate.session import Decision, Session
-from soma.serve.server import base_url, check_host, listen
-from soma.serve.slow_headers import HeaderTimeout
+from soma.serve.http_server import http_config
+from soma.serve.listener import base_url, check_host, listen
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 MAX_BODY = 1 << 22
@@ -116,15 +116,7 @@ def serve_annotate(
         listener = listen(host, port)
         stack.callback(listener.close)
         announce = ready or (lambda url: progress.current().note(f"annotate {session.source.name} at {url}"))
-        config = uvicorn.Config(
-            create_app(session),
-            log_level="warning",
-            access_log=False,
-            lifespan="off",
-            http=HeaderTimeout,
-            timeout_graceful_shutdown=2,
-        )
-        _Server(config, lambda: announce(base_url(listener))).run(sockets=[listener])
+        _Server(http_config(create_app(session)), lambda: announce(base_url(listener))).run(sockets=[listener])
 
 
 class _Server(uvicorn.Server):

@@ -5,7 +5,6 @@ import subprocess
 import tempfile
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,8 @@ from soma.base import progress
 from soma.base.errors import UserError
 from soma.serve.features import environment
 from soma.serve.features.repo import checked
-from soma.serve.server import listen
+from soma.serve.listener import listen
+from soma.serve.running import healthy
 
 START = 180.0  # seconds: Feast's imports alone take some ten on a busy machine
 STOP = 20.0
@@ -49,16 +49,6 @@ def running_feature_server(folder: Path, port: int = 0) -> Iterator[tuple[str, "
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-
-
-def healthy(url: str) -> bool:
-    """Whether a feature server answers at `url`."""
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with direct.open(url + "/health", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False
 
 
 def _wait_healthy(url: str, process: "subprocess.Popen[bytes]", said: IO[bytes]) -> None:

@@ -41,8 +41,8 @@ class LLM(NodeKind):
     def build(self, place: Place) -> "V2Model":
         """Start the engine. Raises UserError: no such model, one that makes no text or has no chat template."""
         from soma.engine.launch import launch
-        from soma.serve.app import MAX_BODY_BYTES, Service
         from soma.serve.server import start_engine
+        from soma.serve.service import MAX_BODY_BYTES, Service
 
         if self.in_process and self.replicas > 1:
             raise UserError("in_process is one replica")

@@ -134,7 +134,7 @@ def serve_graphs(
     admin_port: int | None = None, admin_host: str = "127.0.0.1", ready: Callable[[str], None] | None = None,
 ) -> None:  # fmt: skip
     """Serve the graphs of a file until SIGTERM or SIGINT. keys, prices, limits, admin_port, admin_host: as of
-    `soma.serve.server.serve`. Raises UserError."""
+    `soma.serve.options.ServeOptions`. Raises UserError."""
     gateway = None
     if keys is not None:
         from soma.serve.gateway import Gateway

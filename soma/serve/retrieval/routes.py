@@ -25,7 +25,7 @@ from soma.serve.retrieval.serving import search
 from soma.serve.tokens import read_as
 
 if TYPE_CHECKING:
-    from soma.serve.app import Service
+    from soma.serve.service import Service
 
 
 class Knowledge:

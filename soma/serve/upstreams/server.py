@@ -8,13 +8,11 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
-import uvicorn
-
 from soma.base import progress
 from soma.base.errors import UserError
 from soma.serve.admin.beside import Beside
-from soma.serve.server import Server, base_url, check_host, listen
-from soma.serve.slow_headers import HeaderTimeout
+from soma.serve.http_server import Server, http_config
+from soma.serve.listener import base_url, check_host, listen
 from soma.serve.upstreams.app import Front, create_gateway_app
 from soma.serve.upstreams.config import read_config
 
@@ -77,11 +75,7 @@ def serve_gateway(
             raise UserError(f"{path}: prices and admin_port go with the database of keys: say which (keys)")
         app, url = create_gateway_app(config, gateway), base_url(listener)
         announce = ready or (lambda url: progress.current().note(f"the gateway answers at {url}"))
-        settings = uvicorn.Config(
-            app, log_level="warning", access_log=False, timeout_graceful_shutdown=2, lifespan="off", http=HeaderTimeout,
-            server_header=False,
-        )  # fmt: skip
-        server = GatewayServer(settings, app, config.drain, lambda: announce(url))
+        server = GatewayServer(http_config(app, server_header=False), app, config.drain, lambda: announce(url))
         server.path = path
         if gateway is not None and config.admin_port is not None:
             front = app.state.service

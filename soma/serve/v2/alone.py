@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import uvicorn
 from fastapi import FastAPI
 
 from soma.base import progress
@@ -11,8 +10,8 @@ from soma.serve import errors
 from soma.serve.addresses import TrustedProxies
 from soma.serve.calls import Gates
 from soma.serve.graphs.trace import Continued
-from soma.serve.server import GRACE, Server, base_url, check_host, grpc_maker, listen
-from soma.serve.slow_headers import HeaderTimeout
+from soma.serve.http_server import GRACE, Server, grpc_maker, http_config
+from soma.serve.listener import base_url, check_host, listen
 from soma.serve.v2 import rest
 from soma.serve.v2.front import Alone, Front
 from soma.serve.v2.repository import Repository
@@ -49,17 +48,14 @@ def run(
     app: FastAPI, what: str, host: str, port: int, *, grpc_port: int | None = None, allow_public: bool = False,
     guard: "Guard | None" = None, grace: float = GRACE, ready: Callable[[str], None] | None = None,
 ) -> None:  # fmt: skip
-    """Serve until SIGTERM or SIGINT; options as of `soma.serve.server.serve`. guard: that of the app. Raises
+    """Serve until SIGTERM or SIGINT; options as of `soma.serve.options.ServeOptions`. guard: that of the app. Raises
     UserError."""
     check_host(host, allow_public=allow_public or guard is not None)
     listener = listen(host, port)
     try:
         url = base_url(listener)
-        config = uvicorn.Config(
-            app, log_level="warning", access_log=False, timeout_graceful_shutdown=2, lifespan="off", http=HeaderTimeout
-        )
         announce = ready or (lambda url: progress.current().note(f"{what} is served at {url}"))
         make_grpc = None if grpc_port is None else grpc_maker(app, host, grpc_port, guard, TrustedProxies(), "none")
-        Server(config, app, grace, lambda: announce(url), make_grpc).run(sockets=[listener])
+        Server(http_config(app), app, grace, lambda: announce(url), make_grpc).run(sockets=[listener])
     finally:
         listener.close()

@@ -24,7 +24,7 @@ from soma.serve.v2.datatypes import Tensors
 from soma.serve.v2.model import Job, Options, TensorSpec, V2Model, as_datatype
 
 if TYPE_CHECKING:
-    from soma.serve.app import Service
+    from soma.serve.service import Service
 
 FLAGS = ("exclude_input_in_output", "return_finish_reason", "return_cumulative_logprob", "return_logprobs",
          "return_num_input_tokens", "return_num_output_tokens", "return_output_ids",
