@@ -33,6 +33,7 @@ from soma.base.units import human_bytes
 from soma.model.quantized import QuantizedLinear
 from soma.train.optim import allocate_state
 from soma.train.parallel.flat import kept_piece
+from soma.train.parallel.zero import whole_of
 from soma.train.snapshot import Background, Snapshot
 from soma.train.world import World
 
@@ -247,7 +248,7 @@ def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer])
     """Optimizer state by the name of its parameter: `optimizer.layers.0.….exp_avg`."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
-        f"optimizer.{names[parameter]}.{key}": value
+        f"optimizer.{names[whole_of(parameter)]}.{key}": value
         for optimizer in optimizers
         for parameter, state in optimizer.state.items()
         for key, value in state.items()

@@ -168,18 +168,22 @@ class Trainer:
         rate = learning_rate(self.config, self.at.done, self.steps)
         set_learning_rate(self.optimizers, rate)
         figures = [self.world.sum(total) / count, self.clip().to(total.device)]
-        loss, norm = torch.stack(figures).tolist()  # a GPU is waited for once
-        self.stop_if_diverged(self.divergence.check(loss), batch)
-        if not self.scaler.enabled and not np.isfinite(norm):
-            self.stop_if_diverged(f"the gradient norm is {norm}", batch)
         self.scaler.step(self.optimizers)
         self.balance.step()
         self.model.zero_grad(set_to_none=True)
+        # A GPU is waited for once, with all of the step launched. A run that ends here has lost its weights by this
+        # update, and its checkpoints have not.
+        loss, norm = torch.stack(figures).tolist()
+        self.stop_if_diverged(self.divergence.check(loss), batch)
+        if not self.scaler.enabled and not np.isfinite(norm):
+            self.stop_if_diverged(f"the gradient norm is {norm}", batch)
         self.count_step(loss, norm, rate, time.perf_counter() - started)
 
-    def global_count(self, batch: Any) -> int:
-        """What the loss of this step is divided by, over all ranks: so unequal masks weigh as in one large batch."""
-        return max(1, self.world.sum_int(self.objective.count(batch), self.compute.device))
+    def global_count(self, batch: Any) -> Tensor:
+        """What the loss of this step is divided by, over all ranks: so unequal masks weigh as in one large batch. It
+        stays on the device: nobody waits for it."""
+        count = torch.full((), self.objective.count(batch), dtype=torch.int64, device=self.compute.device)
+        return self.world.sum(count).clamp(min=1)
 
     def clip(self) -> Tensor:
         """Clip the global gradient norm; returns it as it was before."""

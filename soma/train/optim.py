@@ -105,6 +105,17 @@ class Muon(torch.optim.Optimizer):
             piece.add_(update.to(piece.device, piece.dtype), alpha=-scale)
 
 
+class AdamW(torch.optim.AdamW):
+    """torch's, whose fused kernel is given this rank's pieces of what is cut. By way of DTensor it does the same, after
+    it has looked at how each of five tensors a parameter is cut."""
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
+        has_complex = super()._init_group(group, *lists)  # fills them: parameters, gradients, moments, steps
+        for tensors in lists:
+            tensors[:] = [local_part(tensor) for tensor in tensors]
+        return has_complex
+
+
 def split_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Trainable parameters in three lists: "hidden" (matrices of the layers), "matrices" (others that decay: an untied
     head, routers), "plain" (norms, biases, embeddings: no decay)."""
@@ -126,14 +137,14 @@ def split_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 def build_optimizers(
     model: nn.Module, config: TrainConfig, muon_dtype: torch.dtype, compiled: bool = False,
-    device: torch.device | None = None,
+    device: torch.device | None = None, piece: Callable[[nn.Parameter], nn.Parameter] = lambda parameter: parameter,
 ) -> list[torch.optim.Optimizer]:  # fmt: skip
     """AdamW alone, or Muon and AdamW, over the model's trainable parameters.
 
     `compiled`: whether what gains by it, the update of bf16 parameters, is compiled. `device`: where Muon multiplies,
-    if not where the parameters lie.
+    if not where the parameters lie. `piece`: what of a parameter is updated here.
     """
-    split = split_parameters(model)
+    split = {kind: list(map(piece, parameters)) for kind, parameters in split_parameters(model).items()}
     adamw: list[dict[str, Any]] = [
         {"params": split["matrices"], "weight_decay": config.weight_decay},
         {"params": split["plain"], "weight_decay": 0.0},
@@ -154,7 +165,7 @@ def build_optimizers(
     if groups and config.parameters == "bf16" and config.lora is None:  # LoRA's updates are float32
         optimizers.append(RoundedAdamW(groups, **settings, seed=config.seed, compiled=compiled))
     elif groups:
-        optimizers.append(torch.optim.AdamW(groups, **settings, fused=True))
+        optimizers.append(AdamW(groups, **settings, fused=True))
     return optimizers
 
 

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -53,10 +52,6 @@ class World:
         if group is not None:
             dist.all_reduce(value, group=group)
         return value
-
-    def sum_int(self, value: int, device: torch.device) -> int:
-        """The sum of a number; `device` is where the process group works."""
-        return value if self.size == 1 else int(self.sum(torch.tensor(value, device=device)))
 
     def agree(self, value: Value) -> Value:
         """Rank 0's `value` on every rank: decisions that rest on a clock are made once."""

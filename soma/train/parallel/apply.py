@@ -32,19 +32,23 @@ from soma.train.parallel.offload import Sums
 from soma.train.parallel.reduce import Reducer, settle_partial
 from soma.train.parallel.shard import apply_shards, begin_microbatch
 from soma.train.parallel.tensor import apply_tensor
+from soma.train.parallel.zero import SharedUpdates, keeps_whole
 from soma.train.recompute import needs_measure, recompute_layers
 
 
 class Parallel:
     """A model that a layout has been applied to: what the training loop has to do with it beside calling it."""
 
-    def __init__(self, model: Transformer, mesh: Mesh, reducers: Sequence[Reducer] = ()) -> None:
-        self.model, self.mesh, self.reducers = model, mesh, reducers
+    def __init__(self, model: Transformer, mesh: Mesh, reducers: Sequence[Reducer] = (),
+                 updates: SharedUpdates | None = None) -> None:  # fmt: skip
+        self.model, self.mesh, self.reducers, self.updates = model, mesh, reducers, updates
         self.sums = Sums(list(model.parameters())) if mesh.layout.cpu_offload else None
 
     def begin(self, last: bool) -> None:
         """Before each microbatch's forward pass; `last` of the step: gradients are summed with its backward pass."""
-        if self.mesh.shards is not None:
+        if self.updates is not None:
+            self.updates.begin(last)
+        elif self.mesh.shards is not None:
             begin_microbatch(self.model, self.mesh.layout.zero, last)
         if self.sums is not None:
             self.sums.take()
@@ -55,6 +59,8 @@ class Parallel:
         """After the last backward pass of a step: every gradient is then the sum over all ranks."""
         if self.sums is not None:
             self.sums.give()
+        if self.updates is not None:
+            self.updates.finish()
         for reducer in self.reducers:
             reducer.finish()
         settle_partial(list(self.model.parameters()))
@@ -67,7 +73,12 @@ class Parallel:
 
     def optimizers(self, config: TrainConfig, compute: Compute) -> list[torch.optim.Optimizer]:
         """What updates the model's trained parameters."""
-        return build_optimizers(self.model, config, compute.muon_dtype, compute.compile, compute.device)
+        settings = (config, compute.muon_dtype, compute.compile, compute.device)
+        if self.updates is None:
+            return build_optimizers(self.model, *settings)
+        optimizers = build_optimizers(self.model, *settings, self.updates.piece)
+        self.updates.follow(optimizers)
+        return optimizers
 
     def loading(self) -> AbstractContextManager[None]:
         """Around what reads a checkpoint into the model and its optimizers."""
@@ -189,16 +200,19 @@ def parallelize(
         recompute_layers(model, activation_checkpointing, measure)
         return Parallel(model, mesh)
     divide(model, mesh, whole_batch)
-    if mesh.shards is None or needs_measure(activation_checkpointing):
+    is_whole = mesh.shards is None or keeps_whole(mesh)
+    if is_whole or needs_measure(activation_checkpointing):
         fill()
     recompute_layers(model, activation_checkpointing, measure)
     if compile_layers:
         for layer in model.layers:
             layer.forward = torch.compile(layer.forward, dynamic=False)
-    if mesh.shards is not None:
+    if not is_whole:
         apply_shards(model, mesh)
         fill()
         return Parallel(model, mesh)
+    if mesh.shards is not None:
+        return Parallel(model, mesh, updates=SharedUpdates(model, mesh))
     return Parallel(model, mesh, replicate(model, mesh))
 
 

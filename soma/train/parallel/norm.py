@@ -26,14 +26,13 @@ def total_norm(parameters: Iterable[nn.Parameter], stages: dist.ProcessGroup | N
     Each piece is counted once: squares are summed over the ranks that hold different pieces, one all-reduce for each
     way of cutting, and at last over `stages` (pipeline ranks, which hold different layers).
     """
-    squares: dict[tuple[object, ...], list[Tensor]] = {}
+    pieces: dict[tuple[object, ...], list[Tensor]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
-            piece = local_part(parameter.grad)
-            squares.setdefault(cut_axes(parameter.grad), []).append(torch.linalg.vector_norm(piece.float()).square())
+            pieces.setdefault(cut_axes(parameter.grad), []).append(local_part(parameter.grad))
     total: Tensor | None = None
-    for key, parts in squares.items():
-        square = torch.stack(parts).sum()
+    for key, parts in pieces.items():
+        square = sum_of_squares(parts)
         if key:
             mesh, axes = key
             for axis in axes:  # type: ignore[attr-defined]
@@ -43,6 +42,14 @@ def total_norm(parameters: Iterable[nn.Parameter], stages: dist.ProcessGroup | N
     if stages is not None:
         dist.all_reduce(total, group=stages)
     return total.sqrt()
+
+
+def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+    """Of all numbers of some tensors, 0-d float32, in a few launches however many tensors there are."""
+    full = [tensor for tensor in tensors if tensor.numel()]
+    if not full:
+        return torch.zeros((), device=tensors[0].device)
+    return torch.stack(torch._foreach_norm(full, dtype=torch.float32)).square().sum()
 
 
 @torch.no_grad()

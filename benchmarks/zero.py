@@ -1,0 +1,129 @@
+"""What a step of ZeRO costs beside the mathematics: ours and DeepSpeed's, on the same model in the same loop.
+
+Counted in one step of rank 0 (exact, and the same on every machine): operations between ranks by kind and dtype, bytes
+that a rank sends, the share of them that starts after the last matrix product, operations launched in the passes and in
+the update (clipping, optimizer, zeroing), and how often Python asks for a tensor's value. Then timed, the two in turn.
+Replicas are held against Accelerate's (torch's DistributedDataParallel), hybrid shards against our own ZeRO-3 on four
+ranks. fp32 parameters, bf16 products, AdamW, clipping; one microbatch a step, and four.
+
+    python benchmarks/zero.py --json                   # two Gloo ranks (four for hybrid), a small Llama
+    python benchmarks/zero.py --device cuda --json     # two GPUs, NCCL: 0.55 billion parameters, 4,096 tokens a rank
+    python benchmarks/zero.py --stages 1 2 --counts    # some of it
+
+In a ratio more than 1 means that ours sends, launches or waits less. Bytes are those of rings (of n ranks each sends
+(n-1)/n of what is gathered or scattered, and twice that of an all-reduce).
+"""
+
+from typing import Any
+
+from common import Case, finish, make_case, parser
+
+STAGES = ("ddp", "1", "2", "3", "hybrid")
+DEEPSPEED, ACCELERATE = "DeepSpeed", "Accelerate"
+
+
+def sides(stage: str) -> tuple[int, dict[str, Any], str, dict[str, Any]]:
+    """Ranks, our layout, the peer's name, and its layout."""
+    if stage == "ddp":
+        return 2, {"dp": 2}, ACCELERATE, {"dp": 2, "engine": "accelerate"}
+    if stage == "hybrid":
+        return 4, {"dp": 2, "fsdp": 2}, "ours, zero 3", {"fsdp": 4}
+    return 2, {"fsdp": 2, "zero": int(stage)}, DEEPSPEED, {"fsdp": 2, "zero": int(stage), "engine": "deepspeed"}
+
+
+def count_cases(label: str, peer: str, steps: dict[str, Any], ranks: int) -> list[Case]:
+    """What was counted, ours beside the peer's."""
+    ours, theirs = steps["ours"], steps["theirs"]
+
+    def case(what: str, unit: str, mine: float, other: float) -> Case:
+        both = [float(mine)], [float(other)]
+        ratio = both if mine and other else ([1.0 + mine], [1.0 + other])  # none at all of something: one more each
+        made = make_case(f"{label}: {what}", unit, ratio[0], peer, ratio[1], higher_is_better=False)
+        made.ours, made.theirs = both[0][0], both[1][0]
+        return made
+
+    cases = [
+        case("operations between ranks", "calls", len(ours.collectives), len(theirs.collectives)),
+        case("sent by a rank", "MB", ours.sent(ranks) / 1e6, theirs.sent(ranks) / 1e6),
+        case("of that, after the last product", "%", 100 * ours.late(), 100 * theirs.late()),
+    ]
+    mine, other = ours.by_kind(), theirs.by_kind()
+    for kind in sorted(mine.keys() | other.keys()):
+        (calls, size), (their_calls, their_size) = mine.get(kind, (0, 0)), other.get(kind, (0, 0))
+        cases.append(case(kind, "calls", calls, their_calls))
+        cases.append(case(kind, "MB", size / 1e6, their_size / 1e6))
+    return [
+        *cases,
+        case("launched in the passes", "operations", ours.launches["passes"], theirs.launches["passes"]),
+        case("launched in the update", "operations", ours.launches["update"], theirs.launches["update"]),
+        case("of all, through DTensor", "operations", ours.through_dtensor, theirs.through_dtensor),
+        case("values asked for", "reads", ours.reads, theirs.reads),
+    ]
+
+
+def stage_cases(stage: str, microbatches: int, chosen: Any) -> list[Case]:
+    """All cases of a stage."""
+    from peers.zero import Ranks
+
+    size, layout, peer, their_layout = sides(stage)
+    label = f"{stage if stage in ('ddp', 'hybrid') else f'zero {stage}'}, {microbatches} microbatches"
+    both = {
+        side: Ranks(size, sizes, microbatches, chosen.device)
+        for side, sizes in (("ours", layout), ("theirs", their_layout))
+    }
+    cases = count_cases(label, peer, {side: ranks.ask("count") for side, ranks in both.items()}, size)
+    if not chosen.counts:
+        times: dict[str, list[float]] = {side: [] for side in both}
+        peaks, losses = {}, {}
+        for round_ in range(-chosen.warmup, chosen.rounds):
+            for side in sorted(both, reverse=round_ % 2 == 1):
+                seconds, losses[side], peaks[side] = both[side].ask("time")
+                if round_ >= 0:
+                    times[side].append(1000 * seconds)
+        assert abs(losses["ours"] - losses["theirs"]) < 5e-2, losses  # they train the same model
+        cases.append(make_case(f"{label}: a step", "ms", times["ours"], peer, times["theirs"], higher_is_better=False))
+        if chosen.device == "cuda":
+            cases.append(make_case(f"{label}: peak", "GiB", [peaks["ours"]], peer, [peaks["theirs"]],
+                                   higher_is_better=False))  # fmt: skip
+    for ranks in both.values():
+        ranks.close()
+    return cases
+
+
+def missing(name: str) -> str | None:
+    """Why a peer cannot run; None if it can."""
+    from importlib.util import find_spec
+
+    package = name.lower()
+    return None if find_spec(package) else f"{package} is not installed: pip install 'somacube[{package}]'"
+
+
+def main() -> None:
+    arguments = parser("zero", __doc__ or "", rounds=9)
+    arguments.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="default: all")
+    arguments.add_argument("--microbatches", nargs="+", type=int, default=[1, 4], choices=[1, 2, 4])
+    arguments.add_argument("--counts", action="store_true", help="count, and take no times")
+    arguments.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: two GPUs, NCCL")
+    chosen = arguments.parse_args()
+    chosen.threads = 1
+    cases: list[Case] = []
+    not_run: dict[str, str] = {}
+    for stage in chosen.stages:
+        size, _, peer, _ = sides(stage)
+        reason = missing(peer) if peer in (DEEPSPEED, ACCELERATE) else None
+        if chosen.device == "cuda" and reason is None:
+            import torch
+
+            if torch.cuda.device_count() < size:
+                reason = f"it takes {size} GPUs, and there are {torch.cuda.device_count()}"
+        if reason is not None:
+            not_run[stage] = reason
+            continue
+        for microbatches in chosen.microbatches:
+            cases += stage_cases(stage, microbatches, chosen)
+    name = "zero" if chosen.device == "cpu" else "zero-gpu"
+    finish(name, chosen, cases, ["deepspeed", "accelerate"], not_run)
+
+
+if __name__ == "__main__":
+    main()
