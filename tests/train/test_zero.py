@@ -59,7 +59,7 @@ def memory_on_rank(rank: int, world_size: int, layout: dict[str, Any], folder: s
 
     def look() -> None:
         found = [parameter.grad for parameter in trainer.model.parameters() if parameter.grad is not None]
-        updates = parallel.updates
+        updates = parallel.shared
         while updates is not None and updates.running:
             updates.settle()
         found += [bucket.total for bucket in (updates.buckets if updates else ()) if bucket.total is not None]
@@ -122,7 +122,7 @@ def traffic_on_rank(rank: int, world_size: int, zero: int, folder: str) -> tuple
         first = trainer.model.layers[0].input_layernorm.weight
         first.register_post_accumulate_grad_hook(lambda _: log.append(("the first layer's gradient", 0)))
         trainer.train_step()
-    updates = trainer.parallel.updates
+    updates = trainer.parallel.shared
     assert updates is not None
     sizes = sum(bucket.ranks * bucket.size * 4 for bucket in updates.buckets)
     return log, len(updates.buckets), 16 // 2 // 2, sizes

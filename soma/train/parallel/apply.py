@@ -40,14 +40,14 @@ class Parallel:
     """A model that a layout has been applied to: what the training loop has to do with it beside calling it."""
 
     def __init__(self, model: Transformer, mesh: Mesh, reducers: Sequence[Reducer] = (),
-                 updates: SharedUpdates | None = None) -> None:  # fmt: skip
-        self.model, self.mesh, self.reducers, self.updates = model, mesh, reducers, updates
+                 shared: SharedUpdates | None = None) -> None:  # fmt: skip
+        self.model, self.mesh, self.reducers, self.shared = model, mesh, reducers, shared
         self.sums = Sums(list(model.parameters())) if mesh.layout.cpu_offload else None
 
     def begin(self, last: bool) -> None:
         """Before each microbatch's forward pass; `last` of the step: gradients are summed with its backward pass."""
-        if self.updates is not None:
-            self.updates.begin(last)
+        if self.shared is not None:
+            self.shared.begin(last)
         elif self.mesh.shards is not None:
             begin_microbatch(self.model, self.mesh.layout.zero, last)
         if self.sums is not None:
@@ -59,8 +59,8 @@ class Parallel:
         """After the last backward pass of a step: every gradient is then the sum over all ranks."""
         if self.sums is not None:
             self.sums.give()
-        if self.updates is not None:
-            self.updates.finish()
+        if self.shared is not None:
+            self.shared.finish()
         for reducer in self.reducers:
             reducer.finish()
         settle_partial(list(self.model.parameters()))
@@ -74,10 +74,10 @@ class Parallel:
     def optimizers(self, config: TrainConfig, compute: Compute) -> list[torch.optim.Optimizer]:
         """What updates the model's trained parameters."""
         settings = (config, compute.muon_dtype, compute.compile, compute.device)
-        if self.updates is None:
+        if self.shared is None:
             return build_optimizers(self.model, *settings)
-        optimizers = build_optimizers(self.model, *settings, self.updates.piece)
-        self.updates.follow(optimizers)
+        optimizers = build_optimizers(self.model, *settings, self.shared.piece)
+        self.shared.follow(optimizers)
         return optimizers
 
     def loading(self) -> AbstractContextManager[None]:
@@ -212,7 +212,7 @@ def parallelize(
         fill()
         return Parallel(model, mesh)
     if mesh.shards is not None:
-        return Parallel(model, mesh, updates=SharedUpdates(model, mesh))
+        return Parallel(model, mesh, shared=SharedUpdates(model, mesh))
     return Parallel(model, mesh, replicate(model, mesh))
 
 
