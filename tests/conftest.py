@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("SOMA_TEST_DATA", ROOT.parent / "shared" / "data"))
@@ -13,6 +14,8 @@ SHARED = Path(os.environ.get("SOMA_TEST_DATA", ROOT.parent / "shared" / "data"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not Path("/dev/nvidiactl").exists():  # Triton reads this when it is imported, whoever does so first
     os.environ.setdefault("TRITON_INTERPRET", "1")
+settings.register_profile("soma", deadline=None)  # a busy machine may stop for longer than any example takes
+settings.load_profile("soma")
 sys.path.insert(0, str(ROOT))  # tests/browser.py and benchmarks/ are imported from the checkout
 
 

@@ -36,7 +36,7 @@ from soma.model.tokenizer import Tokenizer
 
 log = logging.getLogger("soma.engine")
 
-LONGEST_DELAY = 30.0  # seconds between two attempts to start again
+FIRST_DELAY, LONGEST_DELAY = 1.0, 30.0  # seconds between two attempts to start again; it doubles
 LOST = "the engine stopped in the middle of this request; it is being restarted, send the request again"
 
 
@@ -285,7 +285,7 @@ class EngineProcess:
                 for kind, *rest in frame:
                     self._take(kind, *rest)
             self._lose()
-            delay = 1.0
+            delay = FIRST_DELAY
             while True:
                 with self.lock:
                     if self.closing:

@@ -32,7 +32,7 @@ def main(options: str) -> None:
 
 @contextmanager
 def running_service(
-    model_ref: str | Path, *, log: Path | None = None, timeout: float = 120.0, **options: Any
+    model_ref: str | Path, *, log: Path | None = None, timeout: float = 300.0, **options: Any
 ) -> Iterator[str]:
     """The service on `model_ref` in a subprocess, from healthy to the end of the `with`; yields its base URL.
 

@@ -1,7 +1,6 @@
 """A real HTTP server on 127.0.0.1 for the tests: ETags, ranges, and the ways in which servers fail."""
 
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,7 +17,8 @@ class FileServer:
         self.files: dict[str, bytes] = {}
         self.cut: dict[str, list[int]] = {}  # path → after how many bytes to break off, one entry per request
         self.status: dict[str, list[int]] = {}  # path → status codes to answer first
-        self.delay: dict[str, float] = {}  # path → seconds before the answer
+        self.delay: dict[str, float] = {}  # path → seconds before the answer, at most until the server ends
+        self.over = threading.Event()
         self.login: str | None = None  # the Authorization header that is asked for
         self.redirect: dict[str, str] = {}
         self.validators = True
@@ -44,7 +44,7 @@ def _handler(server: FileServer) -> type[BaseHTTPRequestHandler]:
 
         def do_GET(self) -> None:
             path = urlsplit(self.path).path
-            time.sleep(server.delay.get(path, 0))
+            server.over.wait(server.delay.get(path, 0))
             if server.login and self.headers.get("Authorization") != server.login:
                 return self.answer(401, {})
             if server.status.get(path):
@@ -79,5 +79,6 @@ def serving() -> Iterator[FileServer]:
         try:
             yield files
         finally:
+            files.over.set()
             http.shutdown()
             thread.join()

@@ -159,7 +159,7 @@ def test_a_busy_server_is_asked_again(server: FileServer) -> None:
 def test_a_slow_server_is_given_up(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "TIMEOUT", 0.2)
     server.files["/a"] = b"x"
-    server.delay["/a"] = 1.0
+    server.delay["/a"] = 60.0
     with pytest.raises(UserError, match="timed out"):
         fetch(f"{server.url}/a", "file")
 

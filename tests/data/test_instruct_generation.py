@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import math
 import os
 import random
 import re
@@ -124,6 +125,7 @@ class Script(http.server.BaseHTTPRequestHandler):
         prompt = body["messages"][0]["content"]
         with state["lock"]:
             state["asked"][prompt] += 1
+            holds = state["asked"].total() > state["free"]
             refusal = state["refuse"].pop(0) if state["refuse"] else None
         if refusal:
             self.send_response(refusal[0])
@@ -132,7 +134,8 @@ class Script(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
-        time.sleep(state["delay"])
+        if holds:
+            assert state["go_on"].wait(60)
         said = answer(prompt)
         usage = {"prompt_tokens": len(prompt) // 4, "completion_tokens": len(said) // 4}
         reply = json.dumps({"choices": [{"message": {"content": said}}], "usage": usage}).encode()
@@ -191,7 +194,8 @@ class Server(http.server.ThreadingHTTPServer):
 @pytest.fixture
 def endpoint() -> Iterator[tuple[str, dict[str, Any]]]:
     with Server(("127.0.0.1", 0), Script) as server:
-        state = {"asked": Counter(), "refuse": [], "tokens": 0, "delay": 0.0, "lock": threading.Lock()}
+        state = {"asked": Counter(), "refuse": [], "tokens": 0, "free": math.inf, "lock": threading.Lock(),
+                 "go_on": threading.Event()}  # fmt: skip
         server.state = state  # type: ignore[attr-defined]
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}", state
@@ -319,19 +323,21 @@ def test_a_busy_endpoint_is_asked_again(
 
 def test_killed_and_resumed(endpoint: tuple[str, dict[str, Any]], seeds: str, tmp_path: Path) -> None:
     url, state = endpoint
-    state["delay"] = 0.01
+    state["free"] = 30  # the calls after these are in flight when it is killed
     out = tmp_path / "out"
     command = [sys.executable, "-c", "from soma.cli import app; app()", "data", "generate", "evol-instruct", "--seeds",
                seeds, "--url", url, "--model", "m", "--out", str(out), "--rows", "25",
                "--concurrency", "4"]  # fmt: skip
     journal = out / "calls.jsonl"
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and process.poll() is None:
-            if journal.exists() and journal.read_bytes().count(b"\n") >= 20:
-                break
-            time.sleep(0.002)
+        deadline = time.monotonic() + 120
+        while not (journal.exists() and journal.read_bytes().count(b"\n") >= 20):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)
+    state["free"] = math.inf
+    state["go_on"].set()
     with journal.open("ab") as file:
         file.write(b'{"key": "torn')
     done = subprocess.run(command, capture_output=True, text=True)

@@ -170,7 +170,7 @@ def test_a_batch_agrees_with_the_plain_reference() -> None:
         assert not wrong, text
     # Negative control: n-grams counted over the whole batch, not by document, are other figures.
     together = measured([" ".join(texts[:20])], ["gopher_repetition"])[0]
-    assert together["dup_5gram"] != pytest.approx(reference(texts[0])["dup_5gram"])
+    assert any(together["dup_5gram"] != pytest.approx(reference(text)["dup_5gram"]) for text in texts[:20])
 
 
 def test_the_company_of_a_text_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:

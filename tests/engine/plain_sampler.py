@@ -48,8 +48,11 @@ class PlainSampler:
             x[token] -= params.presence_penalty * (token in self.made)
         return x
 
-    def filtered(self, logits_V: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Probabilities that temperature, top-k, top-p and min-p leave, and the order in which a quantile counts."""
+    def filtered(self, logits_V: torch.Tensor, moved: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+        """Probabilities that temperature, top-k, top-p and min-p leave, and the order in which a quantile counts.
+
+        moved: by how much the borders of top-p and min-p are, to let in or out a token that lies on one in float32.
+        """
         x, params = self.adjusted(logits_V), self.params
         order = np.argsort(-x, kind="stable")
         if params.temperature == 0:
@@ -60,8 +63,8 @@ class PlainSampler:
         p /= p.sum()
         if params.top_p < 1:
             before = np.cumsum(p[order]) - p[order]
-            p[order[before >= params.top_p]] = 0
-        p[p < params.min_p * p.max()] = 0
+            p[order[before >= params.top_p + moved]] = 0
+        p[p < (params.min_p - moved) * p.max()] = 0
         by_rank = params.top_k > 0 or params.top_p < 1
         return p / p.sum(), order if by_rank else np.arange(len(x))
 

@@ -211,7 +211,7 @@ def test_the_command_killed_and_run_again(tiny_folder: Path, tmp_path: Path) -> 
     command = [sys.executable, "-m", "soma.cli", "generate", str(tiny_folder), str(source), "--max-tokens", "300",
                "--max-running", "2"]  # fmt: skip
     first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (partial.exists() and partial.read_bytes().count(b"\n") > 3):
         time.sleep(0.01)
     os.kill(first.pid, signal.SIGKILL)

@@ -27,7 +27,7 @@ LONG = SamplingParams(max_tokens=250, ignore_eos=True)
 FIGURES = ("prefix_cache_queries", "prefix_cache_hits", "preemptions")
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
+def wait_for(condition: Callable[[], bool], seconds: float = 300.0) -> bool:
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -44,7 +44,7 @@ def parallel(folder: Path, tensors: int, stages: int, **options: Any) -> Iterato
         yield engine
         engine.close()
     assert engine.process.returncode == 0
-    assert wait_for(lambda: not any(rank.is_running() for rank in ranks), 5)
+    assert wait_for(lambda: not any(rank.is_running() for rank in ranks))
 
 
 def ranks_of(engine: EngineProcess) -> list[psutil.Process]:
@@ -57,13 +57,12 @@ def check_loss(engine: EngineProcess, strike: Callable[[psutil.Process, psutil.P
     (rank,), zero = ranks_of(engine), psutil.Process(engine.process.pid)
     requests = engine.submit_all([[5, 6]], LONG)
     for request in requests:
-        assert request.events.get(timeout=30).id is not None
+        assert request.events.get(timeout=300).id is not None
     strike(zero, rank)
     ends = [list(request)[-1] for request in requests]
     assert [(end.finish_reason, end.is_lost) for end in ends] == [("error", True)]
-    assert wait_for(lambda: engine.alive, 120)
-    assert not rank.is_running()
-    assert not zero.is_running()
+    assert wait_for(lambda: engine.alive)
+    assert wait_for(lambda: not rank.is_running() and not zero.is_running())
     assert engine.generate([5], SamplingParams(max_tokens=3, ignore_eos=True)).finish_reason == "length"
 
 
@@ -95,10 +94,10 @@ def check_tokens(
         one.close()
     with parallel(folder, tensors, stages, device=device, **SQUEEZED, **more) as engine:
         assert [request.result().ids for request in engine.submit_all(prompts, params)] == wanted
-        assert wait_for(lambda: engine.stats()["preemptions"] > 0, 2)
+        assert wait_for(lambda: engine.stats()["preemptions"] > 0)
         hits = engine.stats()["prefix_cache_hits"]
         assert [engine.generate(*each).ids for each in zip(prompts, params, strict=True)] == wanted
-        assert wait_for(lambda: engine.stats()["prefix_cache_hits"] > hits, 2)
+        assert wait_for(lambda: engine.stats()["prefix_cache_hits"] > hits)
         given = engine.generate(prompts[0], scored)
         assert given.ids == score.ids
         assert [row.logprob for row in given.logprobs] == pytest.approx(

@@ -114,7 +114,7 @@ def test_worked_analogy() -> None:
 
 def test_analogies_against_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("soma.model.embeddings.CHUNK", 7)
-    random = np.random.default_rng()
+    random = np.random.default_rng(3)
     names = [f"w{number}" for number in range(12)]
     words = scaled({name: tuple(random.normal(size=3)) for name in names})
     asked = [tuple(random.choice(names, 4, replace=False).tolist()) for _ in range(200)]

@@ -73,12 +73,12 @@ class Scripted:
         self.loop.run_forever()
 
     def start(self) -> None:
-        asyncio.run_coroutine_threadsafe(self._start(), self.loop).result(30)
+        asyncio.run_coroutine_threadsafe(self._start(), self.loop).result(120)
 
     def stop(self) -> None:
         """Nobody listens at its address any more."""
         if self.runner is not None:
-            asyncio.run_coroutine_threadsafe(self.runner.cleanup(), self.loop).result(30)
+            asyncio.run_coroutine_threadsafe(self.runner.cleanup(), self.loop).result(120)
             self.runner = None
 
     async def _start(self) -> None:
@@ -160,7 +160,7 @@ class Scripted:
         self.thread.join(10)
 
 
-def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 300.0) -> None:
     """Wait for it; fails if it does not come."""
     deadline = time.monotonic() + seconds
     while not condition():

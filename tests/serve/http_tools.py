@@ -14,7 +14,7 @@ JSON = {"Content-Type": "application/json"}
 def connection(url: str) -> http.client.HTTPConnection:
     parts = urlsplit(url)
     assert parts.hostname
-    return http.client.HTTPConnection(parts.hostname, parts.port, timeout=60)
+    return http.client.HTTPConnection(parts.hostname, parts.port, timeout=120)
 
 
 def call(
@@ -58,7 +58,7 @@ def metric(url: str, name: str, **labels: str) -> float:
     return total
 
 
-def wait_for(condition: Any, seconds: float = 20.0) -> bool:
+def wait_for(condition: Any, seconds: float = 300.0) -> bool:
     """Whether `condition()` became true in time."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -6,7 +6,6 @@ import pwd
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 from http_tools import wait_for
+from redis_tools import free_ports
 
 
 @contextmanager
@@ -32,9 +32,6 @@ def running_postgres() -> Iterator[str]:
         if account is None:
             pytest.skip("PostgreSQL does not run as root, and there is no user `postgres` or `nobody`")
         user = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     with tempfile.TemporaryDirectory(prefix="soma-postgres-") as name, open(Path(name, "log"), "wb") as log:
         data = Path(name, "data")
         data.mkdir()
@@ -50,10 +47,11 @@ def running_postgres() -> Iterator[str]:
 
         made = start("initdb", "-D", str(data), "-U", "soma", "-A", "trust", "--no-sync")
         assert made.wait(120) == 0, words()
+        (port,) = map(str, free_ports(1))
         server = start("postgres", "-D", str(data), "-p", port, "-h", "127.0.0.1", "-k", str(data), "-c", "fsync=off")
         try:
             ready = [programs / "pg_isready", "-q", "-h", "127.0.0.1", "-p", port]
-            assert wait_for(lambda: subprocess.run(ready, check=False).returncode == 0, 60), words()
+            assert wait_for(lambda: subprocess.run(ready, check=False).returncode == 0), words()
             yield f"postgresql://soma@127.0.0.1:{port}/postgres"
         finally:
             server.send_signal(signal.SIGQUIT)  # at once: nothing of it is needed

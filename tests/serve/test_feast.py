@@ -198,7 +198,7 @@ def test_the_server_ends_with_us(repo: Path, how: signal.Signals) -> None:
         assert process.wait(60) == (0 if how == signal.SIGTERM else -signal.SIGKILL)
         from http_tools import wait_for
 
-        assert wait_for(lambda: not healthy(url), 60)
+        assert wait_for(lambda: not healthy(url))
     finally:
         process.kill()
         process.communicate()

@@ -37,7 +37,8 @@ def second() -> Iterator[Scripted]:
 
 @pytest.fixture(scope="module")
 def config(first: Scripted, second: Scripted) -> dict[str, Any]:
-    quick = {"breaker": {"failures": 2, "pause": "200ms"}, "health": None}
+    # On a slow machine a pause is over with each request, and each needs a retry.
+    quick = {"breaker": {"failures": 2, "pause": "200ms"}, "health": None, "retry": {"budget": 1}}
     return {
         "models": {
             "m": {"upstreams": [{"url": first.url, "model": "there", "key_env": "UPSTREAM_KEY"}], **quick},
@@ -48,8 +49,10 @@ def config(first: Scripted, second: Scripted) -> dict[str, Any]:
             "falls": {"upstreams": [{"url": "http://127.0.0.1:9/v1"}], "fallback": ["only-b"], **quick},
             "only-b": {"upstreams": [{"url": second.url}], **quick},
             "busy": {"upstreams": [{"url": second.url}], **quick},
-            "slow": {"upstreams": [{"url": first.url}], **quick, "retry": {"attempts": 1},
-                     "timeouts": {"first_token": "300ms", "between_tokens": "300ms"}},
+            "slow-first": {"upstreams": [{"url": first.url}], **quick, "retry": {"attempts": 1},
+                           "timeouts": {"first_token": "1s", "between_tokens": "60s"}},
+            "slow-between": {"upstreams": [{"url": first.url}], **quick, "retry": {"attempts": 1},
+                             "timeouts": {"first_token": "60s", "between_tokens": "300ms"}},
         },
         "limits": {"rules": [{"name": "tpm", "limit": 1_000_000, "window": "1d", "unit": "tokens",
                               "algorithm": "sliding_window_log"}]},
@@ -304,7 +307,7 @@ def test_timeouts(gateway: RunningGateway, first: Scripted, when: str) -> None:
         return made
 
     first.answer = hang
-    answer = ask(gateway, model="slow", stream=True)
+    answer = ask(gateway, model=f"slow-{when}", stream=True)
     if when == "first":
         assert answer.status_code == 503
     else:
@@ -365,21 +368,26 @@ def test_drain(config: dict[str, Any], tmp_path: Path, first: Scripted, monkeypa
     """SIGTERM: not ready, new requests get 503, the stream that runs ends whole, and then the process."""
     monkeypatch.setenv("UPSTREAM_KEY", "sk-upstream")
     with running_gateway(tmp_path, config) as gateway:
-        assert httpx.get(gateway.url + "/health/ready", trust_env=False).status_code == 200
+        assert httpx.get(gateway.url + "/health/ready", timeout=60, trust_env=False).status_code == 200
         release = hold(first)
         with httpx.stream("POST", gateway.url + "/v1/chat/completions", json={**CHAT, "stream": True}, timeout=60,
                           trust_env=False) as answer:  # fmt: skip
             lines = answer.iter_lines()
             next(lines)
             gateway.process.send_signal(signal.SIGTERM)
-            until(lambda: httpx.get(gateway.url + "/health/ready", trust_env=False).status_code == 503)
-            assert httpx.get(gateway.url + "/health/live", trust_env=False).status_code == 200
+            until(lambda: httpx.get(gateway.url + "/health/ready", timeout=60, trust_env=False).status_code == 503)
+            assert httpx.get(gateway.url + "/health/live", timeout=60, trust_env=False).status_code == 200
             refused = ask(gateway)
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
             assert refused.headers["retry-after"] == "1"
             release.set()
             assert list(lines)[-2] == "data: [DONE]"
-        assert gateway.process.wait(30) == 0
+        assert gateway.process.wait(120) == 0
+
+
+def calls_in(gateway: RunningGateway) -> float:
+    text = httpx.get(gateway.url + "/metrics", timeout=60, trust_env=False).text
+    return float(next(line for line in text.splitlines() if line.startswith("soma:gateway_running ")).split()[1])
 
 
 def test_a_model_that_sleeps(config: dict[str, Any], tmp_path: Path) -> None:
@@ -396,20 +404,27 @@ def test_a_model_that_sleeps(config: dict[str, Any], tmp_path: Path) -> None:
                     async def whole() -> Any:
                         return (await client.post("/v1/chat/completions", json=CHAT)).json()
 
-                    async def stream(woken: asyncio.Event) -> str:
+                    async def stream() -> str:
+                        nonlocal heard
                         text = ""
                         async with client.stream(
                             "POST", "/v1/chat/completions", json={**CHAT, "stream": True}
                         ) as answer:
                             async for part in answer.aiter_text():
                                 text += part
-                                if text.count(": waking") >= 3:
-                                    woken.set()
+                                heard = text.count(": waking")
                         return text
 
-                    heard = asyncio.Event()
-                    tasks = asyncio.create_task(stream(heard)), asyncio.create_task(whole())
-                    await heard.wait()
+                    async def hear(more: int) -> None:
+                        wanted = heard + more
+                        while heard < wanted:
+                            await asyncio.sleep(0.01)
+
+                    heard = 0
+                    tasks = asyncio.create_task(stream()), asyncio.create_task(whole())
+                    while calls_in(gateway) < 2:
+                        await asyncio.sleep(0.02)
+                    await hear(3)  # by then both wait
                     third = await client.post("/v1/chat/completions", json=CHAT)
                     await asyncio.to_thread(sleeper.start)
                     return await tasks[0], await tasks[1], third.status_code

@@ -20,7 +20,7 @@ import pytest
 import yaml
 from gateway_tools import RunningGateway, Scripted, running_gateway, until
 from http_tools import metric
-from redis_tools import free_port
+from redis_tools import free_ports
 
 from soma.serve.running import healthy
 
@@ -65,7 +65,7 @@ class Fleet:
     """Two engines (without a model: scripted ones, which stay), two gateways, nginx before them."""
 
     def __init__(self, stack: ExitStack, model: Path | None, folder: Path, grace: str) -> None:
-        ports = [free_port() for _ in range(5)]
+        ports = free_ports(5)
         self.parts: list[tuple[Callable[[], Any], Any]] = []
         for place in range(2):
             if model is None:

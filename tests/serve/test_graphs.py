@@ -304,11 +304,16 @@ def test_ensemble(client: TestClient) -> None:
 
 
 def test_a_deadline_covers_the_whole_graph(client: TestClient, record: Record) -> None:
-    answer = generate(client, "patience", x=[[1.0]], timeout=100_000)
-    assert answer.status_code == 504
+    for limit in (100_000, 2_000_000, 20_000_000):  # a busy machine may take seconds until a node begins
+        record.entered.clear()
+        record.left.clear()
+        answer = generate(client, "patience", x=[[1.0]], timeout=limit)
+        assert answer.status_code == 504
+        if len(record.entered) == 2:
+            break
     assert len(record.left) == len(record.entered) == 2
     assert record.entered[1].timeout is not None
-    assert record.entered[1].timeout <= 0.1
+    assert record.entered[1].timeout <= limit / 1e6
 
 
 def test_a_node_is_deployed_alone(client: TestClient, folder: Path) -> None:

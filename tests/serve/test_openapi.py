@@ -148,7 +148,11 @@ def test_schemathesis_at_length(keyed_app: Any, key: str) -> None:
 
 
 def texts(driver: Any, selector: str) -> list[str]:
-    return [item.get_property("textContent") for item in driver.find_elements("css selector", selector)]
+    """At one moment: the page draws itself anew meanwhile."""
+    found: list[str] = driver.execute_script(
+        "return [...document.querySelectorAll(arguments[0])].map(item => item.textContent)", selector
+    )
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +173,7 @@ def test_docs_page(kept: tuple[str, str], width: int) -> None:
     url, key = kept
     with open_browser(width, 900) as driver:
         driver.get(url + "/docs")
-        assert wait_for(lambda: driver.find_elements("css selector", "button.authorize"), 60)
+        assert wait_for(lambda: driver.find_elements("css selector", "button.authorize"))
         driver.find_element("css selector", "button.authorize").click()
         assert wait_for(lambda: len(driver.find_elements("css selector", ".auth-container")) >= 2)
         shown = " ".join(texts(driver, ".auth-container"))

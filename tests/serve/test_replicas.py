@@ -73,9 +73,8 @@ def test_load_is_spread_and_the_bound_is_that_of_all(url: str) -> None:
         head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
         await reader.readuntil(b"data: ")
-        full = await asyncio.to_thread(wait_for, lambda: each(url, "vllm:num_requests_running") == [8, 8])
-        assert full
-        assert each(url, "vllm:num_requests_waiting") == [4, 4]
+        names = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+        assert await asyncio.to_thread(wait_for, lambda: [each(url, name) for name in names] == [[8, 8], [4, 4]])
         status, headers, answer = await asyncio.to_thread(call, url, "POST", "/v1/completions", json.dumps(SHORT), JSON)
         assert status == 429
         assert json.loads(answer)["error"]["code"] == "queue_full"
@@ -130,7 +129,7 @@ def test_one_engine_killed_under_streams(url: str) -> None:
         ends.append("error" in last)
     assert sorted(ends) == [False] * 5 + [True] * 5
     assert metric(url, "vllm:request_success_total", finished_reason="error") == errors + 5
-    assert wait_for(lambda: len(engines_of(url)) == 2 and engines_of(url)[0].pid == other.pid, 30)
+    assert wait_for(lambda: len(engines_of(url)) == 2 and engines_of(url)[0].pid == other.pid)
 
     def is_used_again() -> bool:  # of equally idle engines the one with the emptier cache
         made = metric(url, "vllm:generation_tokens_total", engine="0")
@@ -144,12 +143,12 @@ def test_one_engine_killed_under_streams(url: str) -> None:
 def test_none_left_is_a_503_until_one_is_back(url: str) -> None:
     for engine in engines_of(url):
         engine.kill()
-    assert wait_for(lambda: call(url, "GET", "/health")[0] == 503, 10)
+    assert wait_for(lambda: call(url, "GET", "/health")[0] == 503)
     status, headers, data = call(url, "POST", "/v1/completions", json.dumps(SHORT), JSON)
     assert status == 503
-    assert 1 <= int(headers["retry-after"]) < 60
+    assert 1 <= int(headers["retry-after"]) < 600  # as long as an engine took to load
     assert json.loads(data)["error"]["code"] == "engine_restarting"
-    assert wait_for(lambda: call(url, "GET", "/health")[0] == 200, 60)
+    assert wait_for(lambda: call(url, "GET", "/health")[0] == 200)
     assert post(url, "/v1/completions", SHORT)[0] == 200
     status, value = post(url, "/v1/embeddings", {"model": "tiny", "input": ["hello", "you"]})
     assert (status, len(value["data"])) == (200, 2)

@@ -61,14 +61,15 @@ def test_every_client_is_told_and_service_resumes(url: str) -> None:
         whole = asyncio.create_task(stream(url, started, stream=False))
         for _ in range(STREAMS + 1):
             await started.acquire()
-        await asyncio.sleep(0.3)
+        running = "vllm:num_requests_running"  # what is not streamed too
+        assert await asyncio.to_thread(wait_for, lambda: metric(url, running) == STREAMS + 1)
         engine.kill()
         return await asyncio.gather(*clients), await whole
 
     answers, whole = asyncio.run(run())
     refused, headers, data = call(url, "POST", "/v1/completions", json.dumps(SHORT), JSON)
     assert refused == 503
-    assert 1 <= int(headers["retry-after"]) < 60
+    assert 1 <= int(headers["retry-after"]) < 600  # as long as the engine took to load
     assert json.loads(data)["error"]["code"] == "engine_restarting"
     assert call(url, "GET", "/health")[0] == 503
     assert call(url, "GET", "/metrics")[0] == 200
@@ -83,7 +84,7 @@ def test_every_client_is_told_and_service_resumes(url: str) -> None:
     assert whole.startswith(b"HTTP/1.1 503")
     assert b"retry-after" in whole.lower()
     assert metric(url, "vllm:request_success_total", finished_reason="error") == errors + STREAMS + 1
-    assert wait_for(lambda: call(url, "GET", "/health")[0] == 200, 60)
+    assert wait_for(lambda: call(url, "GET", "/health")[0] == 200)
     assert engine_of(url).pid != engine.pid
     assert post(url, "/v1/completions", SHORT)[0] == 200
     assert metric(url, "vllm:num_requests_running") == 0
@@ -94,7 +95,7 @@ def test_a_client_that_does_as_it_is_told_notices_a_pause_only(url: str) -> None
     import openai
 
     os.kill(engine_of(url).pid, signal.SIGKILL)
-    assert wait_for(lambda: call(url, "GET", "/health")[0] == 503, 10)
+    assert wait_for(lambda: call(url, "GET", "/health")[0] == 503)
     client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=20)
     assert client.completions.create(model="tiny", prompt="hello", max_tokens=3).choices[0].finish_reason
 
@@ -105,7 +106,7 @@ def families(url: str) -> dict[str, Any]:
 
 
 def test_the_names_that_dashboards_read(url: str) -> None:
-    assert wait_for(lambda: call(url, "GET", "/health")[0] == 200, 60)
+    assert wait_for(lambda: call(url, "GET", "/health")[0] == 200)
     assert post(url, "/v1/completions", {**SHORT, "n": 2})[0] == 200
     found = families(url)
     kinds = {
@@ -137,7 +138,7 @@ def test_cache_use_shows_while_requests_run(url: str) -> None:
 
     async def run() -> float:
         task = asyncio.create_task(stream(url, asyncio.Semaphore(0)))
-        deadline, seen = time.monotonic() + 20, 0.0
+        deadline, seen = time.monotonic() + 120, 0.0
         while not seen and time.monotonic() < deadline:
             await asyncio.sleep(0.1)
             seen = await asyncio.to_thread(usage)

@@ -39,7 +39,7 @@ def test_who_comes_later_runs_first(service_url: str, first: dict[str, Any], sec
     leave(links[0])
     answer = links[5].getresponse()
     assert answer.readline().startswith(b"data: ")
-    assert wait_for(lambda: waiting(service_url) == 1, 2)
+    assert wait_for(lambda: waiting(service_url) == 1)
     leave(links[1])
     answer = links[4].getresponse()
     assert answer.readline().startswith(b"data: ")
@@ -64,4 +64,4 @@ def test_a_deadline(service_url: str, stream: bool) -> None:
         assert status == 504
         value = json.loads(data)
     assert value["error"]["code"] == "deadline_exceeded"
-    assert wait_for(lambda: running(service_url) == waiting(service_url) == 0, 5)
+    assert wait_for(lambda: running(service_url) == waiting(service_url) == 0)

@@ -24,7 +24,7 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
     """Reads the body, waits longer than headers may take, answers."""
     while (await receive()).get("more_body"):
         pass
-    await asyncio.sleep(2.0)
+    await asyncio.sleep(2.5)
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
     await send({"type": "http.response.body", "body": b"ok"})
 
@@ -62,7 +62,7 @@ async def until_closed(port: int, *parts: bytes, answers: int = 0) -> bytes:
 def test_slow_headers_and_what_is_merely_slow(base: type, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing, half a line, lines without an end, half of a second request: 408. An answer that takes longer than the
     limit, and headers in two parts, are left alone."""
-    monkeypatch.setattr(slow_headers, "HEADER_SECONDS", 1.5)
+    monkeypatch.setattr(slow_headers, "HEADER_SECONDS", 2.0)
     close = WHOLE.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
 
     async def run() -> None:

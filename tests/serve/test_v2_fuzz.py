@@ -40,7 +40,7 @@ def channel(served: Served) -> Iterator[grpc.Channel]:
 
 def send(channel: grpc.Channel, method: str, data: bytes) -> grpc.StatusCode:
     try:
-        channel.unary_unary(f"/inference.GRPCInferenceService/{method}")(data, timeout=20)
+        channel.unary_unary(f"/inference.GRPCInferenceService/{method}")(data, timeout=120)
     except grpc.RpcError as error:
         return error.code()
     return grpc.StatusCode.OK
@@ -50,7 +50,7 @@ def works(served: Served, channel: grpc.Channel) -> None:
     """A good request is answered, nothing is open, and what entered has left."""
     request = pb.ModelInferRequest(model_name="echo_FP32")
     request.inputs.add(name="x", datatype="FP32", shape=[1, 2]).contents.fp32_contents.extend([1, 2])
-    data = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")(request.SerializeToString(), timeout=20)
+    data = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")(request.SerializeToString(), timeout=120)
     assert list(pb.ModelInferResponse.FromString(data).outputs[0].contents.fp32_contents) == [1, 2]
     assert wait_for(lambda: served.front.host.open == 0)
     assert wait_for(lambda: len(served.record.entered) == len(served.record.left))

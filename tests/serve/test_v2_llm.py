@@ -2,6 +2,7 @@
 stops."""
 
 import json
+import time
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -202,10 +203,14 @@ LONG = {"max_tokens": 4000, "ignore_eos": True}
 
 
 @pytest.mark.parametrize("how", ["cancel", "deadline", "gone"])
-def test_a_client_that_leaves_frees_the_engine(app: Any, served: Served, record: Record, how: str) -> None:
+def test_a_client_that_leaves_frees_the_engine(
+    app: Any, served: Served, record: Record, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    runner, step = app.state.service.engine.runner, app.state.service.engine.runner.step
+    monkeypatch.setattr(runner, "step", lambda batch: time.sleep(0.005) or step(batch))  # 4000 tokens: 20 s
     channel = grpc.insecure_channel(served.grpc)
     stub = triton_grpc.service_pb2_grpc.GRPCInferenceServiceStub(channel)
-    call = stub.ModelStreamInfer(stream_of(served, "hello", **LONG), timeout=1.5 if how == "deadline" else None)
+    call = stub.ModelStreamInfer(stream_of(served, "hello", **LONG), timeout=2.5 if how == "deadline" else None)
     next(call)
     assert record.entered[-1].max_tokens == 4000
     if how == "cancel":

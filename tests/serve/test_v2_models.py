@@ -15,6 +15,7 @@ import pytest
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
 from http_tools import call, wait_for
+from redis_tools import free_ports
 from test_embeddings import TEXTS, bert_folder  # noqa: F401  (a fixture)
 from tiny_onnx import write_onnx
 from v2_tools import v2_server
@@ -24,6 +25,7 @@ from soma.engine.embed import load_embedder
 from soma.model.tokenizer import Tokenizer
 from soma.serve.options import ServeOptions
 from soma.serve.server import serve
+from soma.serve.v2.batched import BatchedModel
 from soma.serve.v2.config import ModelsFile, add_models
 from soma.serve.v2.front import Alone, Front
 from soma.serve.v2.repository import Repository
@@ -132,8 +134,16 @@ def test_models_of_a_file(folder: Path) -> None:
         client.close()
 
 
-def test_batches_over_grpc(folder: Path) -> None:
+def test_batches_over_grpc(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many requests at once: everybody's own rows, in fewer runs than requests."""
+    compute = BatchedModel.run
+
+    async def late(model: BatchedModel, calls: list[Any]) -> list[Any]:
+        while model.batcher.batches == 0 and len(model.batcher.queue) < 2:  # the first run ends when others wait
+            await asyncio.sleep(0.001)
+        return await compute(model, calls)
+
+    monkeypatch.setattr(BatchedModel, "run", late)
     repository = repository_of(folder)
 
     async def run() -> list[np.ndarray]:
@@ -181,14 +191,9 @@ def test_mistakes_are_named(folder: Path, text: str, words: str) -> None:
     assert words in str(caught.value)
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
 def test_soma_serve(tiny_folder: Path, folder: Path) -> None:
     """The command with all of it: the engine's model, the file's models, gRPC beside HTTP, SIGTERM."""
-    port, grpc_port = free_port(), free_port()
+    port, grpc_port = free_ports(2)
     command = [sys.executable, "-m", "soma.cli", "serve", str(tiny_folder), "--port", str(port), "--grpc-port",
                str(grpc_port), "--models", str(folder / "models.yaml"), "--grpc-compression", "gzip"]  # fmt: skip
     process = subprocess.Popen(command, env=os.environ | {"NO_COLOR": "1"})

@@ -166,14 +166,14 @@ def v2_server(front: Front | None = None, counter: Counter | None = None, **grpc
     thread = threading.Thread(target=asyncio.run, args=(run(),))
     thread.start()
     try:
-        assert ready.wait(30)
+        assert ready.wait(120)
         port = listener.getsockname()[1]
         yield Served(
             f"127.0.0.1:{port}", f"127.0.0.1:{found['grpc'].port}", front, record, counter, found["grpc"], found["loop"]
         )
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(120)
         assert not thread.is_alive()
 
 
@@ -189,5 +189,5 @@ def served(app: FastAPI) -> Iterator[str]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(120)
         assert not thread.is_alive()

@@ -132,7 +132,7 @@ class Pool:
                 try:
                     is_well, value = pickle.loads(connection.recv_bytes())  # type: ignore[union-attr]
                 except (EOFError, ConnectionError):
-                    self.workers[rank][0].join(1)
+                    self.workers[rank][0].join(30)
                     code = self.workers[rank][0].exitcode
                     is_well, value = False, f"{self.stack(rank)}\nthe process died (exit code {code})"
                 if is_well:
