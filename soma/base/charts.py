@@ -47,6 +47,7 @@ STYLE = """
 .chart .kept { stroke: var(--c-muted); stroke-dasharray: 4 3; }
 .chart .mono { font-family: ui-monospace, monospace; }
 .chart .fm { fill: var(--c-muted); }
+.chart .sm { stroke: var(--c-muted); }
 """ + "".join(
     f".chart .f{index} {{ fill: var(--c-{index}); }}\n.chart .s{index} {{ stroke: var(--c-{index}); }}\n"
     for index in range(COLOURS)
@@ -55,13 +56,16 @@ STYLE = """
 
 @dataclass(frozen=True)
 class Series:
-    """One line: `xs` and `ys` of the same length. `band` draws noisy values as a mean with their range around it."""
+    """One line: `xs` and `ys` of the same length. `band` draws noisy values as a mean with their range around it;
+    `muted` puts the line into the background, in grey and without its name.
+    """
 
     name: str
     xs: Sequence[float | None]
     ys: Sequence[float | None]
     band: bool = False
     dashed: bool = False
+    muted: bool = False
 
 
 def standalone(svg: str) -> str:
@@ -139,9 +143,11 @@ def bucketed(points: Sequence[tuple[float, float]], count: int) -> list[tuple[fl
     return found
 
 
-def _line(index: int, series: Series, parts: list[list[tuple[float, float]]], to_x: Scale, to_y: Scale) -> list[str]:
+def _line(
+    colour: int | str, series: Series, parts: list[list[tuple[float, float]]], to_x: Scale, to_y: Scale
+) -> list[str]:  # fmt: skip
     """The marks of one series: its band, its line, and points to rest the pointer on."""
-    colour, body, shown = index % COLOURS, [], []
+    body, shown = [], []
     for part in parts:
         if series.band and len(part) > 2:
             buckets = bucketed(part, 120)
@@ -181,9 +187,14 @@ def line_chart(
     levels = [(name, level) for name, level in marks if finite(level) is not None and not (log_y and level <= 0)]
     if not points:
         return nothing(width, title)
-    ends = [(one.name, found[-1][-1][1]) for one, found in zip(series, parts, strict=True) if found]
+    ends = {
+        index: found[-1][-1][1]
+        for index, (one, found) in enumerate(zip(series, parts, strict=True))
+        if found and not one.muted
+    }
     labelled = len(series) > 1
-    right = min(max((text_width(name) for name, _ in ends), default=0) + 10, width * 0.3) if labelled else 14
+    widest = max((text_width(series[index].name) for index in ends), default=0)
+    right = min(widest + 10, width * 0.3) if labelled else 14
     top, bottom = (TITLE_HEIGHT if title else 8) + (18 if y_label else 4), height - (40 if x_label else 24)
     to_y = fit_scale([y for _, y in points] + [y for _, y in levels], bottom, top, log=log_y, zero=zero, pad=0.04)
     ticks = to_y.ticks(max(3, int((bottom - top) / 36)))
@@ -198,12 +209,13 @@ def line_chart(
     for name, level in levels:
         body.append(line("axis dots", left, to_y(level), width - right, to_y(level)))
         body.append(text(width - right, to_y(level) - 5, f"{name} {number(level)}", "soft end"))
+    bright = [index for index, one in enumerate(series) if not one.muted]
+    colours = {index: place % COLOURS for place, index in enumerate(bright)}
     for index, (one, segment_list) in enumerate(zip(series, parts, strict=True)):
-        body += _line(index, one, segment_list, to_x, to_y)
+        body += _line(colours.get(index, "m"), one, segment_list, to_x, to_y)
     if labelled:
-        drawn = [index for index, segment_list in enumerate(parts) if segment_list]
-        for index, (name, _), y in zip(drawn, ends, spread([to_y(y) for _, y in ends], 15, top, bottom), strict=True):
-            body.append(text(width - right + 6, y + 4, shorten(name, right - 6), f"f{index % COLOURS}"))
+        for index, y in zip(ends, spread([to_y(y) for y in ends.values()], 15, top, bottom), strict=True):
+            body.append(text(width - right + 6, y + 4, shorten(series[index].name, right - 6), f"f{colours[index]}"))
     return figure(width, height, title, body)
 
 
@@ -370,8 +382,12 @@ def percentile_strip(
     width: float = 480,
     format_value: Callable[[float], str] = number,
     log_x: bool = False,
+    zero: bool = True,
 ) -> str:
-    """One strip a row on a common axis: a dot for each value, a bar from the median to the 99th percentile."""
+    """One strip a row on a common axis: a dot for each value, a bar from the median to the 99th percentile.
+
+    zero: the axis begins there, where it is not logarithmic.
+    """
     kept = [(name, sorted(v for raw in values if (v := finite(raw)) is not None and not (log_x and v <= 0)))
             for name, values in rows]  # fmt: skip
     kept = [(name, values) for name, values in kept if values]
@@ -381,7 +397,9 @@ def percentile_strip(
     top, row = (TITLE_HEIGHT if title else 4), 44
     bottom = top + row * len(kept)
     height = bottom + (40 if x_label else 24)
-    scale = fit_scale([v for _, values in kept for v in values], left, width - 12, log=log_x, zero=not log_x, pad=0.03)
+    scale = fit_scale(
+        [v for _, values in kept for v in values], left, width - 12, log=log_x, zero=zero and not log_x, pad=0.03
+    )
     body = []
     for index, (name, values) in enumerate(kept):
         y = top + index * row + 30

@@ -228,11 +228,8 @@ def _visible(piece: Piece) -> str:
 
 
 STYLE = """
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .3rem .6rem; border-bottom: 1px solid var(--c-grid); }
-th:first-child, td:first-child { text-align: left; }
+td:first-child { text-align: left; }
 td.best { font-weight: 700; }
-.scroll { overflow-x: auto; }
 .cut { font: 15px/2.1 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: .2rem 0 1rem; }
 .cut span { padding: .2em 0; color: var(--c-ink); }
 .t0 { background: color-mix(in srgb, var(--c-0) 32%, var(--c-paper)); }
@@ -241,7 +238,6 @@ td.best { font-weight: 700; }
 .t3 { background: color-mix(in srgb, var(--c-3) 32%, var(--c-paper)); }
 .t4 { background: color-mix(in srgb, var(--c-4) 32%, var(--c-paper)); }
 .cut .unknown { outline: 2px solid var(--c-1); outline-offset: -2px; }
-.soft { color: var(--c-soft); }
 """
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -287,7 +283,7 @@ def _section(group: str, scores: dict[str, Score], vocabulary: dict[str, int]) -
     rows = {name: score.figures for name, score in scores.items()}
     best = [pick(row[place] for row in rows.values()) for place, pick in enumerate((min, max, min, max))]
     size = next(iter(scores.values())).bytes
-    lines = [f"<section><h2>{esc(group)} <span class='soft'>{size:,} bytes</span></h2><div class='scroll'><table>"]
+    lines = [f"<section><h2>{esc(group)} <span class='soft'>{size:,} bytes</span></h2><div class='table'><table>"]
     lines.append(
         "<tr><th>tokenizer</th><th>vocabulary</th>" + "".join(f"<th>{name}</th>" for name in FIGURES) + "</tr>"
     )

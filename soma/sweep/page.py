@@ -14,7 +14,7 @@ from soma.sweep.space import Range, Space
 if TYPE_CHECKING:
     from soma.sweep.search import Outcome
 
-CURVES = 24  # learning curves that are drawn: the best ones
+CURVES, NAMED = 24, 5  # learning curves that are drawn, the best ones, and how many of them are told apart
 
 
 def write_page(path: Path, name: str, objective: str, space: Space, outcome: "Outcome") -> None:
@@ -61,11 +61,13 @@ def curves(trials: Sequence[dict[str, Any]]) -> str:
     """Held-out loss over the steps, also of trials that were stopped early."""
     drawn = sorted((trial for trial in trials if len(trial["curve"]) > 1), key=lambda one: one["curve"][-1][1])[:CURVES]
     lines = [
-        Series(f"{one['number']}", [step for step, _ in one["curve"]], [loss for _, loss in one["curve"]])
-        for one in drawn
-    ]
+        Series(f"trial {one['number']}", [step for step, _ in one["curve"]], [loss for _, loss in one["curve"]],
+               muted=place >= NAMED)
+        for place, one in enumerate(drawn)
+    ]  # fmt: skip
     if not lines:
         return ""
+    lines.reverse()  # the best in front
     return line_chart(lines, title="Held-out loss over the steps", x_label="step", width=HALF, height=300)
 
 
@@ -77,7 +79,9 @@ def setting(key: str, space: Space, trials: Sequence[dict[str, Any]], objective:
         strips = [
             (str(one), [trial["value"] for trial in ended if trial["values"][key] == one]) for one in values.values
         ]
-        return percentile_strip([strip for strip in strips if strip[1]], title=key, x_label=objective, width=HALF)
+        return percentile_strip(
+            [strip for strip in strips if strip[1]], title=key, x_label=objective, width=HALF, zero=False
+        )
     points = _dots(key, [float(trial["values"][key]) for trial in ended], [trial["value"] for trial in ended])
     return line_chart(
         [points], title=key, x_label=key, y_label=objective, width=HALF, height=260, log_x=values.log
@@ -86,7 +90,7 @@ def setting(key: str, space: Space, trials: Sequence[dict[str, Any]], objective:
 
 def seeds(figures: dict[str, list[float]], objective: str) -> str:
     """The recipe as written and the winner over other seeds."""
-    return percentile_strip(list(figures.items()), title="With other seeds", x_label=objective, width=HALF)
+    return percentile_strip(list(figures.items()), title="With other seeds", x_label=objective, width=HALF, zero=False)
 
 
 def _dots(name: str, xs: Sequence[float], ys: Sequence[float]) -> Series:

@@ -194,6 +194,13 @@ def test_reference_lines_widen_the_axis() -> None:
     assert float(mark.attrib["y1"]) > max(y for _, y in line)
 
 
+def test_muted_lines_are_grey_and_without_a_name() -> None:
+    root = parse(line_chart([Series(name, [0, 1], [1, 2], muted=name == "far") for name in ("far", "near", "best")]))
+    assert [element.attrib["class"] for element in root.iter("polyline")] == ["line sm", "line s0", "line s1"]
+    assert "near best" in words(root)
+    assert "far" not in [element.text for element in root.iter("text")]
+
+
 def test_histogram_bars_are_as_high_as_their_counts() -> None:
     bars = rects(parse(histogram([0, 1, 2, 3], [10, 20, 40], marks=[("median", 1.5)])))
     heights = [float(bar.attrib["height"]) for bar in bars]
@@ -230,6 +237,13 @@ def test_percentiles_are_where_the_values_are() -> None:
     dots = sorted(float(dot.attrib["cx"]) for dot in root.iter("circle"))
     (median,) = [element for element in root.iter("line") if "median" in element.attrib["class"]]
     assert float(median.attrib["x1"]) == pytest.approx(dots[2], abs=0.02)
+
+    def spread_of(zero: bool) -> float:
+        root = parse(percentile_strip([("a", [100, 101])], zero=zero))
+        places = [float(dot.attrib["cx"]) for dot in root.iter("circle")]
+        return max(places) - min(places)
+
+    assert spread_of(zero=False) > 20 * spread_of(zero=True)
 
 
 # --- odd input ---

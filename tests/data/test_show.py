@@ -50,7 +50,7 @@ def test_what_is_learned_is_marked(model: Path, rows: str) -> None:
     assert f"«{learned}»" in plain
     assert re.sub(r"\033\[[\d;]*m", "", terminal(parts)) == plain
     text = page(parts, "a<b")
-    greens = "".join(re.findall(r"<b[^>]*>(.*?)</b>", text, re.DOTALL))
+    greens = "".join(re.findall(r'<b(?: class="o")? title="\d+">(.*?)</b>', text, re.DOTALL))
     assert greens.replace("&lt;", "<").replace("&gt;", ">") == learned
     assert "<now>" not in text
     assert "a&lt;b" in text

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from soma.base.errors import UserError
+from soma.base.page import page_style
 from soma.data.instruct.convert import Outcome, records_of
 from soma.data.instruct.samples import read_samples
 from soma.data.instruct.schemas import Record, Schema, from_record
@@ -17,13 +18,24 @@ from soma.model.tokenizer import Tokenizer
 
 PLAIN, RESET = ("\033[2m", "\033[0m"), "\033[0m"  # every second token is dim, or light, so that each can be seen
 LEARNED = ("\033[30;42m", "\033[30;102m")
-STYLE = (
-    "body{font:15px/1.7 ui-monospace,monospace;max-width:70em;margin:2em auto;padding:0 1em}"
-    "h2{font-size:1em;border-top:1px solid #999;padding-top:.5em}pre{white-space:pre-wrap;margin:0}"
-    "b{font-weight:400;background:#bfe6c0}b.o{background:#9ad69c}i{font-style:normal;color:#555}i.o{color:#999}"
-    "@media(prefers-color-scheme:dark){body{background:#181818;color:#ddd}b{background:#1f5a28}b.o{background:#2b7a36}"
-    "i{color:#aaa}i.o{color:#777}}"
-)
+STYLE = """
+h1 { font-size: 26px; }
+h2 { font-size: 16px; margin: 28px 0 8px; padding-top: 14px; border-top: 1px solid var(--c-grid); }
+pre { font-size: 15px; line-height: 1.8; margin-bottom: 14px; }
+pre b { font-weight: 400; background: color-mix(in srgb, var(--c-2) 22%, var(--c-paper)); }
+pre b.o { background: color-mix(in srgb, var(--c-2) 40%, var(--c-paper)); }
+pre i { font-style: normal; color: var(--c-soft); }
+pre i.o { color: color-mix(in srgb, var(--c-soft) 70%, var(--c-paper)); }
+"""
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,"><title>{title} · Soma</title>
+<style>{style}</style></head><body>
+<p class='mark'>Soma <span>what is learned</span></p><h1>{title}</h1>
+<p class='soft'>What is learned is on green; neighbouring tokens differ in shade. Point at a token for its number.</p>
+{body}
+</body></html>
+"""
 
 
 @dataclass(frozen=True)
@@ -150,8 +162,4 @@ def page(parts: Sequence[Shown | str], title: str) -> str:
             tag, odd = "b" if learned else "i", ' class="o"' if index % 2 else ""
             spans.append(f'<{tag}{odd} title="{index}">{html.escape(said)}</{tag}>')
         body.append(f"<h2>{html.escape(part.title)}</h2><pre>{''.join(spans)}</pre>")
-    name = html.escape(title)
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{name}</title><style>{STYLE}</style>'
-        f"<h1>{name}</h1><p>Green is learned; every second token is lighter.</p>{''.join(body)}</html>\n"
-    )
+    return PAGE.format(title=html.escape(title), style=page_style() + STYLE, body="".join(body))
