@@ -6,6 +6,7 @@ stage that can resume finds it after kill -9; the artefact appears by one rename
 person looks for: `run.json`, `report.html`, and a link to each artefact.
 """
 
+import errno
 import json
 import os
 import platform
@@ -22,6 +23,7 @@ from typing import Any
 import soma
 from soma.base import progress
 from soma.base.artefact import content_hash, directory_bytes, json_hash, publish, read_json, write_json, write_text
+from soma.base.disk import full
 from soma.base.errors import UserError
 from soma.base.machine import PeakMemory
 from soma.base.runs import differences, enforce_quota, entry_name, hold
@@ -297,13 +299,20 @@ def build_until(
 
 
 def make(item: Planned, artefacts: Mapping[str, Path], runs: Path, tracking: Trackers) -> None:
-    """Make a stage's artefact from those of the stages before it. The caller holds its lock."""
+    """Make a stage's artefact from those of the stages before it. The caller holds its lock.
+
+    Raises UserError where its inputs are at fault, and OSError with the folder where the disk is full.
+    """
     enforce_quota(runs)
     inputs = {role: artefacts[upstream] for role, upstream in item.stage.inputs.items()}
     try:
         _build(item, inputs, tracking)
     except UserError as error:
         raise _blamed(error, inputs) from None
+    except Exception as error:
+        if (said := full(error)) is None or getattr(said, "filename", None):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(item.work)) from error
 
 
 def _blamed(error: UserError, inputs: Mapping[str, Path]) -> UserError:

@@ -8,13 +8,16 @@ import difflib
 import logging
 import os
 import re
+import sqlite3
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from soma.base.artefact import content_hash
+from soma.base.disk import full
 from soma.base.errors import UserError
+from soma.base.locks import is_alive
 from soma.base.runs import pin, unpin
 from soma.base.secrets import redact_url, scrub
 
@@ -41,7 +44,8 @@ def default_uri(runs: Path | None = None) -> str:
 def mlflow_client(uri: str) -> Any:
     """An `mlflow.MlflowClient` for the tracking and registry server at `uri`, quiet and without telemetry.
 
-    Raises UserError where MLflow is not installed.
+    A database that is not there is made. Raises UserError where MLflow is not installed, and for a database that cannot
+    be used.
     """
     for setting, value in QUIET.items():
         os.environ.setdefault(setting, value)
@@ -51,9 +55,45 @@ def mlflow_client(uri: str) -> Any:
         raise UserError("tracking and registry need MLflow: pip install somacube[train]") from None
     for name in ("mlflow", "alembic"):  # their errors come as exceptions too, and a log line would add a traceback
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+    if not uri.startswith("sqlite:///"):
+        return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    path = Path(uri.removeprefix("sqlite:///"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            _make_database(path)
+        with closing(sqlite3.connect(path)) as database:
+            database.execute("select count(*) from sqlite_master")  # MLflow would try to open it for hours
+        return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+    except (MlflowException, SQLAlchemyError, sqlite3.Error, OSError) as error:
+        reason = "the disk is full" if full(error) else str(getattr(error, "orig", None) or error).splitlines()[0]
+        raise UserError(
+            f"{path}: MLflow's database cannot be used ({reason}). Make it writable and free some space; if it is "
+            "broken, move it away: it is made anew, without what was registered in it"
+        ) from None
+
+
+def _make_database(path: Path) -> None:
+    """MLflow's empty tables, under another name first: it makes them in some fifty steps that take seconds, and what a
+    full disk or kill -9 leaves of them it can neither use nor finish."""
+    from mlflow.store.db.utils import _initialize_tables, create_sqlalchemy_engine
+
+    for old in path.parent.glob(f".{path.name}.*.tmp*"):
+        if not is_alive(int(old.name.removeprefix(f".{path.name}.").split(".")[0])):
+            old.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    engine = create_sqlalchemy_engine(f"sqlite:///{temporary}")
+    try:
+        _initialize_tables(engine)
+        engine.dispose()
+        with suppress(FileExistsError):  # another process was quicker
+            os.link(temporary, path)
+    finally:
+        engine.dispose()
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

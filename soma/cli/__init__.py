@@ -1,11 +1,14 @@
 """The command `soma`. Thin: it parses, calls one function of a room, prints. Heavy imports wait inside the commands."""
 
 import errno
+import os
 import sys
 
 import typer
 
+from soma.base.disk import full
 from soma.base.errors import UserError
+from soma.base.parent import end_with_parent
 from soma.cli import (
     acts,
     annotation,
@@ -89,6 +92,8 @@ app.add_typer(upkeep.cache_app, name="cache")
 
 def main() -> None:
     """Entry point: a person's mistake is one clear message and exit status 2, never a traceback."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()  # torchrun, which ends its ranks unless it is killed with -9
     try:
         app()
     except UserError as error:
@@ -100,12 +105,12 @@ def main() -> None:
             other = ", unless another rank has named a mistake" if launched() else ""  # torchrun ends us for it
             fail(f"interrupted; the same command goes on from here{other}", INTERRUPTED)
         raise
-    except OSError as error:
-        if error.filename and error.errno in NOT_OURS:
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename and error.errno in NOT_OURS:
             fail(f"{error.filename}: {(error.strerror or '').lower()}; choose another path, or mend this one", 2)
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if (said := full(error)) is None:
             raise
-        where = f" while writing {error.filename}" if error.filename else ""
+        where = f" while writing {said.filename}" if isinstance(said, OSError) and said.filename else ""
         fail(
             f"the disk is full{where}; nothing finished is lost. Free some space (`soma runs prune`) and run it again",
             1,

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from soma.base import progress
+from soma.base.parent import end_with_input
 from soma.cli.recipes import Overrides, RecipePath, RunsFolder
 
 
@@ -30,6 +31,8 @@ def sweep(
     as_worker: Annotated[bool, typer.Option("--worker", hidden=True)] = False,
 ) -> None:
     """Search a recipe's settings; the winner must beat the spread of seeds. The same command goes on with it."""
+    if as_worker:
+        end_with_input()
     from soma.sweep.search import Sweep, work
     from soma.sweep.search import sweep as search_for
 

@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from errno import EDQUOT, ENOSPC
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 from soma.base import progress
 from soma.base.artefact import json_hash, read_json, write_json
+from soma.base.disk import full
 from soma.base.errors import UserError
 from soma.data.clean import clean_text, cut_text
 from soma.data.config import DataConfig
@@ -177,7 +177,7 @@ def disk_may_be_full(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (ENOSPC, EDQUOT):
+        if full(error) is None:
             raise
         raise UserError(
             f"{folder}: the disk is full. What is done is kept: make room and run the same command again"

@@ -12,6 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Literal
 
 from soma.base.errors import UserError
+from soma.base.parent import end_with_spawner
 
 Runner = Literal["local", "ray"]
 
@@ -36,7 +37,7 @@ def _in_processes(function: Callable[[Any], Any], tasks: Sequence[Any], workers:
     # Spawned, not forked: pyarrow, Daft and OpenMP have threads, which a fork would lose while they hold locks.
     context = multiprocessing.get_context("spawn")
     done = 0
-    with ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context) as pool:
+    with ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context, initializer=end_with_spawner) as pool:
         futures = {pool.submit(function, task): number for number, task in enumerate(tasks)}
         try:
             for future in as_completed(futures):

@@ -36,14 +36,16 @@ def running_service(
 ) -> Iterator[str]:
     """The service on `model_ref` in a subprocess, from healthy to the end of the `with`; yields its base URL.
 
-    log: where the service's own words go. options: of `ServeOptions`; a free port unless given. Raises UserError with
-    the service's words if it does not come up within `timeout` seconds.
+    log: where the service's own words go. options: of `ServeOptions`; a free port unless given. The subprocess reads a
+    pipe from us and ends with it, so kill -9 of this process ends it too. Raises UserError with the service's words if
+    it does not come up within `timeout` seconds.
     """
     arguments = json.dumps({"model_ref": str(model_ref), "port": 0, **options})
-    code = "import sys; from soma.serve.running import main; main(sys.argv[1])"
+    first = "import sys; from soma.base.parent import end_with_input; end_with_input()"
+    code = f"{first}; from soma.serve.running import main; main(sys.argv[1])"
     with open(log, "w+b") if log else tempfile.TemporaryFile() as said:
         process = subprocess.Popen(
-            [sys.executable, "-c", code, arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said,
+            [sys.executable, "-c", code, arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )  # fmt: skip
         try:
@@ -55,7 +57,9 @@ def running_service(
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+            assert process.stdin is not None
             assert process.stdout is not None
+            process.stdin.close()
             process.stdout.close()
 
 

@@ -139,6 +139,8 @@ def sweep(search: Sweep, *, trials: int, workers: int = 1, seeds: int = 3) -> Ou
     finally:
         for other in others:
             other.wait()
+            assert other.stdin is not None
+            other.stdin.close()
     outcome = settle(search, seeds)
     write_json(search.folder / "sweep.json", asdict(outcome) | {"folder": search.folder.name, **describe(search)})
     write_page(search.folder / "report.html", search.load({}).name, search.objective, parse_space(search.over), outcome)
@@ -276,10 +278,11 @@ def _shown(values: Mapping[str, Any]) -> str:
 
 
 def _start_worker(search: Sweep, trials: int) -> "subprocess.Popen[bytes]":
+    """It reads a pipe from us and ends with it, so kill -9 of this process ends it too."""
     options = [f"--over={one}" for one in search.over] + [f"--set={one}" for one in search.overrides]
     command = [sys.executable, "-m", "soma.cli", "sweep", str(search.recipe), *options, "--runs", str(search.runs)]
     command += ["--objective", search.objective, "--trials", str(trials), "--seed", str(search.seed)]
-    return subprocess.Popen([*command, "--reduction", str(search.reduction), "--worker"])
+    return subprocess.Popen([*command, "--reduction", str(search.reduction), "--worker"], stdin=subprocess.PIPE)
 
 
 def settle(search: Sweep, seeds: int) -> Outcome:

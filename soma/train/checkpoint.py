@@ -8,9 +8,9 @@ checkpoints/step-00000100/
 """
 
 import base64
-import errno
 import random
 import re
+import secrets
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from soma.base import progress
 from soma.base.artefact import directory_bytes, file_hash, publish, read_json, write_json
+from soma.base.disk import full
 from soma.base.errors import UserError
 from soma.base.units import human_bytes
 from soma.model.quantized import QuantizedLinear
@@ -53,6 +54,7 @@ class Checkpoints:
     snapshot: Snapshot = field(default_factory=Snapshot)
     background: Background = field(default_factory=Background)
     groups: list[dist.ProcessGroup] = field(default_factory=list)
+    marks: list[str] = field(default_factory=list)
 
     def steps(self) -> list[int]:
         """Steps of the folders there are, whole or torn, in rising order."""
@@ -64,6 +66,11 @@ class Checkpoints:
         """Folder of the checkpoint of a step."""
         return self.directory / f"step-{step:08d}"
 
+    def temporary(self, step: int) -> Path:
+        """Folder of a checkpoint that is being written. It has a name of its own in each start of the job: a rank that
+        an earlier one has left behind, on another machine perhaps, must not write into ours."""
+        return self.directory / f".step-{step:08d}.{self.marks[0]}.tmp"
+
     def newest(self) -> int | None:
         """Step of the newest whole checkpoint; a torn one on the way is named in a note. Removes half-written ones.
 
@@ -73,7 +80,7 @@ class Checkpoints:
 
     def _newest(self) -> int | None:
         for path in self.directory.glob(".step-*"):
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)  # what somebody still writes goes next time
         for step in reversed(self.steps()):
             fault = torn(self.path(step))
             if fault is None:
@@ -96,6 +103,8 @@ class Checkpoints:
         that were there stay.
         """
         self.wait()
+        if not self.marks:
+            self.marks.append(self.world.agree(secrets.token_hex(4)))
         tensors = model_tensors(model) | optimizer_tensors(model, optimizers)
         if self.in_background:
             tensors = self.snapshot.take(tensors)
@@ -120,8 +129,7 @@ class Checkpoints:
         group: dist.ProcessGroup | None,
     ) -> None:  # fmt: skip
         """What `save` does with what it was given. All ranks together; if one fails, all do."""
-        final = self.path(step)
-        temporary = final.with_name(f".{final.name}.tmp")
+        final, temporary = self.path(step), self.temporary(step)
         with disk_full(self, step, tensors):
             with all_or_none(group):
                 if self.world.is_main:
@@ -291,7 +299,7 @@ def from_text(text: str) -> Tensor:
 @contextmanager
 def disk_full(checkpoints: Checkpoints, step: int, tensors: dict[str, Tensor]) -> Iterator[None]:
     """Turn "no space left" into a message that says what is needed and what is there; the torn rest is removed."""
-    temporary = checkpoints.path(step).with_name(f".{checkpoints.path(step).name}.tmp")
+    temporary = checkpoints.temporary(step)
     try:
         yield
     except (OSError, RuntimeError, dcp.CheckpointException) as error:
@@ -317,12 +325,10 @@ def last_whole(checkpoints: Checkpoints) -> str:
 
 
 def is_no_space(error: BaseException) -> bool:
-    """Whether ENOSPC or EDQUOT is behind an error, also one that DCP has wrapped."""
+    """Whether a full disk is behind an error, also one that DCP has wrapped."""
     if isinstance(error, dcp.CheckpointException):
         return any(is_no_space(failure[0]) for failure in error.failures.values())
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    return "No space left" in str(error) or (error.__cause__ is not None and is_no_space(error.__cause__))
+    return full(error) is not None
 
 
 def first_cause(error: dcp.CheckpointException) -> str:

@@ -1,8 +1,10 @@
 """The model registry: what is registered is what `registry:` resolves to, and MLflow's own client reads it."""
 
 import builtins
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -139,3 +141,36 @@ def test_mlflow_is_quiet(tmp_path: Path) -> None:
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert (result.stdout, result.stderr) == ("1\n", "")
+
+
+def test_a_database_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tables are made in fifty steps: what is left of a process that ends among them is no database."""
+    from mlflow.store.db import utils
+    from sqlalchemy.exc import OperationalError
+
+    path = tmp_path / "mlflow.db"
+
+    def breaks(engine: Any) -> None:
+        utils.InitialBase.metadata.create_all(engine)
+        raise OperationalError("alter table", {}, sqlite3.OperationalError("database or disk is full"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(utils, "_initialize_tables", breaks)
+        with pytest.raises(UserError, match=r"mlflow.db: .*the disk is full"):
+            mlflow_client(f"sqlite:///{path}")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / ".mlflow.db.4194999.tmp-journal").touch()  # of a process that is no more: no number is so high
+    assert mlflow_client(f"sqlite:///{path}").search_experiments(max_results=1)
+    assert [one.name for one in tmp_path.iterdir()] == ["mlflow.db"]
+
+
+@pytest.mark.parametrize("content", ["no database", "torn"])
+def test_a_database_that_is_none_is_named(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "mlflow.db"
+    if content == "torn":
+        with closing(sqlite3.connect(path)) as database:
+            database.execute("create table experiments (experiment_id integer)")
+    else:
+        path.write_text("This is a text. " * 100)
+    with pytest.raises(UserError, match=r"mlflow\.db: MLflow's database cannot be used.*move it away"):
+        mlflow_client(f"sqlite:///{path}")

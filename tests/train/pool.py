@@ -34,6 +34,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from soma.base.parent import end_with_spawner
+
 ATTEMPTS = 3  # at a call whose processes die
 GRACE = 1.5  # seconds that the other ranks have to come back after one has failed
 LOST = "gloo/transport"  # in the error of a rank whose peer has gone
@@ -194,6 +196,7 @@ def work(connection: Connection, place: str, device_type: str) -> None:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", STREAMS)
         backend = "cpu:gloo,cuda:nccl"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the session's: it closes the pool
+    end_with_spawner()  # of a session that was killed
     with open(place, "w") as stack:
         faulthandler.enable(file=stack)
         faulthandler.register(signal.SIGUSR1, file=stack, all_threads=False)

@@ -3,6 +3,7 @@
 import os
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,9 @@ def save_array(path: Path, array: np.ndarray) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            np.save(file, array, allow_pickle=False)
+            # Not the file itself: numpy would write by way of C's and lose the error of the last block, so that on a
+            # full disk a shortened array looks whole (numpy 2.4: 1,049,248 bytes asked for, 1,048,576 there, no error).
+            np.save(SimpleNamespace(write=file.write), array, allow_pickle=False)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

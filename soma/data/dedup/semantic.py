@@ -23,6 +23,7 @@ import numpy as np
 
 from soma.base import progress
 from soma.base.artefact import file_hash, json_hash
+from soma.base.disk import claim
 from soma.base.errors import UserError
 from soma.base.secrets import redact_url
 from soma.data.config import SemanticConfig
@@ -147,6 +148,7 @@ def _by_rank(files: Sequence[Path], parts: Sequence[Path], rank_N: np.ndarray, d
     """All vectors in the order of their ranks, memory-mapped."""
     dimensions = max(map_array(path).shape[1] for path in files)
     vectors_ND: np.ndarray = np.lib.format.open_memmap(out, "w+", np.float32, (documents, dimensions))
+    claim(out)
     start = 0
     for part, path in zip(parts, files, strict=True):
         rank = rank_N[start : start + _rows(part)]

@@ -6,7 +6,6 @@ Messages out: ("done", result) for all but steps, ("pong",) at once, whatever th
               the user's mistake) before it ends.
 """
 
-import ctypes
 import logging
 import os
 import queue
@@ -17,10 +16,10 @@ import threading
 from typing import Any
 
 from soma.base.errors import UserError
+from soma.base.parent import end_with_parent
 from soma.engine.parallel.part import Part
 from soma.engine.parallel.wire import first_line, read, write
 
-PR_SET_PDEATHSIG = 1
 log = logging.getLogger("soma.engine")
 
 
@@ -65,7 +64,6 @@ def main(descriptor: int) -> None:
     os.set_inheritable(descriptor, False)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     Rank(socket.socket(fileno=descriptor)).run()
