@@ -46,7 +46,7 @@ from soma.train.parallel.pipeline.schedule import Action, Schedule
 from soma.train.parallel.pipeline.schedules import SCHEDULES
 from soma.train.parallel.pipeline.search import per_stage, search, v_half_limit
 from soma.train.parallel.pipeline.simulate import Timeline, simulate
-from soma.train.parallel.pipeline.transport import Transport
+from soma.train.parallel.pipeline.transport import Transport, open_channels
 
 MICROBATCHES = {2: 8, 4: 12, 8: 16}
 MICROSECONDS = 1e6  # in a second: the unit of a trace
@@ -139,7 +139,8 @@ class WaitingPipeline:
     def __init__(self, schedule: Schedule, group: dist.ProcessGroup) -> None:
         self.schedule, self.group, self.rank = schedule, group, dist.get_rank(group)
         self.plan = lower(schedule)
-        self.transport = DelayedTransport(self.plan, group, lambda index: torch.empty(WIDTH, WIDTH))
+        channels = open_channels(self.plan, group, torch.device("cpu"))
+        self.transport = DelayedTransport(self.plan, group, lambda index: torch.empty(WIDTH, WIDTH), channels)
 
     def run(self, unit: float) -> Timeline:
         costs = nominal(self.schedule, unit)

@@ -18,7 +18,6 @@ from soma.train.parallel.pipeline.lower import lower, one_by_one
 from soma.train.parallel.pipeline.schedule import Action, Overlap, Schedule, ShardAction, Step, Transfer, actions_of
 from soma.train.parallel.pipeline.schedules import SCHEDULES, interleaved
 from soma.train.parallel.pipeline.simulate import LongerError, simulate
-from soma.train.parallel.pipeline.transfers import AHEAD
 from soma.train.parallel.pipeline.validate import SHOWN, validate
 
 F, B, BW = (lambda stage, index, kind=kind: Action(kind, stage, index) for kind in ("F", "B", "BW"))
@@ -313,12 +312,13 @@ def test_trips_to_experts_alone_and_hidden() -> None:
 
 
 def test_bytes_by_hand() -> None:
-    """1F1B on two ranks: parameters 10, gradients 20 from the first backward, two activations of 3, messages of 1:
-    open receives, and on the first rank the output that leaves."""
+    """1F1B on two ranks: parameters 10, gradients 20 from the first backward, two activations of 3, messages of 1 that
+    take half a step: to the last rank the next one comes while it works, on the first one leaves when another is there.
+    """
     memory = Memory(3, 10, 20, 1)
-    first, last = simulate(SCHEDULES["1f1b"](2, 4), memory=memory).held
-    assert max(count for _, count in last) == 10 + 20 + 3 + AHEAD
-    assert max(count for _, count in first) == 10 + 20 + 2 * 3 + AHEAD + 1
+    first, last = simulate(SCHEDULES["1f1b"](2, 4), Costs(transfer=0.5), memory=memory).held
+    assert max(count for _, count in last) == 10 + 20 + 3 + 1
+    assert max(count for _, count in first) == 10 + 20 + 2 * 3 + 2
     assert first[-1][1] == last[-1][1] == 10 + 20
 
 

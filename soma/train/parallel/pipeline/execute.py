@@ -240,8 +240,9 @@ class PipelineStep:
         self.shards: PipelineShards | None = None
         self.lower(0)
         device, widest = device or self.device, self.plan if trains else self.forward_plan
-        self.channels = open_channels(widest, group) if device.type == "cuda" else None  # evaluation has some of them
-        self.transport = Transport(self.plan, group, self.buffer, self.channels) if trains else None
+        self.when_needed = device.type == "cuda"
+        self.channels = open_channels(widest, group, device)  # evaluation has some of them
+        self.transport = self.open_transport(self.plan) if trains else None
         self.forward_transport: Transport | None = None
         self.clock: Clock | None = None
 
@@ -249,6 +250,10 @@ class PipelineStep:
     def device(self) -> torch.device:
         """Where this rank computes."""
         return next(self.model.parameters()).device
+
+    def open_transport(self, plan: Schedule) -> Transport:
+        """This rank's ends of the channels that a plan uses."""
+        return Transport(plan, self.group, self.buffer, self.channels, when_needed=self.when_needed)
 
     def buffer(self, index: int) -> Tensor:
         """Room for what a microbatch sends from stage to stage: (B, T, D), or a part of T."""
@@ -278,7 +283,7 @@ class PipelineStep:
         """The sum of cross-entropies without gradients, in whatever mode the model is; the same on all ranks."""
         self.begin(microbatches, 0.0, 0.0)
         if self.forward_transport is None:
-            self.forward_transport = Transport(self.forward_plan, self.group, self.buffer, self.channels)
+            self.forward_transport = self.open_transport(self.forward_plan)
         self.run(self.forward_plan, self.forward_transport, Clock(self.device))
         return self.total()
 

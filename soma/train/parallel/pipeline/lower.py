@@ -8,14 +8,15 @@ from dataclasses import replace
 
 from soma.train.parallel.pipeline.schedule import Schedule
 from soma.train.parallel.pipeline.sharding import add_shards
-from soma.train.parallel.pipeline.transfers import AHEAD, add_transfers
+from soma.train.parallel.pipeline.transfers import add_transfers
 
 
-def lower(schedule: Schedule, zero: int = 0, ahead: int = AHEAD) -> Schedule:
+def lower(schedule: Schedule, zero: int = 0, ahead: int | None = None) -> Schedule:
     """The schedule with sends, receives and (for stages that are sharded in ZeRO's stage `zero`) shard actions.
 
-    ahead: receives that each channel has open before they are needed. Worked example: rank 1 of 1F1B on two ranks with
-    two microbatches, ahead 1: 0>F0.0, F1.0, 0>F0.1, BW1.0, B1.0>0, F1.1, BW1.1, B1.1>0.
+    ahead: receives that each channel has open before they are needed; None: all of them, from the start.
+    Worked example: rank 1 of 1F1B on two ranks with two microbatches, ahead 1:
+    0>F0.0, F1.0, 0>F0.1, BW1.0, B1.0>0, F1.1, BW1.1, B1.1>0.
     """
     assert schedule.zero is None, "lowered already"
     sharded = add_shards(schedule, zero) if zero else schedule

@@ -10,7 +10,6 @@ from dataclasses import replace
 from soma.train.parallel.pipeline.schedule import Action, Schedule, Step, Transfer, actions_of
 
 Channel = tuple[int, int]  # from rank, to rank
-AHEAD = 2  # receives that a channel has open before they are needed: one arrives while the other is worked on
 
 
 def made_by(action: Action) -> Action:
@@ -54,13 +53,15 @@ def channels(schedule: Schedule) -> dict[Channel, list[Action]]:
     return dict(sorted(found.items()))
 
 
-def add_transfers(schedule: Schedule, ahead: int = AHEAD) -> Schedule:
-    """A send after each step whose outcome another rank reads, and receives `ahead` of their readers.
+def add_transfers(schedule: Schedule, ahead: int | None = None) -> Schedule:
+    """A send after each step whose outcome another rank reads, and receives `ahead` of their readers (None: all).
 
     A channel's receives come in the order of its sends. The first `ahead` open before the rank's first step, and as
     many as keep that number open after each step that read one.
     """
     orders = channels(schedule)
+    if ahead is None:
+        ahead = max(map(len, orders.values()), default=0)
     number = {message: place for order in orders.values() for place, message in enumerate(order)}
     rows = []
     for rank in range(schedule.ranks):

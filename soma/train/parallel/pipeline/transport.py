@@ -1,7 +1,7 @@
 """Point-to-point transfers of a pipeline over `torch.distributed`."""
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,17 +18,17 @@ class Transport:
     """One rank's ends of all channels of a lowered schedule.
 
     Sends are asynchronous and keep their tensor alive until it has left. Receives are posted where the schedule has
-    them, into buffers made by `buffer(microbatch)`: what comes over a wire has that shape. Between GPUs none is posted
-    before it is needed: a posted receive is a kernel that waits there, and CUDA loads a kernel that is new (another
-    shape of a product is enough) only when no other runs, so the one that waits for this rank's next message would
-    keep this rank from making it.
+    them, into buffers made by `buffer(microbatch)`: what comes over a wire has that shape.
 
-    groups: of each channel, from `open_channels`; None between CPUs: `group` for all.
+    groups: of each channel, from `open_channels`; None: `group` for all.
+    when_needed: post no receive before it is needed. Between GPUs: a posted receive is a kernel that waits there, and
+    CUDA loads a kernel that is new (another shape of a product is enough) only when no other runs, so the one that
+    waits for this rank's next message would keep this rank from making it.
     """
 
     def __init__(
         self, schedule: Schedule, group: dist.ProcessGroup, buffer: Callable[[int], Tensor],
-        groups: Mapping[Channel, dist.ProcessGroup] | None = None,
+        groups: Mapping[Channel, dist.ProcessGroup] | None = None, *, when_needed: bool = False,
     ) -> None:  # fmt: skip
         self.group, self.buffer, self.rank = group, buffer, dist.get_rank(group)
         self.orders = sends(schedule)
@@ -40,7 +40,7 @@ class Transport:
             message: source for (source, reader), order in self.orders.items() if reader == self.rank
             for message in order
         }  # fmt: skip
-        self.when_needed = groups is not None
+        self.when_needed = when_needed
         self.sending: deque[tuple[dist.Work, Tensor, int]] = deque()
         self.posted: dict[Action, tuple[dist.Work, Tensor]] = {}
         self.put_off: dict[int, deque[Action]] = {source: deque() for source in self.source_of.values()}
@@ -109,15 +109,30 @@ def start(move: Callable[..., Any], tensor: Tensor, other: int, group: dist.Proc
     return work
 
 
-def open_channels(schedule: Schedule, group: dist.ProcessGroup) -> dict[Channel, dist.ProcessGroup]:
-    """A process group for each of this rank's channels between GPUs; all ranks of the world call it together.
+def open_channels(
+    schedule: Schedule, group: dist.ProcessGroup, device: torch.device
+) -> dict[Channel, dist.ProcessGroup]:  # fmt: skip
+    """A process group for each of this rank's channels; all ranks of the world call it together.
 
-    Over NCCL what is started on one communicator runs in that order, so transfers of two directions on one would wait
-    for each other. Each is used once, in an order that is the same everywhere: that connects its ranks, which a rank
-    must not wait for in the middle of a step.
+    No two directions share one. What is started on one communicator of NCCL runs in that order, so they would wait for
+    each other. Gloo's thread, when it wakes for a message while the rank's own holds the lock of their connection,
+    does not wait but asks again: where both are on one core, until its time slice of some milliseconds is over. So a
+    connection of ours carries messages in one direction alone, and all that comes back are the receives.
     """
     rank = dist.get_rank(group)
     mine = [channel for channel in sorted(sends(schedule)) if rank in channel]
+    if device.type == "cuda":
+        return open_gpu_channels(mine, group)
+    everyone = tuple(dist.get_global_rank(group, rank) for rank in range(dist.get_world_size(group)))
+    down, up = (make_groups([everyone], "gloo")[everyone] for _ in range(2))
+    return {(source, target): up if source < target else down for source, target in mine}
+
+
+def open_gpu_channels(mine: Sequence[Channel], group: dist.ProcessGroup) -> dict[Channel, dist.ProcessGroup]:
+    """Communicators of two ranks. Each is used once, in an order that is the same everywhere: that connects its ranks,
+    which a rank must not wait for in the middle of a step.
+    """
+    rank = dist.get_rank(group)
     ends = {channel: tuple(dist.get_global_rank(group, end) for end in channel) for channel in mine}
     groups = {
         is_up: make_groups((tuple(sorted(pair)) for pair in ends.values() if (pair[0] < pair[1]) == is_up), "nccl")
