@@ -7,7 +7,7 @@ four times the batch sees, and a state saved by one number of ranks is good for 
 Tokens lie in a folder, at a URL (soma/data/streaming.py) or in several of these (soma/data/mixture.py).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,17 +31,26 @@ Pack = Literal["concat", "whole"]
 
 @dataclass(frozen=True)
 class Batch:
-    """Four int64 arrays (batch_size, sequence_length).
+    """Int64 arrays (batch_size, sequence_length).
 
     `targets[b, t]` is the token after `tokens[b, t]`, or -100 where there is no loss. `document_ids` number the
     documents in a row from 0 (-1: padding); attention must stay within one. `positions` count from 0 at the start of
-    each document's part in the row.
+    each document's part in the row. `stamps` name each token to dropout, where training has put them in
+    (`soma.train.stamps`).
     """
 
     tokens: np.ndarray
     targets: np.ndarray
     positions: np.ndarray
     document_ids: np.ndarray
+    stamps: np.ndarray | None = None
+
+    def map(self, change: Callable[[np.ndarray], np.ndarray]) -> "Batch":
+        """The batch with all arrays that it has changed in the same way."""
+        stamps = None if self.stamps is None else change(self.stamps)
+        return Batch(
+            change(self.tokens), change(self.targets), change(self.positions), change(self.document_ids), stamps
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from soma.base.artefact import read_json, write_json
 from soma.base.errors import UserError
 from soma.model.adapted import LowRank
 from soma.model.config import ModelConfig
+from soma.model.dropout import dropped, kept_share
 from soma.model.layout import canonical_name, disk_layout
 from soma.model.lora_config import LoRAConfig, config_to_peft, parse_config
 from soma.model.safetensors_io import SafetensorsFile, write_safetensors
@@ -48,12 +49,20 @@ class LoRALinear(nn.Module):
     """base(x) + scale · (x Aᵀ) Bᵀ: a frozen linear layer (quantized or not) with an update that can be trained.
 
     A and B are float32 over a base of lower precision, as in PEFT; what they make is rounded to the base's output.
+    `dropout`: the share of x that training sets to 0 before A; it follows from `salt` and from the tokens
+    (`soma.model.dropout`).
     """
 
-    def __init__(self, base: nn.Module, lora_A: nn.Parameter, lora_B: nn.Parameter, scale: float, dropout: float = 0.0):
+    def __init__(
+        self, base: nn.Module, lora_A: nn.Parameter, lora_B: nn.Parameter, scale: float, dropout: float = 0.0,
+        salt: int = 0,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.base = base.requires_grad_(False)
         self.lora_A, self.lora_B, self.scale, self.dropout = lora_A, lora_B, scale, dropout
+        # A tensor: layers that are compiled one by one would be compiled anew for each number. It has no state to save.
+        self.salt = torch.tensor(salt, dtype=torch.int64, device="cpu")
+        self.first_input = 0  # where a rank has some of the inputs: the number of its first, set from outside
         self.before: Tensor | None = None  # the base's weight, while the update is merged into it
 
     @property
@@ -85,8 +94,11 @@ class LoRALinear(nn.Module):
         y: Tensor = self.base(x)
         if self.before is not None:
             return y
-        h = F.dropout(x.to(self.lora_A.dtype), self.dropout, self.training)
-        return y + (F.linear(F.linear(h, self.lora_A), self.lora_B) * self.scale).to(y.dtype)
+        h, scale = x.to(self.lora_A.dtype), self.scale
+        if self.training and self.dropout > 0:
+            h = h.masked_fill(dropped(h.shape, self.salt, self.first_input, self.dropout), 0.0)
+            scale /= kept_share(self.dropout)
+        return y + (F.linear(F.linear(h, self.lora_A), self.lora_B) * scale).to(y.dtype)
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -213,9 +225,13 @@ def chosen_targets(model: ModelConfig, config: LoRAConfig) -> dict[str, Target]:
 
 def first_inputs(name: str, rank: int, columns: int, seed: int) -> Tensor:
     """A of a target that has not been trained, (R, K)."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    generator = torch.Generator().manual_seed(hashed(f"{seed}/{name}"))
     return (torch.rand(rank, columns, generator=generator) * 2 - 1) / math.sqrt(columns)
+
+
+def hashed(text: str) -> int:
+    """A number below 2^63."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
 def load_lora(model: Transformer, folder: str | Path) -> LoRAConfig:
@@ -236,8 +252,9 @@ def load_lora(model: Transformer, folder: str | Path) -> LoRAConfig:
 def _attach(
     model: Transformer, target: Target, a_RK: Tensor, pieces: list[Tensor], scale: float, dropout: float
 ) -> None:
-    """Wrap the layers of a target; A is one parameter for all of them."""
+    """Wrap the layers of a target; A is one parameter for all of them, and what is dropped before it is the same."""
     lora_A: nn.Parameter | None = None
+    salt = hashed(target.parts[0])
     for part, b_NR in zip(target.parts, pieces, strict=True):
         parent, _, name = part.rpartition(".")
         base = model.get_submodule(part)
@@ -247,7 +264,7 @@ def _attach(
         if lora_A is None:
             lora_A = nn.Parameter(a_RK.to(like.device, dtype, copy=True))
         lora_B = nn.Parameter(b_NR.to(like.device, dtype, copy=True))
-        setattr(model.get_submodule(parent), name, LoRALinear(base, lora_A, lora_B, scale, dropout))
+        setattr(model.get_submodule(parent), name, LoRALinear(base, lora_A, lora_B, scale, dropout, salt))
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:

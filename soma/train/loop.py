@@ -34,6 +34,7 @@ from soma.train.samples import continue_texts
 from soma.train.scaler import LossScaler
 from soma.train.schedule import learning_rate
 from soma.train.snapshot import PATIENCE
+from soma.train.stamps import has_dropout, stamp
 from soma.train.world import World
 
 
@@ -100,6 +101,7 @@ class Trainer:
         self.optimizers = parallel.optimizers(config, compute)
         self.balance = RouterBalance(model, config.router_bias_rate, world)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.has_dropout = has_dropout(model)
         gradients = torch.device("cpu") if world.mesh.layout.cpu_offload else compute.device
         self.scaler = LossScaler(gradients, compute.precision == "fp16", world.size)
         self.divergence = DivergenceGuard(config.divergence_factor, config.divergence_steps)
@@ -155,7 +157,7 @@ class Trainer:
     def train_step(self) -> None:
         """One optimizer step over a whole batch."""
         started = time.perf_counter()
-        batch = self.parallel.own(next(self.loader))
+        batch = self.parallel.own(self.next_batch())
         count = self.global_count(batch)
         total = torch.zeros((), device=self.compute.device)
         one = self.scaler.scale(torch.ones((), device=self.compute.device))
@@ -178,6 +180,11 @@ class Trainer:
         if not self.scaler.enabled and not np.isfinite(norm):
             self.stop_if_diverged(f"the gradient norm is {norm}", batch)
         self.count_step(loss, norm, rate, time.perf_counter() - started)
+
+    def next_batch(self) -> Any:
+        """This data rank's next batch; its tokens are named where something asks for that."""
+        batch = next(self.loader)
+        return stamp(batch, self.config.seed, self.at.done, self.world.data_rank) if self.has_dropout else batch
 
     def global_count(self, batch: Any) -> Tensor:
         """What the loss of this step is divided by, over all ranks: so unequal masks weigh as in one large batch. It

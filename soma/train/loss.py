@@ -1,12 +1,15 @@
 """Losses. Letters: B sequences, T positions, N = B·T, D model width, V vocabulary."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from soma.model.dropout import stamped
 
 IGNORE = -100
 CHUNK = {"cpu": 512, "cuda": 8192}  # positions whose logits exist at a time: what stays in the cache, what fills a GPU
@@ -30,35 +33,53 @@ def kept_rows(targets: np.ndarray) -> np.ndarray | None:
     return None if kept.all() else np.flatnonzero(kept)
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """Some positions before the head: hidden states (size, D), targets (size,), and their stamps, if there are any."""
+
+    x: Tensor
+    targets: Tensor
+    stamps: Tensor | None
+
+    def run(self, chunk_loss: ChunkLoss, x_ND: Tensor) -> Tensor:
+        """The head and its loss on these hidden states."""
+        with stamped(self.stamps):
+            return chunk_loss(x_ND, self.targets)
+
+
 def chunks(
-    x_BTD: Tensor, targets_BT: Tensor, rows: Tensor | None, size: int | None
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Cut positions into pieces of `size`: hidden states (size, D) and targets (size,).
+    x_BTD: Tensor, targets_BT: Tensor, rows: Tensor | None, size: int | None, stamps_BT: Tensor | None = None
+) -> list[Chunk]:
+    """Cut positions into pieces of `size`.
 
     Only `rows` are in them: a tuning batch whose answers are a tenth of it needs a tenth of the logits. The last piece
     is filled up with targets of -100, so that a compiled loss sees one shape.
     """
     x_ND, targets_N = x_BTD.flatten(0, 1), targets_BT.flatten()
+    stamps_N = torch.zeros_like(targets_N) if stamps_BT is None else stamps_BT.flatten()
     size = min(size or CHUNK.get(x_BTD.device.type, 512), len(targets_N))
     if rows is not None:
-        x_ND, targets_N = x_ND.index_select(0, rows), targets_N[rows]
+        x_ND, targets_N, stamps_N = x_ND.index_select(0, rows), targets_N[rows], stamps_N[rows]
     short = -len(targets_N) % size if len(targets_N) else size
     if short:
         x_ND, targets_N = F.pad(x_ND, (0, 0, 0, short)), F.pad(targets_N, (0, short), value=IGNORE)
+        stamps_N = F.pad(stamps_N, (0, short))
+    known = stamps_BT is not None
     if len(targets_N) == size:  # without a cut, whose backward would copy the gradient
-        return (x_ND,), (targets_N,)
-    return x_ND.split(size), targets_N.split(size)
+        return [Chunk(x_ND, targets_N, stamps_N if known else None)]
+    pieces = zip(x_ND.split(size), targets_N.split(size), stamps_N.split(size), strict=True)
+    return [Chunk(x, targets, stamps if known else None) for x, targets, stamps in pieces]
 
 
 def backward(
     x_BTD: Tensor, aux: Tensor, targets_BT: Tensor, rows: Tensor | None, chunk_loss: ChunkLoss, scale: Tensor,
-    aux_scale: Tensor, size: int | None = None,
+    aux_scale: Tensor, size: int | None = None, stamps_BT: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Backward pass of scale · (sum of cross-entropies) + aux_scale · aux; returns the sum, detached, float32.
 
     Arguments are those of `head_backward`.
     """
-    total, grad_BTD = head_backward(x_BTD, targets_BT, rows, chunk_loss, scale, size)
+    total, grad_BTD = head_backward(x_BTD, targets_BT, rows, chunk_loss, scale, size, stamps_BT)
     outputs, seeds = [x_BTD], [grad_BTD]
     if aux.requires_grad:
         outputs, seeds = [x_BTD, aux], [grad_BTD, aux_scale.to(aux.dtype)]
@@ -68,22 +89,22 @@ def backward(
 
 def head_backward(
     x_BTD: Tensor, targets_BT: Tensor, rows: Tensor | None, chunk_loss: ChunkLoss, scale: Tensor,
-    size: int | None = None,
+    size: int | None = None, stamps_BT: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Backward pass of scale · (sum of cross-entropies) through the head alone; the sum and the gradient of x_BTD.
 
-    `rows` are the positions with a target (`kept_rows`); `chunk_loss(x_ND, targets_N)` is the head and its loss. These
-    run piece by piece, forward and at once backward, so that no (N, V) tensor is ever whole: at 8,192 positions and a
-    vocabulary of 8,192 that is 16 MiB of logits in place of 256 (and again as much for their gradient), and the pieces
-    stay in the cache: 455 ms in place of 1,314 (2 busy CPU cores, bf16, D 256; no gain at a vocabulary of 32,768).
-    The gradients add up over the pieces, so the result is that of the whole.
+    `rows` are the positions with a target (`kept_rows`); `chunk_loss(x_ND, targets_N)` is the head and its loss;
+    `stamps_BT` name the positions to a head with dropout. Head and loss run piece by piece, forward and at once
+    backward, so that no (N, V) tensor is ever whole: at 8,192 positions and a vocabulary of 8,192 that is 16 MiB of
+    logits in place of 256 (and again as much for their gradient), and the pieces stay in the cache: 455 ms in place of
+    1,314 (2 busy CPU cores, bf16, D 256; no gain at a vocabulary of 32,768). The gradients add up over the pieces, so
+    the result is that of the whole.
     """
-    pieces, targets = chunks(x_BTD.detach(), targets_BT, rows, size)
     total = torch.zeros((), device=x_BTD.device)
     gradients = []
-    for piece, target in zip(pieces, targets, strict=True):
-        leaf = piece.detach().requires_grad_()
-        loss = chunk_loss(leaf, target)
+    for piece in chunks(x_BTD.detach(), targets_BT, rows, size, stamps_BT):
+        leaf = piece.x.detach().requires_grad_()
+        loss = piece.run(chunk_loss, leaf)
         (loss * scale).backward()
         total += loss.detach()
         assert leaf.grad is not None
@@ -96,38 +117,44 @@ def head_backward(
 
 
 def head_seeds(
-    x_BTD: Tensor, targets_BT: Tensor, rows: Tensor | None, chunk_loss: ChunkLoss, scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    x_BTD: Tensor, targets_BT: Tensor, rows: Tensor | None, chunk_loss: ChunkLoss, scale: Tensor,
+    stamps_BT: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The sum as in `head_backward`; and of what tensor, with which gradient, the backward pass is still to be run.
 
     Positions that fit in one piece (a pipeline's microbatch, mostly) go through the head in one backward pass with what
     made them: a pass of its own took 0.15 ms of a small stage's 8 (one CPU thread). More pieces have had their
     `head_backward`.
     """
-    pieces, targets = chunks(x_BTD, targets_BT, rows, None)
+    pieces = chunks(x_BTD, targets_BT, rows, None, stamps_BT)
     if len(pieces) == 1:
-        total = chunk_loss(pieces[0], targets[0])
+        total = pieces[0].run(chunk_loss, pieces[0].x)
         return total.detach(), total, scale.to(total.dtype)
-    total, grad_BTD = head_backward(x_BTD, targets_BT, rows, chunk_loss, scale)
+    total, grad_BTD = head_backward(x_BTD, targets_BT, rows, chunk_loss, scale, stamps_BT=stamps_BT)
     return total, x_BTD, grad_BTD
 
 
 def loss_sum(x_BTD: Tensor, targets_BT: Tensor, rows: Tensor | None, chunk_loss: ChunkLoss) -> Tensor:
     """Sum of cross-entropies without gradients."""
     total = torch.zeros((), device=x_BTD.device)
-    for piece, target in zip(*chunks(x_BTD, targets_BT, rows, None), strict=True):
-        total += chunk_loss(piece, target)
+    for piece in chunks(x_BTD, targets_BT, rows, None):
+        total += piece.run(chunk_loss, piece.x)
     return total
 
 
-def answer_logprobs(x_BTD: Tensor, targets_BT: Tensor, rows: Tensor | None, chunk_logprobs: ChunkLoss) -> Tensor:
+def answer_logprobs(
+    x_BTD: Tensor, targets_BT: Tensor, rows: Tensor | None, chunk_logprobs: ChunkLoss, stamps_BT: Tensor | None = None
+) -> Tensor:
     """Sum over each sequence of log p(target), (B,), float32, with gradients.
 
     `rows` are the positions with a target (`kept_rows`); `chunk_logprobs(x_ND, targets_N)` is the head and
-    `target_logprobs`. They run piece by piece, and backwards again, so that no more logits exist than those of a piece.
+    `target_logprobs`; `stamps_BT` as in `head_backward`. They run piece by piece, and backwards again, so that no more
+    logits exist than those of a piece.
     """
-    pieces = zip(*chunks(x_BTD, targets_BT, rows, None), strict=True)
-    found = [checkpoint(chunk_logprobs, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
+    found = [
+        checkpoint(piece.run, chunk_logprobs, piece.x, use_reentrant=False, preserve_rng_state=False)
+        for piece in chunks(x_BTD, targets_BT, rows, None, stamps_BT)
+    ]
     logprobs_N = torch.cat(found)
     if rows is not None:
         logprobs_N = logprobs_N.new_zeros(targets_BT.numel()).index_copy(0, rows, logprobs_N[: len(rows)])

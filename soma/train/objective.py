@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from soma.data.loader import Batch, PreferenceBatch, PreferenceLoader, TokenLoader
+from soma.model.dropout import stamped
 from soma.model.transformer import Transformer
 from soma.train import loss
 from soma.train.compute import Compute
@@ -56,6 +57,11 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(array).to(device, non_blocking=True)
 
 
+def stamps_of(batch: Batch, rows: slice, device: torch.device) -> Tensor | None:
+    """The stamps of some rows (B, T), where the batch has any."""
+    return None if batch.stamps is None else to_device(batch.stamps[rows], device)
+
+
 class Inputs:
     """Runs the model over a slice of a batch, compiled if the run is."""
 
@@ -70,7 +76,7 @@ class Inputs:
         documents = []
         if self.isolate:
             documents = [to_device(batch.positions[rows], device), to_device(batch.document_ids[rows], device)]
-        with self.compute.autocast():
+        with self.compute.autocast(), stamped(stamps_of(batch, rows, device)):
             x_BTD, aux = features(tokens_BT, *documents)
         return x_BTD, aux, targets_BT
 
@@ -101,7 +107,10 @@ class LanguageModeling:
 
     def backward(self, part: tuple[Batch, slice], scale: Tensor, aux_scale: Tensor) -> Tensor:
         x_BTD, aux, targets_BT = self.inputs(*part, self.inputs.compiled)
-        return loss.backward(x_BTD, aux, targets_BT, self.rows(part), self.chunk_loss, scale, aux_scale)
+        stamps_BT = stamps_of(*part, x_BTD.device)
+        return loss.backward(
+            x_BTD, aux, targets_BT, self.rows(part), self.chunk_loss, scale, aux_scale, stamps_BT=stamps_BT
+        )  # fmt: skip
 
     @torch.no_grad()
     def loss(self, part: tuple[Batch, slice]) -> Tensor:
@@ -168,10 +177,14 @@ class Preference:
 
         kept = loss.kept_rows(batch.targets)
         rows = None if kept is None else to_device(kept, x_BTD.device)
-        return self.across(loss.answer_logprobs(x_BTD, targets_BT, rows, chunk_logprobs)), aux
+        stamps_BT = stamps_of(batch, slice(None), x_BTD.device)
+        return self.across(loss.answer_logprobs(x_BTD, targets_BT, rows, chunk_logprobs, stamps_BT)), aux
 
 
 def both_answers(batch: PreferenceBatch, rows: slice) -> Batch:
     """The chosen answers of some rows, and below them the rejected ones."""
-    sides = [[getattr(side, field.name)[rows] for field in fields(Batch)] for side in (batch.chosen, batch.rejected)]
-    return Batch(*(np.concatenate(both) for both in zip(*sides, strict=True)))
+    sides = [side.map(lambda array: array[rows]) for side in (batch.chosen, batch.rejected)]
+    both = {field.name: [getattr(side, field.name) for side in sides] for field in fields(Batch)}
+    joined: dict[str, Any] = {name: None if one is None else np.concatenate((one, other))
+                              for name, (one, other) in both.items()}  # fmt: skip
+    return Batch(**joined)

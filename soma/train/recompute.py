@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from soma.base.errors import UserError
-from soma.model.lora import lora_layers
+from soma.model.dropout import current, stamped
 from soma.model.transformer import Transformer
 from soma.train.config import checkpointing_form
 from soma.train.parallel.matrices import local_part
@@ -44,12 +44,11 @@ def recompute_layers(
     kind, number = checkpointing_form(mode)
     numbers = [int(name) for name, _ in model.layers.named_children()]
     layers: list[nn.Module] = list(model.layers)
-    dropout = has_dropout(model)  # the same mask again, from the same state
     if kind == "none":
         return 0
     if kind == "selective":
         for layer in layers:
-            layer.forward = recomputing(layer.forward, selective, random=dropout)
+            layer.forward = recomputing(layer.forward, selective)
         return len(layers)
     if kind == "budget":
         assert measure is not None, "a budget needs a forward pass to measure"
@@ -57,13 +56,8 @@ def recompute_layers(
     else:
         chosen = [index for index, place in enumerate(numbers) if place % number == 0]
     for index in chosen:
-        layers[index].forward = recomputing(layers[index].forward, random=dropout)
+        layers[index].forward = recomputing(layers[index].forward)
     return len(chosen)
-
-
-def has_dropout(model: nn.Module) -> bool:
-    """Whether a forward pass in training draws numbers."""
-    return any(layer.dropout > 0 for layer in lora_layers(model).values())
 
 
 def needs_measure(mode: bool | str) -> bool:
@@ -71,20 +65,26 @@ def needs_measure(mode: bool | str) -> bool:
     return checkpointing_form(mode)[0] == "budget"
 
 
-def recomputing(forward: Forward, context: Callable[[], Any] | None = None, random: bool = False) -> Forward:
-    """A layer's forward pass that is run again in the backward pass; without gradients it is as before.
-
-    `random`: it draws numbers, the same ones again.
-    """
+def recomputing(forward: Forward, context: Callable[[], Any] | None = None) -> Forward:
+    """A layer's forward pass that is run again in the backward pass, about the same tokens; without gradients it is as
+    before."""
     more: dict[str, Any] = {} if context is None else {"context_fn": context}
 
     @wraps(forward)
     def run(*args: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args)
-        return checkpoint(partial(forward), *args, use_reentrant=False, preserve_rng_state=random, **more)
+        # In a compiled pass the stamps are an input of the graph, which is there in the backward pass too.
+        again = partial(forward) if torch.compiler.is_compiling() else partial(about, current.stamps, forward)
+        return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False, **more)
 
     return run
+
+
+def about(stamps: Tensor | None, forward: Forward, *args: Any) -> Any:
+    """A forward pass about the tokens with these stamps, whatever pass is under way."""
+    with stamped(stamps):
+        return forward(*args)
 
 
 def selective() -> Any:

@@ -16,6 +16,7 @@ from soma.data.loader import PreferenceLoader, TokenLoader
 from soma.data.store import read_index
 from soma.model import float8
 from soma.model.config import ModelConfig
+from soma.model.dropout import stamped
 from soma.model.families import config_to_hf
 from soma.model.formulas import flops_per_token
 from soma.model.lora import add_lora
@@ -190,7 +191,7 @@ def lay_out(
     tokens_BT = torch.zeros(rows, length, dtype=torch.long, device=compute.device)
 
     def measure() -> None:
-        with compute.autocast():
+        with compute.autocast(), stamped(tokens_BT):
             network.features(tokens_BT)
 
     parallel = parallelize(

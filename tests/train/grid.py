@@ -103,7 +103,7 @@ def cells(sizes: Sizes) -> list[Case]:
 
 def others(sizes: Sizes) -> list[Case]:
     """What else is trained under a layout: latent attention with biased routers, learned positions, fp16, activations
-    that are computed again, and low-rank updates beside frozen weights, whole or rounded."""
+    that are computed again, and low-rank updates beside frozen weights, whole or rounded, with dropout and without."""
     few, many = ends_of(sizes)
     latent, moe, dense, gpt2 = (f"{kind}{depth(sizes)}" for kind in ("latent", "moe", "dense", "gpt2"))
     found = [
@@ -113,12 +113,16 @@ def others(sizes: Sizes) -> list[Case]:
         # (In bf16 updates of rank 3 in five layers are 0.046 apart under tp: rounding, and over the bound.)
         Case(moe, "fp32" if "pp" in sizes else "bf16", many, lora="full"),
         Case(moe, microbatch=many, lora="full", pairs=True),
+        Case(latent, microbatch=many, lora="full", dropout=0.4),
     ]
     if "ep" not in sizes:
         found += [
             Case(gpt2, "bf16", few, "muon"),
             Case(dense, microbatch=many, checkpointing="selective"),
             Case(dense, "bf16", many, pairs=True, checkpointing=True),
+            Case(gpt2, microbatch=few, lora="full", dropout=0.4, checkpointing="selective"),
+            Case(dense, microbatch=few, lora="full", dropout=0.4, checkpointing=True),
+            Case(dense, microbatch=many, lora="full", dropout=0.4, pairs=True),
         ]
     if "pp" in sizes:
         return found

@@ -96,6 +96,7 @@ class Case:
     isolate: bool = True
     lora: str = ""  # of the frozen weights below: full, int8, int4
     pairs: bool = False  # preference pairs, by DPO against other weights
+    dropout: float = 0.0  # before the updates, which then stand beside the output layer too
 
     @property
     def replays(self) -> bool:
@@ -293,7 +294,8 @@ def make_model(case: Case, place: str) -> Transformer:
     if case.lora:
         if case.lora != "full" and place != "meta":
             quantize(model, {"int8": 8, "int4": 4}[case.lora], head=False)
-        add_lora(model, LORA, seed=1)
+        more = {"lora_dropout": case.dropout, "target_modules": ".*"} if case.dropout else {}
+        add_lora(model, LORA.model_copy(update=more), seed=1)
         generator = torch.Generator().manual_seed(2)
         for layer in lora_layers(model).values():
             layer.lora_B.data.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 0.1)

@@ -146,7 +146,7 @@ def test_grid(own_pool: Pool, stage: int) -> None:
         Case(model, precision, size, checkpointing=size == 1) for model in ("dense", "moe", "latent", "gpt2")
         for precision in ("fp32", "bf16") for size in (None, 1)
     ]  # fmt: skip
-    cases += [Case(lora="full", microbatch=2), Case("wide", lora="int4")]
+    cases += [Case(lora="full", microbatch=2, dropout=0.4), Case("wide", lora="int4")]
     verify(own_pool, 4, [(ZERO[stage], case) for case in cases], alone)
 
 

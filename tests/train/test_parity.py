@@ -61,6 +61,17 @@ LORA_SLICE: dict[str, Case] = {
 }
 
 
+# Dropout: uneven inputs; pieces of sequences, of batches; stages, recomputed, sharded, in pairs that take turns.
+DROPOUT_SLICE: dict[str, Case] = {
+    "tp4": Case("odd", lora="full", dropout=0.4, microbatch=4),
+    "fsdp2-tp2-sp": Case("latent", lora="full", dropout=0.4, checkpointing=True),
+    "fsdp2-cp2": Case("gpt2", lora="full", dropout=0.4, microbatch=2),
+    "pp2-zb-h1-fsdp2": Case("latent3", lora="full", dropout=0.4, microbatch=2, checkpointing=True),
+    "pp2-dualpipe-dp2-ep2": Case("latent3", lora="full", dropout=0.4, microbatch=2),
+    "pp2-1f1b-cp2": Case("dense3", lora="full", dropout=0.4, microbatch=4, pairs=True),
+}
+
+
 # Pairs: answers in pieces on several ranks; scores too; the reference in a pipeline, sharded, and with updates.
 PAIRS_SLICE: dict[str, Case] = {
     "cp2-tp2-sp": Case("moe", pairs=True),
@@ -89,6 +100,11 @@ def test_slice(pool: Pool, name: str) -> None:
 @pytest.mark.parametrize("name", LORA_SLICE)
 def test_lora_slice(pool: Pool, name: str) -> None:
     check(pool, GRID[name], [LORA_SLICE[name]])
+
+
+@pytest.mark.parametrize("name", DROPOUT_SLICE)
+def test_dropout_slice(pool: Pool, name: str) -> None:
+    check(pool, GRID[name], [DROPOUT_SLICE[name]])
 
 
 def test_the_slice_has_every_value_of_every_axis() -> None:

@@ -5,6 +5,7 @@ a function that plants it on a rank, by a patch that lasts for one case.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -14,13 +15,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from soma.data.loader import Batch
+from soma.model import lora
+from soma.model.dropout import dropped
+from soma.train import loop
 from soma.train.objective import LanguageModeling
 from soma.train.parallel import context, expert, local, norm, reduce, tensor
 from soma.train.parallel.apply import Parallel
 from soma.train.parallel.config import Layout
+from soma.train.parallel.pipeline.microbatch import Microbatch
 from soma.train.parallel.pipeline.replicas import Replicas
+from soma.train.parallel.pipeline.stage import StageWorker
 from soma.train.parallel.pipeline.training import StagedLanguageModeling
 from soma.train.parallel.pipeline.transport import Transport
+from soma.train.stamps import stamp
 from soma.train.world import World
 from tests.train import parity
 from tests.train.grid import GRID, RANKS, Sizes, depth
@@ -148,6 +155,42 @@ def update(patch: pytest.MonkeyPatch, world: World) -> None:
     patch.setattr(tensor, "cut", wrong)
 
 
+def inputs(patch: pytest.MonkeyPatch, world: World) -> None:
+    """tp: a rank that has some of a layer's inputs drops those of the first rank."""
+    patch.setattr(lora, "dropped", lambda shape, salt, first, share: dropped(shape, salt, 0, share))
+
+
+def rows(patch: pytest.MonkeyPatch, world: World) -> None:
+    """dp: every rank counts its rows from 0."""
+    patch.setattr(loop, "stamp", lambda batch, seed, step, data_rank: stamp(batch, seed, step, 0))
+
+
+def columns(patch: pytest.MonkeyPatch, world: World) -> None:
+    """cp: a rank's columns are named as if they were the first."""
+    right = Parallel.own
+
+    def own(self: Parallel, batch: Batch) -> Batch:
+        part = right(self, batch)
+        return part if batch.stamps is None else replace(part, stamps=batch.stamps[:, : part.tokens.shape[1]])
+
+    patch.setattr(Parallel, "own", own)
+
+
+def microbatches(patch: pytest.MonkeyPatch, world: World) -> None:
+    """pp: a stage that runs takes every microbatch for the first."""
+    right = StageWorker.run
+
+    def run(self: StageWorker, microbatch: Microbatch, *args: Any) -> Any:
+        return right(self, replace(microbatch, stamps=self.microbatches[0].stamps), *args)
+
+    patch.setattr(StageWorker, "run", run)
+
+
+def drawn(patch: pytest.MonkeyPatch, world: World) -> None:
+    """Masks come from a generator with a state, the same on all ranks."""
+    patch.setattr(lora, "dropped", lambda shape, salt, first, share: torch.rand(shape) < share)
+
+
 def answers(patch: pytest.MonkeyPatch, world: World) -> None:
     """cp: each rank takes its piece of an answer for the whole."""
     patch.setattr(Parallel, "across", lambda self, logprobs_B: logprobs_B)
@@ -270,6 +313,16 @@ def test_an_update_that_is_not_summed_is_seen(pool: Pool) -> None:
     for found in seen(pool, update, "tp4", lora="full"):
         assert any("q_proj.lora_A" in text for text in found)
         assert not any("o_proj.lora_A" in text for text in found)
+
+
+@pytest.mark.parametrize(
+    ("fault", "name"),
+    [(inputs, "tp4"), (rows, "dp4"), (columns, "cp4"), (microbatches, "pp2-1f1b-dp2"),
+     pytest.param(drawn, "fsdp4", marks=pytest.mark.parallel)],
+    ids=label,
+)  # fmt: skip
+def test_a_mask_of_other_tokens_or_inputs_is_seen(pool: Pool, fault: Fault, name: str) -> None:
+    assert all(seen(pool, fault, name, lora="full", dropout=0.4))
 
 
 def test_answers_that_are_not_joined_are_seen(pool: Pool) -> None:

@@ -120,21 +120,23 @@ def test_pipeline_prefers_as_one_process(
 def test_dropout_masks_of_a_stage_that_is_computed_again(
     run: Run, pool: Pool, small: dict, tmp_path: Path, tokens: Path, tokenizer: Path
 ) -> None:  # fmt: skip
-    """They are those of its forward pass: the same run as without recomputation."""
+    """They are those of its forward pass, and of one process."""
     base = run("base", TrainConfig(**small | {"steps": 1, "warmup": 0})).model
     settings = small | {
         "microbatch_size": 1, "steps": 2, "warmup": 0, "learning_rate": 1e-2, "evaluate_every": 0,
-        "lora": {"r": 4, "lora_dropout": 0.5}, "layout": {"pp": 2},
+        "lora": {"r": 4, "lora_dropout": 0.5},
     }  # fmt: skip
+    run("alone", TrainConfig(**settings), tokens=tokens, model=base)
     for name, again in (("kept", False), ("again", True)):
         (tmp_path / name).mkdir()
         job = {
-            "config": settings | {"activation_checkpointing": again}, "out": str(tmp_path / name),
+            "config": settings | {"layout": {"pp": 2}, "activation_checkpointing": again}, "out": str(tmp_path / name),
             "work": str(tmp_path / f"{name}-work"), "tokens": str(tokens), "tokenizer": str(tokenizer),
             "model": str(base),
         }  # fmt: skip
         pool.run(train_rank, 2, job)
     assert len(losses(tmp_path / "kept")) == 2
+    assert losses(tmp_path / "kept") == pytest.approx(losses(tmp_path / "alone"), abs=1e-5)
     assert losses(tmp_path / "again") == pytest.approx(losses(tmp_path / "kept"), abs=1e-6)
 
 

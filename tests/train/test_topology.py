@@ -36,7 +36,7 @@ MOVES: list[tuple[dict[str, Any], dict[str, Any], int, Case]] = [
     ({"fsdp": 2, "tp": 2, "ep": 2}, {"dp": 2}, 2, Case(model="latent")),
     ({"dp": 2, "fsdp": 2}, {"cp": 2, "tp": 2}, 4, Case()),
     ({"fsdp": 4, "ep": 4}, {"dp": 2, "tp": 2, "ep": 2}, 4, Case(model="moe", optimizer="muon")),
-    ({"fsdp": 2, "tp": 2}, {"pp": 2}, 2, Case(model="gpt2", lora="full", microbatch=4)),
+    ({"fsdp": 2, "tp": 2}, {"pp": 2}, 2, Case(model="gpt2", lora="full", microbatch=4, dropout=0.4)),
 ]
 
 

@@ -6,7 +6,6 @@ Order: tensor, expert, context, activation checkpointing, compile, data (replica
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -105,7 +104,7 @@ class Parallel:
         if layout.cp == 1:
             return batch
         columns = columns_of(batch.tokens.shape[1], layout.cp, self.mesh.place["cp"])
-        return Batch(*(getattr(batch, field.name)[:, columns] for field in fields(batch)))
+        return batch.map(lambda array: array[:, columns])
 
     def cross_entropy_sum(self, logits_NV: Tensor, targets_N: Tensor) -> Tensor:
         """`soma.train.loss.cross_entropy_sum`, of scores that may be cut over the vocabulary."""
@@ -176,10 +175,10 @@ def padded(batch: Batch, unit: int) -> Batch:
     short = -batch.tokens.shape[1] % unit
     if not short:
         return batch
-    filling = {"tokens": 0, "targets": IGNORE, "positions": 0, "document_ids": PADDING}
+    filling = {"tokens": 0, "targets": IGNORE, "positions": 0, "document_ids": PADDING, "stamps": 0}
     return Batch(**{
-        name: np.pad(getattr(batch, name), ((0, 0), (0, short)), constant_values=value)
-        for name, value in filling.items()
+        name: np.pad(array, ((0, 0), (0, short)), constant_values=value)
+        for name, value in filling.items() if (array := getattr(batch, name)) is not None
     })  # fmt: skip
 
 

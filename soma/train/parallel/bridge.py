@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from soma.base.errors import UserError
 from soma.data.loader import Batch
+from soma.model.dropout import stamped
 from soma.model.transformer import Transformer
 from soma.train import loss
 from soma.train.compute import Compute
 from soma.train.config import PreferenceConfig, TrainConfig
-from soma.train.objective import LanguageModeling, to_device
+from soma.train.objective import LanguageModeling, stamps_of, to_device
 from soma.train.parallel.apply import Parallel, share_balance
 from soma.train.parallel.bridge_deepspeed import DeepSpeedParallel, check_deepspeed
 from soma.train.parallel.config import Layout
@@ -71,15 +72,20 @@ class WithLoss(nn.Module):
         self.model, self.compute = model, compute
 
     def forward(
-        self, tokens_BT: Tensor, targets_BT: Tensor, rows: Tensor | None, documents: Sequence[Any]
-    ) -> tuple[Tensor, Tensor]:
+        self, tokens_BT: Tensor, targets_BT: Tensor, rows: Tensor | None, documents: Sequence[Any],
+        stamps_BT: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The sum of cross-entropies in nats, float32, and the auxiliary loss."""
+        stamps_N = None if stamps_BT is None else stamps_BT.flatten()
         with self.compute.autocast():
-            x_BTD, aux = self.model.features(tokens_BT, *documents)
+            with stamped(stamps_BT):
+                x_BTD, aux = self.model.features(tokens_BT, *documents)
             x_ND, targets_N = x_BTD.flatten(0, 1), targets_BT.flatten()
             if rows is not None:
                 x_ND, targets_N = x_ND[rows], targets_N[rows]
-            logits_NV = self.model.logits(x_ND)
+                stamps_N = None if stamps_N is None else stamps_N[rows]
+            with stamped(stamps_N):
+                logits_NV = self.model.logits(x_ND)
         return loss.cross_entropy_sum(logits_NV, targets_N), aux
 
 
@@ -158,5 +164,5 @@ class BridgedLanguageModeling(LanguageModeling):
         if self.inputs.isolate:
             documents = [to_device(batch.positions[rows], device), to_device(batch.document_ids[rows], device)]
         tokens_BT, targets_BT = to_device(batch.tokens[rows], device), to_device(batch.targets[rows], device)
-        total, aux = module(tokens_BT, targets_BT, self.rows(part), documents)
+        total, aux = module(tokens_BT, targets_BT, self.rows(part), documents, stamps_of(batch, rows, device))
         return total, aux

@@ -113,6 +113,7 @@ def cut_rows(linear: nn.Module, mesh: DeviceMesh) -> None:
         first = mesh.get_local_rank() == 0
         cut(base, "bias", mesh, WHOLE, partial=True, view=None if first else nothing)
     if isinstance(linear, LoRALinear):
+        linear.first_input, _ = shard_offset(linear.in_features, mesh.size(), mesh.get_local_rank())
         cut(linear, "lora_A", mesh, ROWS)
         cut(linear, "lora_B", mesh, WHOLE, partial=True)
 

@@ -314,7 +314,7 @@ class PipelineStep:
         for worker in self.workers.values():
             x_BTD = torch.zeros(B, T // self.sequence_ranks, self.width, dtype=self.dtype, device=self.device)
             entering = None if worker.stage.is_first else x_BTD.requires_grad_(torch.is_grad_enabled())
-            worker.run(Microbatch(tokens_BT, tokens_BT), entering, [])
+            worker.run(Microbatch(tokens_BT, tokens_BT, stamps=tokens_BT), entering, [])
 
     def begin(self, microbatches: Sequence[Microbatch], scale: Tensor | float, aux_scale: Tensor | float) -> None:
         """Hand the microbatches to the stages."""

@@ -34,7 +34,9 @@ class LanguageHead:
         self.chunk_loss = chunk_loss
 
     def backward(self, y_BTD: Tensor, microbatch: Microbatch, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return loss.head_seeds(y_BTD, microbatch.targets, microbatch.rows, self.chunk_loss, scale)
+        return loss.head_seeds(
+            y_BTD, microbatch.targets, microbatch.rows, self.chunk_loss, scale, microbatch.stamps
+        )  # fmt: skip
 
     def loss(self, y_BTD: Tensor, microbatch: Microbatch) -> Tensor:
         return loss.loss_sum(y_BTD, microbatch.targets, microbatch.rows, self.chunk_loss)

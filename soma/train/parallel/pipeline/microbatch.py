@@ -14,7 +14,8 @@ from soma.train import loss
 @dataclass(frozen=True, eq=False)
 class Microbatch:
     """What every stage gets from the loader of its own rank: integers (B, T), and `rows`, the positions of all B·T that
-    have a target. None for positions, documents or rows: 0…T-1, one document, all positions.
+    have a target. None for positions, documents or rows: 0…T-1, one document, all positions. `stamps` name the tokens
+    to dropout.
     """
 
     tokens: Tensor
@@ -22,6 +23,7 @@ class Microbatch:
     positions: Tensor | None = None
     document_ids: Tensor | None = None
     rows: Tensor | None = None
+    stamps: Tensor | None = None
 
     @classmethod
     def of(cls, batch: Batch, rows: slice, device: torch.device, isolate: bool = True) -> Self:
@@ -34,6 +36,7 @@ class Microbatch:
         assert tokens is not None
         assert targets is not None
         kept = move(loss.kept_rows(batch.targets[rows]))
+        stamps = None if batch.stamps is None else move(batch.stamps[rows])
         if not isolate:
-            return cls(tokens, targets, rows=kept)
-        return cls(tokens, targets, move(batch.positions[rows]), move(batch.document_ids[rows]), kept)
+            return cls(tokens, targets, rows=kept, stamps=stamps)
+        return cls(tokens, targets, move(batch.positions[rows]), move(batch.document_ids[rows]), kept, stamps)

@@ -22,6 +22,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from soma.model.dropout import stamped
 from soma.model.moe import MoE
 from soma.model.transformer import Layer
 from soma.train.parallel.exchange import Exchange, moment, start
@@ -252,6 +253,10 @@ class Front:
         """
 
         def compute(*inputs: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+            with stamped(self.microbatch.stamps):
+                return run(*inputs)
+
+        def run(*inputs: Tensor) -> tuple[list[Tensor], list[Tensor]]:
             x_BTD = self.enter(*inputs)
             losses = []
             for layer in section.whole:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from soma.model.dropout import stamped
 from soma.model.transformer import Transformer
 from soma.train.parallel.pipeline.heads import Head
 from soma.train.parallel.pipeline.microbatch import Microbatch
@@ -151,7 +152,7 @@ class StageWorker:
 
     def run(self, microbatch: Microbatch, x_BTD: Tensor | None, taps: list[Taps]) -> Held:
         """Forward, with a graph if gradients are on."""
-        with self.autocast():
+        with self.autocast(), stamped(microbatch.stamps):
             y_BTD, aux, saved = self.pass_(
                 x_BTD, microbatch.tokens, microbatch.positions, microbatch.document_ids, taps
             )

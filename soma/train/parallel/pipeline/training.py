@@ -30,7 +30,7 @@ from soma.train.parallel.pipeline.plan import layers_for, make_plan
 from soma.train.parallel.pipeline.schedule import Schedule
 from soma.train.parallel.pipeline.simulate import simulate
 from soma.train.parallel.pipeline.whole import hidden_states
-from soma.train.recompute import has_dropout, needs_measure, recompute_layers
+from soma.train.recompute import needs_measure, recompute_layers
 
 
 def stage_model(
@@ -71,8 +71,7 @@ def make_pipeline(
     layout, again, group = mesh.layout, config.activation_checkpointing, mesh.group("pp")
     assert group is not None
     divide(model, mesh, whole_batch=config.microbatch_size is None and plan.microbatches == 1)
-    # A layer that is computed again draws its dropout masks again; a stage would draw others.
-    by_stage = again is True and not has_dropout(model)
+    by_stage = again is True
     by_layer = again is not False and not by_stage
     # Layers that talk to other ranks are compiled one by one, and so are those that are wrapped one by one.
     in_layers = layout.tp * layout.cp * layout.ep * layout.fsdp > 1 or by_layer
@@ -128,7 +127,8 @@ def answer_logprobs(whole: Parallel, compute: Compute) -> Logprobs:
         return whole.target_logprobs(logits_NV, targets_N)
 
     def logprobs(y_BTD: Tensor, microbatch: Microbatch) -> Tensor:
-        return whole.across(loss.answer_logprobs(y_BTD, microbatch.targets, microbatch.rows, chunk_logprobs))
+        found = loss.answer_logprobs(y_BTD, microbatch.targets, microbatch.rows, chunk_logprobs, microbatch.stamps)
+        return whole.across(found)
 
     return logprobs
 
