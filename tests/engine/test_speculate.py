@@ -172,15 +172,19 @@ def one_step(params: SamplingParams, drafted: int, many: int = DRAWS) -> list[tu
 
 
 def p_value(counts: dict[int, int], expected_V: torch.Tensor) -> float:
-    """Of Pearson's chi-square test; rare tokens (under 5 expected) go together."""
+    """Of Pearson's chi-square test; rare tokens (under 5 expected) go together, and where they are under 5 even so with
+    the least of the others: below that the test is far from its distribution."""
     total = sum(counts.values())
     pairs = [(counts.get(token, 0), total * float(share)) for token, share in enumerate(expected_V)]
     common = [pair for pair in pairs if pair[1] >= 5]
-    rare = [pair for pair in pairs if pair[1] < 5]
-    if sum(wanted for _, wanted in rare) > 0:
-        common.append((sum(seen for seen, _ in rare), sum(wanted for _, wanted in rare)))
+    rare = sum(seen for seen, wanted in pairs if wanted < 5), sum(wanted for _, wanted in pairs if wanted < 5)
+    if rare[1] >= 5 or (rare[1] > 0 and len(common) == 1):
+        common.append(rare)
+    elif rare[1] > 0:
+        least = min(common, key=lambda pair: pair[1])
+        common[common.index(least)] = least[0] + rare[0], least[1] + rare[1]
     else:
-        assert not any(seen for seen, _ in rare), "a token of probability 0"
+        assert rare[0] == 0, "a token of probability 0"
     statistic = sum((seen - wanted) ** 2 / max(wanted, 1e-9) for seen, wanted in common)
     degrees = torch.tensor((len(common) - 1) / 2, dtype=torch.float64)
     return float(torch.special.gammaincc(degrees, torch.tensor(statistic / 2, dtype=torch.float64)))
@@ -262,23 +266,33 @@ def test_rejection_by_hand() -> None:
 
 def test_an_engine_with_a_draft_model_keeps_the_distribution(start: Callable[..., Engine]) -> None:
     """1,500 requests without a seed through the engine, a draft model beside it: the third tokens, behind the two
-    likeliest ones, are distributed as the model says; drafts are accepted in part."""
+    likeliest ones, are distributed as the model says; drafts are accepted in part. What is below p = 1e-4 has to be so
+    for 1,500 others too: of about eight tests that is once in ten million runs."""
     model = make("llama")
     bias = dict.fromkeys(range(8, V), -100.0)  # eight tokens are left
     params = SamplingParams(temperature=1.0, max_tokens=4, logit_bias=bias)
     engine = start(make("llama"), near(make("llama"), 0.15), max_waiting=2000, max_running=100)
-    texts = [tuple(ids) for ids in results(engine.submit_all([[5, 6, 7]] * 1500, params))]
-    figures = engine.stats()
-    assert 0.2 < figures["accepted_tokens"] / figures["draft_tokens"] < 0.98
-    tests = 0
-    for before in {text[:place] for text in texts for place in (0, 1, 2)}:
-        counts = tally(texts, len(before), before)
-        if sum(counts.values()) >= 150:
+
+    def answers() -> list[tuple[int, ...]]:
+        return [tuple(ids) for ids in results(engine.submit_all([[5, 6, 7]] * 1500, params))]
+
+    def misfits(texts: list[tuple[int, ...]], beginnings: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        found = []
+        for before in beginnings:
             with torch.inference_mode():
                 logits_V = model(torch.tensor([[5, 6, 7, *before]]))[0, -1, :8]
-            assert p_value(counts, torch.softmax(logits_V, 0)) > 1e-4
-            tests += 1
-    assert tests >= 3
+            if p_value(tally(texts, len(before), before), torch.softmax(logits_V, 0)) <= 1e-4:
+                found.append(before)
+        return found
+
+    texts = answers()
+    figures = engine.stats()
+    assert 0.2 < figures["accepted_tokens"] / figures["draft_tokens"] < 0.98
+    beginnings = sorted({text[:place] for text in texts for place in (0, 1, 2)})
+    beginnings = [before for before in beginnings if sum(tally(texts, len(before), before).values()) >= 150]
+    assert len(beginnings) >= 3
+    if doubtful := misfits(texts, beginnings):
+        assert not misfits(answers(), doubtful)
 
 
 def test_nan_in_the_draft_or_the_model() -> None:

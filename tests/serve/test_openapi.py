@@ -10,6 +10,7 @@ import pytest
 from browser import open_browser
 from fastapi.testclient import TestClient
 from http_tools import wait_for
+from test_page import ask_for_all_tokens
 
 from soma.serve.database import Database
 from soma.serve.gateway import Gateway
@@ -209,6 +210,7 @@ def test_chat_page_asks_for_a_key(kept: tuple[str, str]) -> None:
         assert wait_for(lambda: driver.find_element("id", "input").is_enabled())
         assert not driver.find_element("id", "door").is_displayed()
         driver.execute_script("document.getElementById('max_tokens').value = 5")
+        ask_for_all_tokens(driver)
         driver.find_element("id", "input").send_keys("hello\ue007")
         assert wait_for(lambda: texts(driver, ".stats") and "5 tokens" in texts(driver, ".stats")[0])
         assert wait_for(lambda: texts(driver, "#running") == ["0"])

@@ -46,6 +46,16 @@ def texts(driver: Any, selector: str) -> list[str]:
     return found
 
 
+def ask_for_all_tokens(driver: Any) -> None:
+    """Answers end at max_tokens alone: one drawn at random may else be empty."""
+    driver.execute_script("""
+        const real = window.fetch;
+        window.fetch = (path, given) => given?.body
+            ? real(path, {...given, body: JSON.stringify({...JSON.parse(given.body), ignore_eos: true})})
+            : real(path, given);
+    """)
+
+
 def problems(driver: Any) -> list[str]:
     """Errors of scripts and of the content policy; refused requests are no errors of the page."""
     rows = [row for row in driver.get_log("browser") if row["level"] == "SEVERE"]
@@ -65,7 +75,7 @@ def test_chat_streams_and_measures(page: Any, service_url: str) -> None:
     measured = texts(page, ".stats")[0]
     assert re.search(r"[\d.]+ tokens/s · 40 tokens · first after \d+ ms · token limit reached", measured)
     say(page, "hello")
-    assert wait_for(lambda: finished(page))
+    assert wait_for(lambda: finished(page, 2))
     assert texts(page, ".assistant .answer")[1] != answer  # the first turns went along
     page.find_element("id", "clear").click()
     assert texts(page, ".turn") == []
@@ -92,11 +102,7 @@ def test_text_is_never_html(page: Any, service_url: str) -> None:
 def test_enter_shift_enter_and_escape(page: Any, service_url: str) -> None:
     visit(page, service_url)
     set_number(page, "max_tokens", 3500)
-    page.execute_script("""
-        const real = window.fetch;
-        window.fetch = (path, given) => given
-            ? real(path, {...given, body: JSON.stringify({...JSON.parse(given.body), ignore_eos: true})}) : real(path);
-    """)
+    ask_for_all_tokens(page)
     box = page.find_element("id", "input")
     box.send_keys("one\ue008\ue007\ue000two")  # Shift held while Enter is pressed
     assert box.get_property("value") == "one\ntwo"
@@ -118,7 +124,8 @@ def test_enter_shift_enter_and_escape(page: Any, service_url: str) -> None:
 
 def test_errors_are_shown(page: Any, service_url: str) -> None:
     visit(page, service_url)
-    set_number(page, "max_tokens", 4)
+    ask_for_all_tokens(page)
+    set_number(page, "max_tokens", 8)
     page.execute_script("input.value = 'x'.repeat(6000)")
     say(page, "")
     assert wait_for(lambda: texts(page, ".error") != [])
@@ -130,13 +137,14 @@ def test_errors_are_shown(page: Any, service_url: str) -> None:
     set_number(page, "temperature", 1)
     page.find_element("id", "input").clear()
     say(page, "hello")
-    assert wait_for(lambda: finished(page))
+    assert wait_for(lambda: finished(page, 2))
     assert texts(page, ".assistant .answer")[1]
 
 
 def test_a_full_context_forgets_the_oldest_turns(page: Any, service_url: str) -> None:
     visit(page, service_url)
     set_number(page, "max_tokens", 100)
+    ask_for_all_tokens(page)
     page.execute_script("turns = [{role: 'user', content: 'x'.repeat(4100)}, {role: 'assistant', content: 'x'}]")
     say(page, "hello")
     assert wait_for(lambda: finished(page, 1))
@@ -148,6 +156,7 @@ def test_completion_mode(page: Any, base_url: str) -> None:
     visit(page, base_url)
     assert page.find_element("id", "mode").text == "completion"
     set_number(page, "max_tokens", 10)
+    ask_for_all_tokens(page)
     say(page, "the quick")
     assert wait_for(lambda: finished(page, 1))
     assert texts(page, ".given") == ["the quick"]

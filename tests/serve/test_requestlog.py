@@ -113,7 +113,7 @@ def test_other_routes(service: tuple[str, Path]) -> None:
     assert wait_for(lambda: len(rows_of(folder)) > before)
     (row,) = [row for row in rows_of(folder) if row["route"].startswith("/v2/")]
     assert (row["prompt"], row["completion"]) == ("the lazy", answer[1]["text_output"])
-    assert metric(url, "soma:request_log_rows_total", table="requests") == len(rows_of(folder))
+    assert wait_for(lambda: metric(url, "soma:request_log_rows_total", table="requests") == len(rows_of(folder)))
 
 
 def test_feedback_is_checked(service: tuple[str, Path]) -> None:

@@ -96,7 +96,7 @@ def test_a_client_that_does_as_it_is_told_notices_a_pause_only(url: str) -> None
 
     os.kill(engine_of(url).pid, signal.SIGKILL)
     assert wait_for(lambda: call(url, "GET", "/health")[0] == 503)
-    client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=20)
+    client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=100)
     assert client.completions.create(model="tiny", prompt="hello", max_tokens=3).choices[0].finish_reason
 
 

@@ -128,7 +128,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(tiny_folder: Path) -> None:
                 try:
                     seen += os.read(parent, 65536)
                 except OSError:  # the terminal is gone: the process ends
-                    process.wait(20)
+                    process.wait(120)
                     assert is_there(seen), seen[-500:]
 
     def prompt_after(wanted: bytes) -> Callable[[bytes], bool]:
