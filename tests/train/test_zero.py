@@ -148,6 +148,7 @@ def test_what_a_step_sends(pool: Pool, tmp_path: Path, zero: int) -> None:
 
 ROWS: list[tuple[int, Case]] = [  # beside those of the grid's slice
     (1, Case("odd", microbatch=2, optimizer="muon")), (2, Case("latent", microbatch=2)), (2, Case("odd", "bf16")),
+    (1, Case("latent", microbatch=2, pairs=True)),  # a head of its own, in one backward pass with the rest
 ]  # fmt: skip
 
 

@@ -259,8 +259,10 @@ def replicate(model: Transformer, mesh: Mesh) -> list[Reducer]:
     group = mesh.group("tokens")
     if group is not None:
         dense = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
-        # Their gradients come in pieces: an embedding may be the head too, and the head's loss runs piece by piece.
-        ends = [module for module in (model.embed_tokens, model.lm_head) if module is not None]
-        late += [parameter for module in ends for parameter in module.parameters()]
-        reducers.append(Reducer(dense, late, group))
+        first: list[nn.Parameter] = []
+        if model.lm_head is None:  # its gradient comes in pieces: it is the head too, whose loss runs piece by piece
+            late += model.embed_tokens.parameters()
+        elif mesh.layout.pp == 1:
+            first += model.lm_head.parameters()
+        reducers.append(Reducer(dense, late, group, first=first))
     return reducers

@@ -2,7 +2,7 @@
 
 As torch's DistributedDataParallel does (Li et al. 2020, arXiv:2006.15704), with two differences that our loop needs:
 the head's loss runs backward piece by piece before the rest of the model (`soma.train.loss.backward`), so a head's
-gradient is complete only at the end; and gradients are summed, since each rank's loss is divided by the global count.
+gradient is complete when the first of the rest is, and a tied one's at the end; and gradients are summed, since each rank's loss is divided by the global count.
 """
 
 from collections.abc import Sequence
@@ -21,18 +21,21 @@ class Reducer:
 
     Set `last` before the backward pass of a step's last microbatch (accumulated gradients are summed with it), then
     call `finish()`. Buckets are started in one order on all ranks. `late` parameters (an embedding, a head) get
-    gradients from several places: their buckets start only after all others, or in `finish()`.
+    gradients from several places: their buckets start only after all others, or in `finish()`. `first` ones (a head of
+    its own) are complete when the gradient of any other comes.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], late: Sequence[nn.Parameter], group: dist.ProcessGroup,
-                 bucket_bytes: int = BUCKET_BYTES) -> None:  # fmt: skip
+                 bucket_bytes: int = BUCKET_BYTES, first: Sequence[nn.Parameter] = ()) -> None:  # fmt: skip
         self.group, self.last = group, False
-        is_late = {id(parameter) for parameter in late}
-        early = [parameter for parameter in parameters if id(parameter) not in is_late]
-        self.buckets = [*buckets(early[::-1], bucket_bytes)]
+        is_late, is_first = ({id(parameter) for parameter in some} for some in (late, first))
+        early = [parameter for parameter in parameters if id(parameter) not in is_late | is_first]
+        self.buckets = buckets([parameter for parameter in parameters if id(parameter) in is_first], bucket_bytes)
+        self.buckets += buckets(early[::-1], bucket_bytes)
         self.hooked = len(self.buckets)
         self.buckets += buckets([parameter for parameter in parameters if id(parameter) in is_late], bucket_bytes)
         self.bucket_of = {id(p): index for index, bucket in enumerate(self.buckets[: self.hooked]) for p in bucket}
+        self.hooks = {id(parameter) for parameter in early}
         self.missing: list[set[int]] = []
         self.running: list[tuple[list[Tensor], Tensor, Any]] = []
         for parameter in early:
@@ -42,7 +45,7 @@ class Reducer:
     def begin(self) -> None:
         """Wait for all gradients anew."""
         self.last, self.running = False, []
-        self.missing = [{id(parameter) for parameter in bucket} for bucket in self.buckets[: self.hooked]]
+        self.missing = [self.hooks.intersection(map(id, bucket)) for bucket in self.buckets[: self.hooked]]
 
     def arrived(self, parameter: Tensor) -> None:
         """A gradient is complete: start the buckets that are whole, in order."""
@@ -64,8 +67,8 @@ class Reducer:
             self.start()
         for grads, flat, work in self.running:
             work.wait()
-            for grad, piece in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-                grad.copy_(piece.view_as(grad))
+            pieces = flat.split([grad.numel() for grad in grads])
+            torch._foreach_copy_(grads, [piece.view_as(grad) for grad, piece in zip(grads, pieces, strict=True)])
         self.begin()
 
 
