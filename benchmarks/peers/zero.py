@@ -9,6 +9,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,12 @@ from soma.train.config import TrainConfig
 from soma.train.journal import Journal
 from soma.train.loop import Trainer
 from soma.train.objective import LanguageModeling
-from soma.train.parallel.apply import parallelize
+from soma.train.parallel import apply
 from soma.train.parallel.bridge import bridge
 from soma.train.parallel.config import Layout
+from soma.train.parallel.reduce import BUCKET_BYTES, Reducer
+from soma.train.parallel.zero import BUCKET_BYTES as SHARED_BUCKET_BYTES
+from soma.train.parallel.zero import SharedUpdates
 from soma.train.tracking import NullTracker
 from soma.train.world import World
 
@@ -50,6 +54,7 @@ SHAPES = {
         num_key_value_heads=12, max_position_embeddings=2048,
     ),
 }  # fmt: skip
+SCALE = 200  # the larger model has so many times the parameters: buckets on CPUs are as much smaller
 KINDS = {
     "allreduce": "all-reduce", "allgather": "all-gather", "reduce_scatter": "reduce-scatter", "alltoall": "all-to-all",
     "broadcast": "broadcast", "reduce": "reduce",
@@ -177,7 +182,7 @@ def make_trainer(layout: dict[str, Any], microbatches: int, folder: Path, device
     fill_at_random(model, place)
     compute = Compute(place, "bf16", False)
     if world.mesh.layout.engine == "soma":
-        parallel: Any = parallelize(model, world.mesh)
+        parallel: Any = apply.parallelize(model, world.mesh)
         objective = LanguageModeling(model, config, compute, parallel.cross_entropy_sum)
     else:
         parallel, objective = bridge(model, config, world.mesh, compute)
@@ -239,6 +244,8 @@ def serve(rank: int, size: int, folder: str, layout: dict[str, Any], microbatche
     else:
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[rank % len(cores)]})
+        apply.Reducer = partial(Reducer, bucket_bytes=BUCKET_BYTES // SCALE)  # type: ignore[misc]
+        apply.SharedUpdates = partial(SharedUpdates, bucket_bytes=SHARED_BUCKET_BYTES // SCALE)  # type: ignore[misc]
     torch.set_num_threads(1)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=size)

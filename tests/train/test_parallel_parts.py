@@ -193,7 +193,7 @@ def test_groups_of_unequal_numbers(pool: Pool) -> None:
     assert ends[2] == [((1, 2), 3.0), ((2, 3), 5.0)] * 2
 
 
-def overlap(rank: int, world_size: int) -> tuple[int, int, list[list[float]]]:
+def overlap(rank: int, world_size: int, has_first: bool) -> tuple[int, int, list[list[float]]]:
     """How many buckets are on their way when the backward pass returns: after a first microbatch, after the last."""
     layers = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(3)))
     for layer in layers:
@@ -201,7 +201,8 @@ def overlap(rank: int, world_size: int) -> tuple[int, int, list[list[float]]]:
     group = dist.group.WORLD
     assert group is not None
     parameters = list(layers.parameters())
-    reducer = Reducer(parameters, parameters[:1], group, bucket_bytes=64)
+    first = parameters[2:] if has_first else []  # it has its gradient before the others have
+    reducer = Reducer(parameters, parameters[:1], group, bucket_bytes=64, first=first)
     started = []
     for last in (False, True):
         reducer.last = last
@@ -211,9 +212,10 @@ def overlap(rank: int, world_size: int) -> tuple[int, int, list[list[float]]]:
     return started[0], started[1], [p.grad[0].tolist() for p in parameters]  # type: ignore[index]
 
 
-def test_sums_overlap_the_backward_pass(pool: Pool) -> None:
+@pytest.mark.parametrize("has_first", [False, True])
+def test_sums_overlap_the_backward_pass(pool: Pool, has_first: bool) -> None:
     """Nothing travels before the last microbatch; then all but the late bucket have started when it ends."""
-    (first, last, mine), (_, _, other) = pool.run(overlap, 2)
+    (first, last, mine), (_, _, other) = pool.run(overlap, 2, has_first)
     assert (first, last) == (0, 2)
     assert mine == other
     assert mine[0] == pytest.approx([2 * (1 + 2) * 0.16] * 4)

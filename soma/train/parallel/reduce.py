@@ -2,7 +2,8 @@
 
 As torch's DistributedDataParallel does (Li et al. 2020, arXiv:2006.15704), with two differences that our loop needs:
 the head's loss runs backward piece by piece before the rest of the model (`soma.train.loss.backward`), so a head's
-gradient is complete when the first of the rest is, and a tied one's at the end; and gradients are summed, since each rank's loss is divided by the global count.
+gradient is complete when the first of the rest is, and a tied one's at the end; and gradients are summed, since each
+rank's loss is divided by the global count.
 """
 
 from collections.abc import Sequence

@@ -20,8 +20,10 @@ from torch.distributed.tensor import DTensor, Shard
 
 from soma.model.transformer import Transformer
 from soma.train.parallel.mesh import Mesh
-from soma.train.parallel.reduce import BUCKET_BYTES, buckets
+from soma.train.parallel.reduce import buckets
 
+# Megatron-LM's default, 40 million numbers: an operation costs a rank its launch, and its part of a bucket gets small.
+BUCKET_BYTES = 160_000_000
 IN_FLIGHT = 2  # buckets that are on their way at a time: more would be copies of the gradients of the whole model
 HAS_SINGLE = hasattr(dist, "reduce_scatter_single")  # what torch 2.13 calls them
 
@@ -44,6 +46,7 @@ class Bucket:
     def __init__(self, parameters: Sequence[nn.Parameter], mesh: Any) -> None:
         self.parameters, self.ranks, self.rank = parameters, mesh.size(), mesh.get_local_rank()
         self.pieces = [cut(parameter, mesh) for parameter in parameters]
+        self.shapes = [piece.to_local().shape for piece in self.pieces]
         self.sizes = [-(-p.size(0) // self.ranks) * (p.numel() // p.size(0)) for p in parameters]
         self.size = sum(self.sizes)
         self.is_even = all(parameter.size(0) % self.ranks == 0 for parameter in parameters)
@@ -65,9 +68,9 @@ class Bucket:
     def deal(self) -> None:
         """Give the sums to the pieces, for the optimizer, and to the parameters, for who looks for gradients there."""
         assert self.total is not None
-        for parameter, piece, sums in zip(self.parameters, self.pieces, self.total.split(self.sizes), strict=True):
-            local = piece.data.to_local()
-            grad = DTensor(sums[: local.numel()].view(local.shape), piece._spec, requires_grad=False)
+        rows = zip(self.parameters, self.pieces, self.shapes, self.total.split(self.sizes), strict=True)
+        for parameter, piece, shape, sums in rows:
+            grad = DTensor(sums[: shape.numel()].view(shape), piece._spec, requires_grad=False)
             parameter.grad = piece.grad = grad
         self.total = None
 
