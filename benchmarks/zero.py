@@ -3,15 +3,16 @@
 Counted in one step of rank 0 (exact, and the same on every machine): operations between ranks by kind and dtype, bytes
 that a rank sends, the share of them that starts after the last matrix product, operations launched in the passes and in
 the update (clipping, optimizer, zeroing), and how often Python asks for a tensor's value. Then timed, the two in turn.
-Replicas are held against Accelerate's (torch's DistributedDataParallel), hybrid shards against our own ZeRO-3 on four
-ranks. fp32 parameters, bf16 products, AdamW, clipping; one microbatch a step, and four.
+Stages 1 and 2 are held against FSDP2's as well, replicas against Accelerate's (torch's DistributedDataParallel), hybrid
+shards against our own ZeRO-3 on four ranks. fp32 parameters, bf16 products, AdamW, clipping; one microbatch a step, and four.
 
     python benchmarks/zero.py --json                   # two Gloo ranks (four for hybrid), a small Llama
     python benchmarks/zero.py --device cuda --json     # two GPUs, NCCL: 0.55 billion parameters, 4,096 tokens a rank
     python benchmarks/zero.py --stages 1 2 --counts    # some of it
 
-In a ratio more than 1 means that ours sends, launches or waits less. Bytes are those of rings (of n ranks each sends
-(n-1)/n of what is gathered or scattered, and twice that of an all-reduce). On CPUs the model is 200 times smaller than
+In a ratio more than 1 means that ours sends, launches or waits less (where one side has none of something, both
+have one more in the ratio). Bytes are those of rings (of n ranks each sends (n-1)/n of what is gathered or scattered,
+and twice that of an all-reduce). On CPUs the model is 200 times smaller than
 on GPUs, and so are our buckets; DeepSpeed's holds the whole model in either.
 """
 
@@ -20,21 +21,22 @@ from typing import Any
 from common import Case, finish, make_case, parser
 
 STAGES = ("ddp", "1", "2", "3", "hybrid")
-DEEPSPEED, ACCELERATE = "DeepSpeed", "Accelerate"
+DEEPSPEED, ACCELERATE, FSDP2 = "DeepSpeed", "Accelerate", "FSDP2"
 
 
-def sides(stage: str) -> tuple[int, dict[str, Any], str, dict[str, Any]]:
-    """Ranks, our layout, the peer's name, and its layout."""
+def sides(stage: str) -> tuple[int, dict[str, Any], dict[str, dict[str, Any]]]:
+    """Ranks, our layout, and the peers' layouts."""
     if stage == "ddp":
-        return 2, {"dp": 2}, ACCELERATE, {"dp": 2, "engine": "accelerate"}
+        return 2, {"dp": 2}, {ACCELERATE: {"dp": 2, "engine": "accelerate"}}
     if stage == "hybrid":
-        return 4, {"dp": 2, "fsdp": 2}, "ours, zero 3", {"fsdp": 4}
-    return 2, {"fsdp": 2, "zero": int(stage)}, DEEPSPEED, {"fsdp": 2, "zero": int(stage), "engine": "deepspeed"}
+        return 4, {"dp": 2, "fsdp": 2}, {"ours, zero 3": {"fsdp": 4}}
+    layout = {"fsdp": 2, "zero": int(stage)}
+    others = {DEEPSPEED: layout | {"engine": "deepspeed"}}
+    return 2, layout, others if stage == "3" else others | {FSDP2: layout | {"fsdp2": True}}
 
 
-def count_cases(label: str, peer: str, steps: dict[str, Any], ranks: int) -> list[Case]:
+def count_cases(label: str, peer: str, ours: Any, theirs: Any, ranks: int) -> list[Case]:
     """What was counted, ours beside the peer's."""
-    ours, theirs = steps["ours"], steps["theirs"]
 
     def case(what: str, unit: str, mine: float, other: float) -> Case:
         both = [float(mine)], [float(other)]
@@ -62,31 +64,36 @@ def count_cases(label: str, peer: str, steps: dict[str, Any], ranks: int) -> lis
     ]
 
 
-def stage_cases(stage: str, microbatches: int, chosen: Any) -> list[Case]:
+def stage_cases(stage: str, microbatches: int, chosen: Any, absent: set[str]) -> list[Case]:
     """All cases of a stage."""
     from peers.zero import Ranks
 
-    size, layout, peer, their_layout = sides(stage)
+    size, layout, others = sides(stage)
+    peers = [peer for peer in others if peer not in absent]
     label = f"{stage if stage in ('ddp', 'hybrid') else f'zero {stage}'}, {microbatches} microbatches"
-    both = {
-        side: Ranks(size, sizes, microbatches, chosen.device)
-        for side, sizes in (("ours", layout), ("theirs", their_layout))
-    }
-    cases = count_cases(label, peer, {side: ranks.ask("count") for side, ranks in both.items()}, size)
+    every = {
+        name: Ranks(size, sizes, microbatches, chosen.device)
+        for name, sizes in {"ours": layout, **others}.items() if name not in absent
+    }  # fmt: skip
+    counts = {name: ranks.ask("count") for name, ranks in every.items()}
+    cases = [case for peer in peers for case in count_cases(label, peer, counts["ours"], counts[peer], size)]
     if not chosen.counts:
-        times: dict[str, list[float]] = {side: [] for side in both}
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in every}
         peaks, losses = {}, {}
         for round_ in range(-chosen.warmup, chosen.rounds):
-            for side in sorted(both, reverse=round_ % 2 == 1):
-                seconds, losses[side], peaks[side] = both[side].ask("time")
+            for name in sorted(every, reverse=round_ % 2 == 1):
+                seconds, busy, losses[name], peaks[name] = every[name].ask("time")
                 if round_ >= 0:
-                    times[side].append(1000 * seconds)
-        assert abs(losses["ours"] - losses["theirs"]) < 5e-2, losses  # they train the same model
-        cases.append(make_case(f"{label}: a step", "ms", times["ours"], peer, times["theirs"], higher_is_better=False))
-        if chosen.device == "cuda":
-            cases.append(make_case(f"{label}: peak", "GiB", [peaks["ours"]], peer, [peaks["theirs"]],
-                                   higher_is_better=False))  # fmt: skip
-    for ranks in both.values():
+                    times[name].append((1000 * seconds, 1000 * busy))
+        assert max(losses.values()) - min(losses.values()) < 5e-2, losses  # they train the same model
+        for peer in peers:
+            for place, what in enumerate(("a step", "processor time of all ranks")):
+                ours, theirs = ([pair[place] for pair in times[name]] for name in ("ours", peer))
+                cases.append(make_case(f"{label}: {what}", "ms", ours, peer, theirs, higher_is_better=False))
+            if chosen.device == "cuda":
+                cases.append(make_case(f"{label}: peak", "GiB", [peaks["ours"]], peer, [peaks[peer]],
+                                       higher_is_better=False))  # fmt: skip
+    for ranks in every.values():
         ranks.close()
     return cases
 
@@ -110,18 +117,19 @@ def main() -> None:
     cases: list[Case] = []
     not_run: dict[str, str] = {}
     for stage in chosen.stages:
-        size, _, peer, _ = sides(stage)
-        reason = missing(peer) if peer in (DEEPSPEED, ACCELERATE) else None
-        if chosen.device == "cuda" and reason is None:
+        size, _, others = sides(stage)
+        reasons = {peer: reason for peer in {DEEPSPEED, ACCELERATE} & others.keys() if (reason := missing(peer))}
+        not_run |= {f"{stage}, {peer}": reason for peer, reason in reasons.items()}
+        if chosen.device == "cuda":
             import torch
 
             if torch.cuda.device_count() < size:
-                reason = f"it takes {size} GPUs, and there are {torch.cuda.device_count()}"
-        if reason is not None:
-            not_run[stage] = reason
+                not_run[stage] = f"it takes {size} GPUs, and there are {torch.cuda.device_count()}"
+                continue
+        if reasons.keys() == others.keys():
             continue
         for microbatches in chosen.microbatches:
-            cases += stage_cases(stage, microbatches, chosen)
+            cases += stage_cases(stage, microbatches, chosen, set(reasons))
     name = "zero" if chosen.device == "cpu" else "zero-gpu"
     finish(name, chosen, cases, ["deepspeed", "accelerate"], not_run)
 

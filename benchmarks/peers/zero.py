@@ -170,7 +170,10 @@ class Rows:
 
 
 def make_trainer(layout: dict[str, Any], microbatches: int, folder: Path, device: str) -> Trainer:
-    """The real loop, with AdamW, clipping, fp32 parameters and bf16 products."""
+    """The real loop, with AdamW, clipping, fp32 parameters and bf16 products. A layout with `fsdp2` leaves stages
+    1 and 2 to FSDP2, as layouts with replicas or tensor parallelism beside them do."""
+    if layout.pop("fsdp2", False):
+        apply.keeps_whole = lambda mesh: False  # type: ignore[assignment]
     world = World.join(Layout(**layout), device)
     config = TrainConfig(
         steps=10**6, batch_size=ROWS * world.data_size, microbatch_size=ROWS // microbatches, warmup=1,
@@ -216,18 +219,23 @@ def counted(trainer: Trainer) -> Step:
     return census.step
 
 
-def timed(trainer: Trainer) -> tuple[float, float, float]:
-    """Seconds of a step, the longest of the ranks; its loss; the most GiB of a GPU so far (0 without one)."""
+def timed(trainer: Trainer) -> tuple[float, float, float, float]:
+    """Seconds of a step, the longest of the ranks, and of their processors together; its loss; the most GiB of a GPU so
+    far (0 without one)."""
     is_cuda = trainer.compute.device.type == "cuda"
     dist.barrier()
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     advance(trainer)
     if is_cuda:
         torch.cuda.synchronize()
-    seconds = torch.tensor(time.perf_counter() - start, device=trainer.compute.device)
+    seconds, processor = (
+        torch.tensor(each, device=trainer.compute.device)
+        for each in (time.perf_counter() - start, time.process_time() - busy)
+    )
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+    dist.all_reduce(processor)
     peak = torch.cuda.max_memory_allocated() / 2**30 if is_cuda else 0.0
-    return float(seconds), trainer.at.last_loss, peak
+    return float(seconds), float(processor), trainer.at.last_loss, peak
 
 
 ANSWERS: dict[str, Callable[[Trainer], Any]] = {"count": counted, "time": timed}
