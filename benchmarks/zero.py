@@ -4,7 +4,8 @@ Counted in one step of rank 0 (exact, and the same on every machine): operations
 that a rank sends, the share of them that starts after the last matrix product, operations launched in the passes and in
 the update (clipping, optimizer, zeroing), and how often Python asks for a tensor's value. Then timed, the two in turn.
 Stages 1 and 2 are held against FSDP2's as well, replicas against Accelerate's (torch's DistributedDataParallel), hybrid
-shards against our own ZeRO-3 on four ranks. fp32 parameters, bf16 products, AdamW, clipping; one microbatch a step, and four.
+shards against our own ZeRO-3 on four ranks. fp32 parameters, bf16 products, AdamW, clipping; one microbatch a step,
+and four.
 
     python benchmarks/zero.py --json                   # two Gloo ranks (four for hybrid), a small Llama
     python benchmarks/zero.py --device cuda --json     # two GPUs, NCCL: 0.55 billion parameters, 4,096 tokens a rank
@@ -12,8 +13,8 @@ shards against our own ZeRO-3 on four ranks. fp32 parameters, bf16 products, Ada
 
 In a ratio more than 1 means that ours sends, launches or waits less (where one side has none of something, both
 have one more in the ratio). Bytes are those of rings (of n ranks each sends (n-1)/n of what is gathered or scattered,
-and twice that of an all-reduce). On CPUs the model is 200 times smaller than
-on GPUs, and so are our buckets; DeepSpeed's holds the whole model in either.
+and twice that of an all-reduce). On CPUs the model is 200 times smaller than on GPUs, and so are our buckets;
+DeepSpeed's holds the whole model in either.
 """
 
 from typing import Any

@@ -144,6 +144,29 @@ def test_what_a_step_sends(pool: Pool, tmp_path: Path, zero: int) -> None:
         assert count / 2 < before < count
 
 
+def replica_sums_on_rank(rank: int, world_size: int, zero: int, folder: str) -> tuple[int, list[int]]:
+    """Sharded modules, and the bytes of each sum over the replicas of a step of 4 microbatches."""
+    world, sums = World.join(Layout(dp=2, fsdp=2, zero=zero), "cpu"), []
+    trainer, right = make_trainer(Case(microbatch=1), world, Path(folder)), dist.all_reduce
+
+    def noted(x: Tensor, *args: Any, **more: Any) -> Any:
+        if more.get("group") is world.mesh.group("dp"):
+            sums.append(x.nbytes)
+        return right(x, *args, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", noted)
+        trainer.train_step()
+    return sum(isinstance(module, FSDPModule) for module in trainer.model.modules()), sums
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_replicas_of_shards_sum_once_a_step(pool: Pool, tmp_path: Path, zero: int) -> None:
+    for modules, sums in pool.run(replica_sums_on_rank, 4, zero, str(tmp_path)):
+        assert len(sums) == modules
+        assert min(sums) > 1000
+
+
 # --- The answer ---
 
 ROWS: list[tuple[int, Case]] = [  # beside those of the grid's slice

@@ -51,11 +51,14 @@ def begin_microbatch(model: nn.Module, zero: int, last: bool) -> None:
     """What the next backward pass of a sharded model leaves behind.
 
     Stage 1 adds up whole gradients and reduces them once, stages 1 and 2 keep the parameters together from one
-    microbatch to the next, stage 3 cuts everything after each use.
+    microbatch to the next, stage 3 cuts everything after each use. Between replicas of the shards (hybrid) all
+    stages sum once a step.
     """
     root = cast(FSDPModule, model)
     if zero == 1:
         root.set_requires_gradient_sync(last)
+    else:
+        root.set_requires_all_reduce(last)
     if zero < 3:
         root.set_reshard_after_backward(last)
 
