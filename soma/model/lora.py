@@ -5,7 +5,8 @@ Shape letters: K inputs of a layer, N outputs, R rank.
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +44,26 @@ class Adapter:
 
     config: LoRAConfig
     layers: dict[str, LowRank]
+
+
+@dataclass
+class Switch:
+    """Whether the forward passes of this process leave updates out."""
+
+    off: bool = False
+
+
+switch = Switch()
+
+
+@contextmanager
+def without_updates() -> Iterator[None]:
+    """Inside, models compute what their frozen weights alone do: what they were before they had updates."""
+    before, switch.off = switch.off, True
+    try:
+        yield
+    finally:
+        switch.off = before
 
 
 class LoRALinear(nn.Module):
@@ -92,7 +113,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
-        if self.before is not None:
+        if self.before is not None or switch.off:
             return y
         h, scale = x.to(self.lora_A.dtype), self.scale
         if self.training and self.dropout > 0:

@@ -4,16 +4,18 @@ B sequences, T positions, D model width. A part is a slice of a batch, one forwa
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from soma.data.loader import Batch, PreferenceBatch, PreferenceLoader, TokenLoader
 from soma.model.dropout import stamped
+from soma.model.lora import without_updates
 from soma.model.transformer import Transformer
 from soma.train import loss
 from soma.train.compute import Compute
@@ -127,17 +129,20 @@ class LanguageModeling:
 class Preference:
     """DPO (Rafailov et al. 2023): the chosen answer against the rejected one, relative to the frozen starting model.
 
-    Both answers of a pair are rows of one forward pass. `across` sums the log-probabilities of a sequence that lies on
-    several ranks.
+    reference: that model; None: the weights below the updates of the one that is trained. Both answers of a pair are
+    rows of one forward pass. `across` sums the log-probabilities of a sequence that lies on several ranks.
     """
 
     def __init__(
-        self, model: Transformer, reference: Transformer, config: PreferenceConfig, compute: Compute,
+        self, model: Transformer, reference: Transformer | None, config: PreferenceConfig, compute: Compute,
         target_logprobs: loss.ChunkLoss = loss.target_logprobs, across: Callable[[Tensor], Tensor] = lambda x: x,
     ) -> None:  # fmt: skip
         self.config, self.compute, self.target_logprobs, self.across = config, compute, target_logprobs, across
         self.inputs = Inputs(model, config, compute)
-        self.reference_inputs = Inputs(reference.eval().requires_grad_(False), config, compute)
+        self.is_below = reference is None
+        self.reference_inputs = (
+            self.inputs if reference is None else Inputs(reference.eval().requires_grad_(False), config, compute)
+        )
 
     def count(self, batch: PreferenceBatch) -> int:
         return int(batch.is_pair.sum())
@@ -160,7 +165,7 @@ class Preference:
     ) -> tuple[Tensor, Tensor]:
         """Sum of the pairs' losses and the auxiliary loss."""
         answers = both_answers(*part)
-        with torch.no_grad():
+        with torch.no_grad(), below_updates(self.inputs.model) if self.is_below else nullcontext():
             reference_P, _ = self.answer_logprobs(answers, self.reference_inputs, reference_features)
         logprobs_P, aux = self.answer_logprobs(answers, self.inputs, features)
         is_pair_B = to_device(part[0].is_pair[part[1]], logprobs_P.device)
@@ -179,6 +184,18 @@ class Preference:
         rows = None if kept is None else to_device(kept, x_BTD.device)
         stamps_BT = stamps_of(batch, slice(None), x_BTD.device)
         return self.across(loss.answer_logprobs(x_BTD, targets_BT, rows, chunk_logprobs, stamps_BT)), aux
+
+
+@contextmanager
+def below_updates(model: nn.Module) -> Iterator[None]:
+    """Inside, a model that is trained by updates is the frozen one that it began as, in eval mode."""
+    is_training = model.training
+    model.eval()
+    try:
+        with without_updates():
+            yield
+    finally:
+        model.train(is_training)
 
 
 def both_answers(batch: PreferenceBatch, rows: slice) -> Batch:

@@ -182,11 +182,12 @@ def lay_out(
     filled = partial(fill, network, start, compute.device, offload or starts_in_ram(world.mesh.layout))
     if world.mesh.layout.engine != "soma" and world.size > 1:
         return bridge(network, config, world.mesh, compute, filled)
-    reference = copy.deepcopy(network) if isinstance(config, PreferenceConfig) else None
+    is_pairs = isinstance(config, PreferenceConfig)
+    reference = copy.deepcopy(network) if is_pairs and config.lora is None else None  # else it lies below the updates
     filled_reference = partial(fill, reference, start, compute.device, offload) if reference is not None else filled
     if world.mesh.layout.pp > 1:
         return stage_model(network, config, world.mesh, compute, filled, reference, filled_reference)
-    rows = (config.microbatch_size or config.batch_size // world.data_size) * (1 if reference is None else 2)
+    rows = (config.microbatch_size or config.batch_size // world.data_size) * (2 if is_pairs else 1)
     length = world.mesh.layout.padded_length(config.sequence_length) // world.mesh.layout.cp
     tokens_BT = torch.zeros(rows, length, dtype=torch.long, device=compute.device)
 
@@ -208,10 +209,9 @@ def lay_out(
 def make_objective(
     config: TrainConfig, parallel: Parallel, reference: Transformer | None, compute: Compute
 ) -> Objective:
-    """DPO for a PreferenceConfig, against `reference`; next-token prediction for the others."""
+    """DPO for a PreferenceConfig, against `reference` (as `Preference` has it); next-token prediction for others."""
     if not isinstance(config, PreferenceConfig):
         return LanguageModeling(parallel.model, config, compute, parallel.cross_entropy_sum)
-    assert reference is not None
     return Preference(parallel.model, reference, config, compute, parallel.target_logprobs, parallel.across)
 
 

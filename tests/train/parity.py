@@ -95,7 +95,7 @@ class Case:
     compile: bool = False
     isolate: bool = True
     lora: str = ""  # of the frozen weights below: full, int8, int4
-    pairs: bool = False  # preference pairs, by DPO against other weights
+    pairs: bool = False  # preference pairs, by DPO against other weights, or those below the updates
     dropout: float = 0.0  # before the updates, which then stand beside the output layer too
 
     @property
@@ -239,7 +239,7 @@ def make_trainer(case: Case, world: World, folder: Path, choices: Choices | None
     model = whole.to(device()) if is_rounded else make_model(case, "meta")
     in_ram = world.mesh.layout.cpu_offload or starts_in_ram(world.mesh.layout)
     filled = partial(fill, model, whole.state_dict().__getitem__, device(), in_ram)
-    reference, filled_reference = make_reference(case) if case.pairs else (None, filled)
+    reference, filled_reference = make_reference(case) if case.pairs and not case.lora else (None, filled)
     world.mesh.layout.check_model(model.config)
     world.mesh.layout.check_batch(ROWS, case.microbatch)
     compute = Exact(device(), case.precision, False)
@@ -306,8 +306,7 @@ def make_reference(case: Case) -> tuple[Transformer, Callable[[], None]]:
     """Other weights than those that are trained, so that a pair's margin is not 0; and what fills them in."""
     other = make_model(case, "cpu")
     other.init_weights(7)
-    is_rounded = case.lora not in ("", "full")
-    model = make_model(case, "cpu").to(device()) if is_rounded else make_model(case, "meta")
+    model = make_model(case, "meta")
     return model, partial(fill, model, other.state_dict().__getitem__, device())
 
 

@@ -1,5 +1,7 @@
 """Training low-rank updates: what is learned, what stays, what others make of the folders, rounded bases, resuming."""
 
+import copy
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,17 @@ from safetensors.torch import load_file
 from soma.base.artefact import content_hash, file_hash, read_json
 from soma.base.errors import UserError
 from soma.model.hub import load_model, save_model
-from soma.model.lora import load_lora
+from soma.model.lora import add_lora, load_lora, lora_layers
+from soma.model.lora_config import LoRAConfig
 from soma.model.quantized import QuantizedLinear
 from soma.model.transformer import Transformer
+from soma.train.compute import Compute
 from soma.train.config import PreferenceConfig, TrainConfig, TuneConfig
 from soma.train.loop import Trainer
+from soma.train.objective import Preference
+from soma.train.stamps import stamp
 from soma.train.trainer import TrainResult, train
+from tests.train.parity import make_pairs
 from tests.train.pool import Pool
 
 Run = Callable[..., TrainResult]
@@ -114,6 +121,52 @@ def test_preferences_too(run: Run, small: dict, pairs: Path, base: Path) -> None
     tuned = run("dpo", config, tokens=pairs, model=base)
     assert tuned.loss < 0.6931
     assert (tuned.model.parent / "adapter" / "adapter_model.safetensors").exists()
+
+
+def held_bytes(known: list[Transformer]) -> int:
+    """Bytes of the parameters of all models that are there beside the known ones, each memory once."""
+    found = [model for model in gc.get_objects() if type(model) is Transformer]
+    parameters = [p for model in found if not any(model is one for one in known) for p in model.parameters()]
+    memory = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in parameters if not p.is_meta}
+    return sum(memory.values())
+
+
+@pytest.mark.parametrize(("lora", "copies"), [(None, 2), (LORA, 1)])
+def test_preferences_hold_frozen_weights_once(
+    run: Run, small: dict, pairs: Path, base: Path, monkeypatch: pytest.MonkeyPatch, lora: Any, copies: int
+) -> None:
+    """The reference model is what lies below the updates."""
+    step, seen = Trainer.train_step, []
+
+    def looks(self: Trainer) -> None:
+        seen.append((held_bytes(known), sum(p.nbytes for p in self.model.parameters())))
+        step(self)
+
+    gc.collect()
+    known = [model for model in gc.get_objects() if type(model) is Transformer]
+    monkeypatch.setattr(Trainer, "train_step", looks)
+    run("dpo", PreferenceConfig(**settings(small, steps=2, warmup=0, lora=lora)), tokens=pairs, model=base)
+    assert seen == [(copies * seen[0][1], seen[0][1])] * 2
+
+
+def test_the_reference_is_what_lies_below_the_updates(shape: Any) -> None:
+    """The same loss and gradients, to the bit, as with the plain model as a copy; dropout leaves it alone."""
+    config = PreferenceConfig(steps=1, batch_size=16, sequence_length=32)
+    model = Transformer(shape, dtype=torch.float32).train()
+    plain = copy.deepcopy(model)
+    add_lora(model, LoRAConfig(r=4, lora_dropout=0.5))
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B)
+    part = (stamp(make_pairs(1), 0, 0, 0), slice(0, 4))
+    found = []
+    for reference in (plain, None):
+        objective = Preference(model, reference, config, Compute(torch.device("cpu"), "fp32", False))
+        total = objective.backward(part, torch.ones(()), torch.ones(()))
+        found.append([total, *(p.grad for p in model.parameters() if p.requires_grad)])
+        assert model.training
+        model.zero_grad()
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert abs(found[0][0] / 4 - 0.6931) > 0.01  # the updates make a difference
 
 
 def train_rank(rank: int, world_size: int, job: dict[str, Any]) -> None:

@@ -229,6 +229,8 @@ class PipelineStep:
         if head is None:
             head = LanguageHead(torch.compile(chunk_loss, dynamic=False) if compiled else chunk_loss)
 
+        self.head = head
+
         def work(stage: Stage) -> StageWorker:
             own = halves[stage.index]
             if self.in_turns:
@@ -279,9 +281,10 @@ class PipelineStep:
         return self.total()
 
     @torch.no_grad()
-    def evaluate(self, microbatches: Sequence[Microbatch]) -> Tensor:
-        """The sum of cross-entropies without gradients, in whatever mode the model is; the same on all ranks."""
-        self.begin(microbatches, 0.0, 0.0)
+    def evaluate(self, microbatches: Sequence[Microbatch], head: Head | None = None) -> Tensor:
+        """The sum of cross-entropies without gradients, in whatever mode the model is; the same on all ranks. `head`:
+        what the last stage makes of its hidden states this time."""
+        self.begin(microbatches, 0.0, 0.0, head)
         if self.forward_transport is None:
             self.forward_transport = self.open_transport(self.forward_plan)
         self.run(self.forward_plan, self.forward_transport, Clock(self.device))
@@ -316,14 +319,17 @@ class PipelineStep:
             entering = None if worker.stage.is_first else x_BTD.requires_grad_(torch.is_grad_enabled())
             worker.run(Microbatch(tokens_BT, tokens_BT, stamps=tokens_BT), entering, [])
 
-    def begin(self, microbatches: Sequence[Microbatch], scale: Tensor | float, aux_scale: Tensor | float) -> None:
+    def begin(
+        self, microbatches: Sequence[Microbatch], scale: Tensor | float, aux_scale: Tensor | float,
+        head: Head | None = None,
+    ) -> None:  # fmt: skip
         """Hand the microbatches to the stages."""
         if len(microbatches) != self.schedule.microbatches:
             name, planned = self.schedule.name, self.schedule.microbatches
             raise ValueError(f"schedule {name} is for {planned} microbatches, got {len(microbatches)}")
         self.microbatches = microbatches
         for worker in self.workers.values():
-            worker.microbatches = microbatches
+            worker.microbatches, worker.head = microbatches, head or self.head
             worker.scale = torch.as_tensor(scale, dtype=torch.float32, device=self.device)
             worker.aux_scale = torch.as_tensor(aux_scale, dtype=torch.float32, device=self.device)
             worker.total = torch.zeros((), device=self.device)

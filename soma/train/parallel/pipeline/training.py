@@ -1,6 +1,7 @@
 """A training run whose model lies on the ranks of a pipeline: what the loop calls in place of one model's passes."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -13,7 +14,7 @@ from soma.model.transformer import Transformer
 from soma.train import loss
 from soma.train.compute import Compute
 from soma.train.config import PreferenceConfig, TrainConfig
-from soma.train.objective import Objective
+from soma.train.objective import Objective, below_updates
 from soma.train.parallel.apply import Parallel, divide, replicate
 from soma.train.parallel.mesh import Mesh
 from soma.train.parallel.pipeline.execute import PipelineStep
@@ -39,7 +40,8 @@ def stage_model(
 ) -> tuple["StagedParallel", Objective]:  # fmt: skip
     """Cut the model, in place, into the stages of a resolved layout with pp > 1; the loop's model and its objective.
 
-    `fill` as in `parallelize`. For a PreferenceConfig the `reference` is cut likewise.
+    `fill` as in `parallelize`. For a PreferenceConfig the `reference` is cut likewise; None: it is what lies below the
+    model's updates.
 
     Raises UserError where the schedule does not fit ranks, microbatches or layers.
     """
@@ -55,10 +57,11 @@ def stage_model(
     if not isinstance(config, PreferenceConfig):
         pipeline = make_pipeline(model, plan, layers, config, mesh, compute, LanguageHead(chunk_loss), fill)
         return StagedParallel(mesh, pipeline), StagedLanguageModeling(pipeline, config)
-    assert reference is not None
     head = PairHead(answer_logprobs(whole, compute), config.beta)
     pipeline = make_pipeline(model, plan, layers, config, mesh, compute, head, fill)
-    before = ReferenceHead(answer_logprobs(Parallel(reference, mesh), compute))
+    before = ReferenceHead(answer_logprobs(whole if reference is None else Parallel(reference, mesh), compute))
+    if reference is None:
+        return StagedParallel(mesh, pipeline), StagedPreference(pipeline, pipeline, before, config)
     reference_pipeline = make_reference(reference, plan, layers, mesh, compute, before, fill_reference)
     return StagedParallel(mesh, pipeline), StagedPreference(pipeline, reference_pipeline, before, config)
 
@@ -217,7 +220,8 @@ class StagedLanguageModeling:
 
 class StagedPreference:
     """DPO through a pipeline: both answers of a pair are in one microbatch. The reference model lies on the same stages
-    and goes first, forward alone; the log-probabilities stay where the last stage is."""
+    (or is the pipeline itself, below its updates) and goes first, forward alone; the log-probabilities stay where the
+    last stage is."""
 
     def __init__(
         self, pipeline: PipelineStep, reference: PipelineStep, head: ReferenceHead, config: PreferenceConfig
@@ -242,7 +246,8 @@ class StagedPreference:
         """Of pairs, with what the reference says of them."""
         pieces, device = cut_rows(len(batch.is_pair), self.pipeline), self.pipeline.device
         microbatches = [Pairs.of_pairs(batch, rows, device, self.isolate) for rows in pieces]
-        self.reference.evaluate(microbatches)
+        with below_updates(self.pipeline.model) if self.reference is self.pipeline else nullcontext():
+            self.reference.evaluate(microbatches, self.head)
         return self.head.take(microbatches)
 
 
