@@ -430,8 +430,8 @@ def test_page_by_keyboard(page: Any, gateway: Gateway, url: str, admin: str) -> 
     assert wait_for(lambda: len(texts(page, "#fresh code")) == 1)
     text = texts(page, "#fresh code")[0]
     assert gateway.keyring.find(text)[0] == "active"
-    button = page.find_element("css selector", "button[aria-label='Revoke mallory']")
-    button.send_keys(Keys.ENTER)
+    assert wait_for(lambda: page.find_elements("css selector", "button[aria-label='Revoke mallory']"))
+    page.find_element("css selector", "button[aria-label='Revoke mallory']").send_keys(Keys.ENTER)
     assert wait_for(lambda: _accept(page))
     assert wait_for(lambda: gateway.keyring.find(text)[0] == "revoked")
     assert wait_for(lambda: not page.find_elements("css selector", "button[aria-label='Revoke mallory']"))
