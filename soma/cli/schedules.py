@@ -180,6 +180,9 @@ def show(timeline: "Timeline", costs: "Costs", memory: "Memory", virtual_stages:
         peaks = "   ".join(human_bytes(count) for count in timeline.peak_bytes)
         cut = f", {memory.shards} shards" if plan.zero else ""
         typer.echo(f"memory       {peaks}   (by rank, at most{cut})")
+    if any(any(moved.values()) for moved in timeline.sent):
+        sent = "   ".join(human_bytes(sum(moved.values())) for moved in timeline.sent)
+        typer.echo(f"sent         {sent}   (by rank: messages, gathers and reductions of a step)")
 
 
 def each(value: "PerStage") -> Sequence[float]:

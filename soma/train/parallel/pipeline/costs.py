@@ -37,7 +37,8 @@ class Costs:
     from the pieces of stages with experts elsewhere. all_to_all: how long tokens travel to experts and back, in a
     forward and in a backward each; it stands still for it, but for an overlapped pair. unshard, reduce: how long the
     parameters of a stage take to be gathered and its gradients to be summed, where it is sharded; both on one lane
-    beside the computation.
+    beside the computation. reduce_stops: the rank stands still while it reduces. So it is over Gloo, where FSDP2 has no
+    reduction that goes on by itself.
     """
 
     forward: PerStage = 1.0
@@ -49,6 +50,7 @@ class Costs:
     unshard: PerStage = 0.0
     reduce: PerStage = 0.0
     whole: PerStage | None = None
+    reduce_stops: bool = False
 
     def of(self, step: Compute) -> float:
         """How long a step takes, from the start of its first part to the end of its last."""
@@ -134,7 +136,8 @@ class Memory:
     """Bytes of a stage.
 
     activation: what one microbatch's forward leaves, until its gradient of the weights is done. parameters; gradients:
-    those of a whole stage. message: of one transfer, from the moment in which its buffer is there. shards: ranks over
+    those of a whole stage, from the first W or BW (the gradients of norms and biases, which a B has, are not counted
+    before). message: of one transfer, from the moment in which its buffer is there. shards: ranks over
     which a sharded stage is cut; each keeps its piece of the parameters also while they are gathered.
     """
 

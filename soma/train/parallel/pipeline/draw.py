@@ -1,5 +1,6 @@
 """Draws a time line: SVG for people, Chrome's trace format for chrome://tracing and Perfetto. Loads no torch."""
 
+from collections.abc import Sequence
 from html import escape
 from typing import Any, get_args
 
@@ -16,12 +17,15 @@ COLOURS = {
 }
 ROW, PLAN, GAP, LEFT, TOP, WIDTH = 26, 13, 6, 64, 40, 1200
 NAMES = {"F": "forward", "B": "backward, input", "BW": "backward, whole", "W": "backward, weights"}
-# Links below them, a thin lane for each kind that there is: messages violet, gathers teal, reductions red, tokens grey.
+# Links below them, a thin lane for each kind that there is: messages violet, gathers teal, reductions red, tokens grey;
+# of a run also what its ranks stand still for, pink.
 LANE = 7
 LANES: tuple[Lane, ...] = get_args(Lane)
 LINKS = {
     "send": "#6f42c1", "receive": "#b794f4", "unshard": "#128a8a", "reduce": "#c2412d", "all-to-all": "#6e7781",
+    "wait": "#f08ab4",
 }  # fmt: skip
+RUN_LINKS, PLAN_LINKS = 4, 4 + len(LANES)  # first threads of a trace
 
 
 def svg(timeline: Timeline, plan: Timeline | None = None) -> str:
@@ -29,14 +33,13 @@ def svg(timeline: Timeline, plan: Timeline | None = None) -> str:
     busy have lanes below it.
 
     With a `plan` in the same unit of time `timeline` is a measured run of it: the plan lies above it, half as high, and
-    what links do is the plan's.
+    what its links should do lies above that.
     """
     schedule = timeline.schedule
     length = timeline.length if plan is None else max(timeline.length, plan.length)
     scale = (WIDTH - LEFT - 12) / length
-    links = timeline if plan is None else plan
-    lanes = [lane for lane in LANES if any(traffic.lane == lane for row in links.traffic for traffic in row)]
-    band = ROW + GAP + LANE * len(lanes) + (0 if plan is None else PLAN)
+    lanes, planned = lanes_of(timeline), [] if plan is None else lanes_of(plan)
+    band = ROW + GAP + LANE * (len(lanes) + len(planned)) + (0 if plan is None else PLAN + (GAP if planned else 0))
     height = TOP + schedule.ranks * band + 34
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
@@ -46,26 +49,34 @@ def svg(timeline: Timeline, plan: Timeline | None = None) -> str:
     ]
     for rank, row in enumerate(timeline.spans):
         y = TOP + rank * band
-        strips_y = y + ROW if plan is None else y
-        for traffic in links.traffic[rank] if lanes else []:
-            parts.append(strip(traffic, strips_y + LANE * lanes.index(traffic.lane), scale))
         if plan is not None:
-            y += LANE * len(lanes)
+            for traffic in plan.traffic[rank] if planned else []:
+                parts.append(strip(traffic, y + LANE * planned.index(traffic.lane), scale))
+            y += LANE * len(planned)
             for span in plan.spans[rank]:
                 parts += boxes(span, y, scale, min(schedule.stages_of(rank)), PLAN)
             y += PLAN
+        for traffic in timeline.traffic[rank] if lanes else []:
+            parts.append(strip(traffic, y + ROW + LANE * lanes.index(traffic.lane), scale))
         parts.append(f'<text x="{LEFT - 10}" y="{y + 17}" text-anchor="end" fill="#57606a">rank {rank}</text>')
         parts.append(f'<rect x="{LEFT}" y="{y}" width="{WIDTH - LEFT - 12}" height="{ROW}" fill="#f0f2f4"/>')
         own = min(schedule.stages_of(rank))
         for span in row:
             parts += boxes(span, y, scale, own)
-    return "\n".join([*parts, *legend(links, height - 22), "</svg>", ""])
+    shown = [timeline] if plan is None else [timeline, plan]
+    return "\n".join([*parts, *legend(shown, height - 22), "</svg>", ""])
+
+
+def lanes_of(timeline: Timeline) -> list[Lane]:
+    """Those that there is something in, in order."""
+    return [lane for lane in LANES if any(traffic.lane == lane for row in timeline.traffic for traffic in row)]
 
 
 def strip(traffic: Traffic, y: float, scale: float) -> str:
     """What a link does, as a thin bar."""
     x, width = LEFT + traffic.start * scale, (traffic.end - traffic.start) * scale
-    hint = f"{traffic.lane}: {traffic.name}: {traffic.start:.4g} to {traffic.end:.4g}"
+    posted = "" if traffic.posted is None else f", posted at {traffic.posted:.4g}"
+    hint = f"{traffic.lane}: {traffic.name}: {traffic.start:.4g} to {traffic.end:.4g}{posted}"
     return (
         f'<rect x="{x:.2f}" y="{y + 1:.2f}" width="{width:.2f}" height="{LANE - 1}" fill="{LINKS[kind_of(traffic)]}" '
         f'stroke="#ffffff" stroke-width="0.5"><title>{escape(hint)}</title></rect>'
@@ -79,11 +90,11 @@ def kind_of(traffic: Traffic) -> str:
     return traffic.lane
 
 
-def legend(timeline: Timeline, y: float) -> list[str]:
+def legend(timelines: Sequence[Timeline], y: float) -> list[str]:
     """The colours that are there."""
-    schedule = timeline.schedule
+    schedule = timelines[0].schedule
     kinds = {action.kind for rank in range(schedule.ranks) for action in schedule.actions(rank)}
-    links = {kind_of(traffic) for row in timeline.traffic for traffic in row}
+    links = {kind_of(traffic) for timeline in timelines for row in timeline.traffic for traffic in row}
     shown = [(dark, NAMES[kind]) for kind, (dark, _) in COLOURS.items() if kind in kinds]
     shown += [(colour, name) for name, colour in LINKS.items() if name in links]
     parts, x = [], LEFT
@@ -138,10 +149,10 @@ def chrome_trace(
     timeline: Timeline, unit_microseconds: float = 1000.0, plan: Timeline | None = None
 ) -> dict[str, Any]:  # fmt: skip
     """The time line as complete events (`ph: X`), a process for each rank; a unit of time is shown as a millisecond.
-    What links do lies in threads of its own, bytes held are a counter.
+    What links do lies in threads of its own, with an arrow from rank to rank for each message; bytes are a counter.
 
     A measured run is in seconds: its unit is 1e6 microseconds. Its `plan`, in the same unit, lies in threads below it,
-    and what links do is the plan's.
+    and so does what the plan's links do.
     """
     events: list[dict[str, Any]] = []
     for rank, row in enumerate(timeline.spans):
@@ -149,14 +160,18 @@ def chrome_trace(
         for span in row:
             for thread, action in enumerate(actions_of(span.step)):
                 events.append(event(action, span, rank, thread, unit_microseconds))
-        events += link_events(timeline if plan is None else plan, rank, unit_microseconds)
+        events += link_events(timeline, rank, unit_microseconds)
         if plan is None:
             continue
+        events += link_events(plan, rank, unit_microseconds, "plan: ")
         for thread, name in ((0, "run"), (2, "plan")):
             events.append({"ph": "M", "name": "thread_name", "pid": rank, "tid": thread, "args": {"name": name}})
         for span in plan.spans[rank]:
             for thread, action in enumerate(actions_of(span.step)):
                 events.append(event(action, span, rank, 2 + thread, unit_microseconds))
+    events += arrows(timeline, unit_microseconds)
+    if plan is not None:
+        events += arrows(plan, unit_microseconds, "plan: ")
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
@@ -169,17 +184,46 @@ def event(action: Action, span: Span, rank: int, thread: int, unit: float) -> di
     }  # fmt: skip
 
 
-def link_events(timeline: Timeline, rank: int, unit: float) -> list[dict[str, Any]]:
+def thread_of(lane: Lane, prefix: str) -> int:
+    """The thread of a lane: those of a plan beside its run come last."""
+    return LANES.index(lane) + (PLAN_LINKS if prefix else RUN_LINKS)
+
+
+def arrows(timeline: Timeline, unit: float, prefix: str = "") -> list[dict[str, Any]]:
+    """For every message a flow from its slice on the sender to its slice on the reader. (Each end lies in the middle of
+    its slice: viewers bind an arrow to the slice in which it is.)"""
+    sent: dict[tuple[int | None, int | None, Action | None], Traffic] = {
+        (rank, entry.peer, entry.message): entry
+        for rank, row in enumerate(timeline.traffic) for entry in row if entry.lane == "send"
+    }  # fmt: skip
+    events: list[dict[str, Any]] = []
+    for rank, row in enumerate(timeline.traffic):
+        for entry in row:
+            if entry.lane != "receive":
+                continue
+            pair = ("s", entry.peer, sent[entry.peer, rank, entry.message]), ("f", rank, entry)
+            name = f"{prefix}{entry.peer}>{rank} {entry.message}"
+            for phase, owner, end in pair:
+                events.append({
+                    "ph": phase, "name": "message", "cat": "message", "id": name, "bp": "e", "pid": owner,
+                    "tid": thread_of(end.lane, prefix), "ts": (end.start + end.end) / 2 * unit,
+                })  # fmt: skip
+    return events
+
+
+def link_events(timeline: Timeline, rank: int, unit: float, prefix: str = "") -> list[dict[str, Any]]:
     """A rank's traffic, and its bytes as counter events."""
     events: list[dict[str, Any]] = []
     traffic = timeline.traffic[rank] if timeline.traffic else []
-    for thread, lane in enumerate(LANES, 4):
-        own = [entry for entry in traffic if entry.lane == lane]
+    for lane in lanes_of(timeline):
+        own, thread = [entry for entry in traffic if entry.lane == lane], thread_of(lane, prefix)
         if own:
-            events.append({"ph": "M", "name": "thread_name", "pid": rank, "tid": thread, "args": {"name": lane}})
+            name = {"name": f"{prefix}{lane}"}
+            events.append({"ph": "M", "name": "thread_name", "pid": rank, "tid": thread, "args": name})
         events += [
             {"ph": "X", "name": entry.name, "cat": kind_of(entry), "pid": rank, "tid": thread,
-             "ts": entry.start * unit, "dur": (entry.end - entry.start) * unit}
+             "ts": entry.start * unit, "dur": (entry.end - entry.start) * unit,
+             **({} if entry.posted is None else {"args": {"posted": entry.posted * unit}})}
             for entry in own
         ]  # fmt: skip
     held = timeline.held[rank] if timeline.held else []

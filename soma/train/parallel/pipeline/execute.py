@@ -5,10 +5,8 @@ from other ranks. `PipelineStep` puts a `Transformer` in its hands: what a train
 forward and backward passes.
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -19,7 +17,9 @@ from soma.model.moe import Router
 from soma.model.transformer import Transformer
 from soma.train import loss
 from soma.train.parallel.mesh import Mesh
+from soma.train.parallel.pipeline.clock import Clock
 from soma.train.parallel.pipeline.heads import Head, LanguageHead
+from soma.train.parallel.pipeline.links import RecordedTransport, gather_timeline
 from soma.train.parallel.pipeline.lower import forward_only, lower, one_by_one
 from soma.train.parallel.pipeline.microbatch import Microbatch
 from soma.train.parallel.pipeline.overlap import OverlapWorker, in_turns, travels
@@ -34,7 +34,7 @@ from soma.train.parallel.pipeline.schedule import (
     actions_of,
     layers_of_stages,
 )
-from soma.train.parallel.pipeline.simulate import Span, Timeline, peak
+from soma.train.parallel.pipeline.simulate import Timeline
 from soma.train.parallel.pipeline.stage import Stage, StageWorker, cut
 from soma.train.parallel.pipeline.transfers import made_by, needed_by, reader_of
 from soma.train.parallel.pipeline.transport import Transport, open_channels
@@ -53,49 +53,6 @@ class Worker(Protocol):
 
     def weight(self, index: int, /) -> None:
         """W. After every B: at once for a BW."""
-
-
-class Clock:
-    """Times of actions in seconds: a monotonic clock, or a GPU's events, which do not hold the stream up."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.on_gpu = device.type == "cuda"
-        self.marks: list[tuple[Compute, torch.cuda.Event | float]] = []
-        self.zero: torch.cuda.Event | float = 0.0
-        self.zero_time = 0.0
-
-    def begin(self) -> None:
-        """Forget all marks."""
-        self.marks.clear()
-        if self.on_gpu:
-            torch.cuda.synchronize()
-        self.zero_time = time.monotonic()
-        self.zero = self.now()
-
-    def now(self) -> "torch.cuda.Event | float":
-        """This moment, or the one when the GPU's stream gets here."""
-        if not self.on_gpu:
-            return time.monotonic()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def mark(self, step: Compute) -> None:
-        """A step starts or ends here."""
-        self.marks.append((step, self.now()))
-
-    def spans(self) -> list[Span]:
-        """The steps that were marked twice, in order; times on the monotonic clock."""
-        times = [(step, self.seconds(mark)) for step, mark in self.marks]
-        return [Span(step, start, end) for (step, start), (_, end) in list(pairwise(times))[::2]]
-
-    def seconds(self, mark: "torch.cuda.Event | float") -> float:
-        """A mark on the monotonic clock."""
-        if isinstance(mark, float):
-            return mark
-        assert isinstance(self.zero, torch.cuda.Event)
-        mark.synchronize()
-        return self.zero_time + self.zero.elapsed_time(mark) / 1000
 
 
 def execute(
@@ -155,15 +112,6 @@ def compute(workers: Mapping[int, Worker], step: Compute, values: Sequence[Tenso
     if step.kind in ("W", "BW"):
         worker.weight(step.microbatch)
     return [result]
-
-
-def gather_timeline(schedule: Schedule, clock: Clock, group: dist.ProcessGroup) -> Timeline:
-    """All ranks' spans of the last run, on every rank: seconds since the first of them. For ranks of one machine."""
-    rows: list[list[Span]] = [[] for _ in range(schedule.ranks)]
-    dist.all_gather_object(rows, clock.spans(), group=group)
-    zero = min(row[0].start for row in rows if row)
-    rows = [[Span(span.step, span.start - zero, span.end - zero) for span in row] for row in rows]
-    return Timeline(schedule, rows, [peak(schedule, row) for row in rows])
 
 
 class PipelineStep:
@@ -307,8 +255,11 @@ class PipelineStep:
         if self.shards is None:
             execute(plan, self.rank, self.workers, transport, clock)
             return
+        stages = self.shards.stages
+        if isinstance(transport, RecordedTransport):
+            stages = transport.shards(stages)
         self.shards.begin()
-        execute(plan, self.rank, self.workers, transport, clock, self.shards.stages)
+        execute(plan, self.rank, self.workers, transport, clock, stages)
         self.shards.finish(reduce=torch.is_grad_enabled())
 
     def try_out(self, tokens_BT: Tensor) -> None:
@@ -359,7 +310,15 @@ class PipelineStep:
         """
         return self.replicas.clip(limit)
 
+    def record(self) -> None:
+        """From now on steps note what their links do as well, for `timeline`. All ranks call it, between two steps."""
+        self.transport = RecordedTransport(
+            self.plan, self.group, self.buffer, self.channels, when_needed=self.when_needed, device=self.device
+        )
+
     def timeline(self) -> Timeline:
-        """What the last step did in time, on every rank: to be drawn, or held against the simulation."""
+        """What the last step did in time, on every rank: to be drawn, or held against the simulation. With what its
+        links did, if it was told to `record` before."""
         assert self.clock is not None, "no step has been taken"
-        return gather_timeline(self.schedule, self.clock, self.group)
+        links = self.transport.links if isinstance(self.transport, RecordedTransport) else None
+        return gather_timeline(self.schedule, self.clock, self.group, links)

@@ -11,7 +11,7 @@ from soma.train.parallel.pipeline.lower import lower
 from soma.train.parallel.pipeline.schedule import Action, Compute, Schedule, ShardAction, Step, Transfer, actions_of
 from soma.train.parallel.pipeline.transfers import Channel, made_by, needed_by
 
-Lane = Literal["send", "receive", "shards", "all-to-all"]
+Lane = Literal["send", "receive", "shards", "all-to-all", "wait"]
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,19 @@ class Span:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a rank's links do meanwhile. A message is there on both of its ends."""
+    """What a rank's links do meanwhile. A message is there on both of its ends.
+
+    message, peer: of a send or receive, what it is and the rank at its other end. Of a measured run there is also
+    `posted`, the moment in which this end was, and the lane "wait": what the rank stands still for.
+    """
 
     lane: Lane
     name: str
     start: float
     end: float
+    message: Action | None = None
+    peer: int | None = None
+    posted: float | None = None
 
 
 @dataclass
@@ -40,7 +47,8 @@ class Timeline:
     spans: per rank. peaks: most activations that each rank held at once, in units of a rank's whole forward (a stage's
     activations count 1/stages_per_rank; they live from the start of the forward to the end of the weight gradient).
     traffic: per rank, that of more than no time. held: per rank the bytes from each moment on, in order of time.
-    exposed: per rank how long steps stand still for an all-to-all.
+    exposed: per rank how long steps stand still for an all-to-all. sent: per rank the bytes that leave it, those of
+    messages, gathers ("unshard") and reductions; in a gather or reduction over n ranks each passes on n - 1 pieces.
     """
 
     schedule: Schedule
@@ -49,6 +57,7 @@ class Timeline:
     traffic: list[list[Traffic]] = field(default_factory=list)
     held: list[list[tuple[float, float]]] = field(default_factory=list)
     exposed: list[float] = field(default_factory=list)
+    sent: list[dict[str, float]] = field(default_factory=list)
 
     @property
     def length(self) -> float:
@@ -104,9 +113,9 @@ def simulate(
     """The time line of a schedule; one that is not lowered is, without shards.
 
     A step starts when its rank is free, what it needs has arrived and its stages are gathered. Sends, receives and
-    shard actions do not hold their rank up. A message leaves when it is made, its link is free, and its receive open.
-    It takes memory on its sender until it has left, and on its reader from when it leaves: an open buffer that nothing
-    has been written to has no pages yet.
+    shard actions do not hold their rank up (but for reductions over Gloo: `Costs.reduce_stops`). A message leaves when
+    it is made, its link is free, and its receive open. It takes memory on its sender until it has left, and on its
+    reader from when it leaves: an open buffer that nothing has been written to has no pages yet.
 
     Raises DeadlockError where a rank would wait for ever, LongerError as soon as it is sure that it takes longer than
     `within`. Worked number: 1F1B of 4 ranks and 8 microbatches with F = 1, B = W = 1 ends after (8 + 3)·3 = 33, idle
@@ -146,6 +155,7 @@ class Simulation:
         self.whole: set[tuple[int, int]] = set()  # rank, stage with gradients that are not reduced
         self.pieces: set[tuple[int, int]] = set()
         self.exposed = [0.0 for _ in ranks]
+        self.sent = [dict.fromkeys(("messages", "unshard", "reduce"), 0.0) for _ in ranks]
         self.has_more = bool(costs.all_to_all) or memory != Memory()
         self.todo = deque(ranks)
 
@@ -176,7 +186,7 @@ class Simulation:
             }
             raise DeadlockError(dict(sorted(stuck.items())), places)
         peaks = [peak(schedule, row) for row in self.spans]
-        return Timeline(schedule, self.spans, peaks, self.traffic, self.held(), self.exposed)
+        return Timeline(schedule, self.spans, peaks, self.traffic, self.held(), self.exposed, self.sent)
 
     def take(self, rank: int, step: Step) -> bool:
         """Do a rank's next step, or note what it waits for."""
@@ -189,6 +199,7 @@ class Simulation:
             if step.kind == "send":
                 link.queue.append((step.message, now))
                 self.change(rank, now, self.memory.message)
+                self.sent[rank]["messages"] += self.memory.message
             else:
                 link.opened[step.message] = now
             self.carry(channel, link)
@@ -240,11 +251,12 @@ class Simulation:
             if action.kind == "F":
                 self.change(rank, start, activation)
                 continue
+            if action.kind == "B":
+                continue
             if stage not in self.whole:
                 self.whole.add(stage)
                 self.change(rank, start, at(self.memory.gradients, action.stage))
-            if action.kind != "B":
-                self.change(rank, end, -activation)
+            self.change(rank, end, -activation)
 
     def shard(self, rank: int, step: ShardAction, now: float) -> None:
         """Gather, cut or reduce a stage."""
@@ -259,6 +271,8 @@ class Simulation:
         end = self.lanes[rank] = start + time
         if time:
             self.traffic[rank].append(Traffic("shards", str(step), start, end))
+        whole = parameters if step.kind == "unshard" else gradients
+        self.sent[rank][step.kind] += whole * (self.memory.shards - 1) / self.memory.shards
         if step.kind == "unshard":
             self.gathered[stage] = end
             self.change(rank, now, parameters)
@@ -268,19 +282,22 @@ class Simulation:
             self.change(rank, now, gradients / self.memory.shards)
         self.whole.discard(stage)
         self.change(rank, end, -gradients)
+        if self.costs.reduce_stops:
+            self.clocks[rank] = end
 
     def carry(self, channel: Channel, link: Link) -> None:
         """Move a link's messages on as far as both of their ends are ready."""
-        time = self.costs.over(channel)
+        (source, reader), time = channel, self.costs.over(channel)
         while link.queue and link.queue[0][0] in link.opened:
             message, sent = link.queue.popleft()
             start = max(sent, link.opened.pop(message), link.free)
             end = link.free = self.arrived[message] = start + time
             if time:
-                self.traffic[channel[0]].append(Traffic("send", f"{message} to rank {channel[1]}", start, end))
-                self.traffic[channel[1]].append(Traffic("receive", f"{message} of rank {channel[0]}", start, end))
-            self.change(channel[1], start, self.memory.message)
-            self.change(channel[0], end, -self.memory.message)
+                self.traffic[source].append(Traffic("send", f"{message} to rank {reader}", start, end, message, reader))
+                name = f"{message} of rank {source}"
+                self.traffic[reader].append(Traffic("receive", name, start, end, message, source))
+            self.change(reader, start, self.memory.message)
+            self.change(source, end, -self.memory.message)
             self.wake("arrived", message)
 
     def wake(self, how: str, what: Action) -> None:

@@ -62,9 +62,15 @@ class Transport:
         channel = (source, self.rank)
         buffer = self.buffer(message.microbatch)
         sender = dist.get_global_rank(self.group, source)
-        work = start(dist.irecv, buffer, sender, self.groups[channel], self.number[channel, message])
+        work = self.start(dist.irecv, buffer, sender, channel, message)
         self.posted[message] = (work, buffer)
         watch.received[sender] += self.when_needed
+
+    def start(
+        self, move: Callable[..., Any], tensor: Tensor, other: int, channel: Channel, message: Action
+    ) -> dist.Work:  # fmt: skip
+        """Begin one end of a message."""
+        return start(move, tensor, other, self.groups[channel], self.number[channel, message])
 
     def receive(self, message: Action) -> Tensor:
         """What `message` names, as soon as it is here. Raises RuntimeError, with who waits for what, on a time-out."""
@@ -87,7 +93,7 @@ class Transport:
         channel = (self.rank, reader)
         value = value.contiguous()
         target = dist.get_global_rank(self.group, reader)
-        work = start(dist.isend, value, target, self.groups[channel], self.number[channel, message])
+        work = self.start(dist.isend, value, target, channel, message)
         self.sending.append((work, value, target))
         watch.sent[target] += self.when_needed
 
