@@ -145,9 +145,14 @@ def _open_file(path: Path) -> IO[bytes]:
 
 
 def _folder(root: Path, skip: set[str] = SKIPPED_FOLDERS, only: str | None = None) -> Iterator[Item | Skipped]:
-    """Files below `root`. Hidden names and `skip` are passed over, links followed, each real folder entered once."""
+    """Files below `root`. Hidden names and `skip` are passed over, links followed, each real folder entered once.
+
+    Raises UserError where `root` itself may not be read; a folder below it is set aside.
+    """
     seen: set[tuple[int, int]] = set()
-    for folder, folders, names in os.walk(root, followlinks=True):
+    locked: list[OSError] = []
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=locked.append):
+        yield from _locked(root, locked)
         facts = os.stat(folder)
         if (facts.st_dev, facts.st_ino) in seen:
             folders.clear()
@@ -164,6 +169,17 @@ def _folder(root: Path, skip: set[str] = SKIPPED_FOLDERS, only: str | None = Non
                 yield Skipped(relative, *problem)
             else:
                 yield Item(relative, kind, compression, _opener(path), path.stat().st_size, path)
+    yield from _locked(root, locked)
+
+
+def _locked(root: Path, errors: list[OSError]) -> Iterator[Skipped]:
+    """What is known of folders that could not be read; empties the list."""
+    for error in errors:
+        folder, why = Path(error.filename), (error.strerror or "cannot be read").lower()
+        if folder == root:
+            raise UserError(f"{root}: this folder cannot be read ({why}); change its rights, or name another")
+        yield Skipped(folder.relative_to(root).as_posix(), "unreadable", f"a folder: {why}")
+    errors.clear()
 
 
 def _unfit(path: Path, kind: str | None) -> tuple[str, str] | None:

@@ -11,16 +11,19 @@ far.
 import json
 import math
 import shutil
+import sqlite3
 import subprocess
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from soma.base import progress
 from soma.base.artefact import json_hash, write_json
+from soma.base.disk import chain, full
 from soma.base.errors import UserError
 from soma.base.locks import lock
 from soma.recipe import Recipe, load
@@ -169,7 +172,7 @@ def open_study(search: Sweep) -> Any:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-    with lock(search.folder / ".study.lock"):
+    with lock(search.folder / ".study.lock"), _usable(search.folder / "study.db"):
         storage = RDBStorage(
             f"sqlite:///{search.folder.resolve() / 'study.db'}", engine_kwargs={"connect_args": {"timeout": 60}},
             heartbeat_interval=HEARTBEAT, grace_period=2 * HEARTBEAT,
@@ -193,6 +196,24 @@ def open_study(search: Sweep) -> Any:
                 "recipe another name"
             )
     return study
+
+
+@contextmanager
+def _usable(path: Path) -> Iterator[None]:
+    """Raises UserError where the study's file is no database, or cannot be written; a full disk is told elsewhere."""
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (StorageInternalError, SQLAlchemyError) as error:
+        if full(error) is not None:
+            raise
+        reason = next((one for one in chain(error) if isinstance(one, sqlite3.Error)), error)
+        raise UserError(
+            f"{path}: the study cannot be used ({reason}). Make it writable; if it is broken, move it away: what "
+            "trials made stays in the store, and a search that comes to the same values finds it"
+        ) from error
 
 
 def _seed(search: Sweep) -> int:

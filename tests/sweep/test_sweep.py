@@ -123,6 +123,14 @@ def test_mistakes_of_a_search(recipe: Path, tmp_path: Path) -> None:
         sweep(Sweep(recipe, OVER, ("train.steps=2",), objective="train_loss2", runs=tmp_path), trials=1, seeds=0)
 
 
+def test_a_study_that_is_no_database(recipe: Path, tmp_path: Path) -> None:
+    search = Sweep(recipe, OVER, runs=tmp_path)
+    search.folder.mkdir()
+    (search.folder / "study.db").write_text("This is a text. " * 100)
+    with pytest.raises(UserError, match=r"study\.db: the study cannot be used .*not a database.*move it away"):
+        sweep(search, trials=1)
+
+
 def command(recipe: Path, runs: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "soma.cli", "sweep", str(recipe), f"--over={OVER[0]}", "--runs", str(runs), *more]
 
