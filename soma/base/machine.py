@@ -11,6 +11,7 @@ import sys
 import sysconfig
 import tempfile
 import threading
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -195,7 +196,7 @@ def _tried(language: str, path: str) -> Compiler:
     include = sysconfig.get_path("include")
     key = json_hash([language, str(real), state.st_size, state.st_mtime_ns, include, PROGRAMS[language]])
     record = cache_root() / "compilers" / f"{key}.json"
-    if record.is_file():
+    if os.path.isfile(record):  # Path's raises where the folder may not be looked into
         return Compiler(path, True)
     suffix, program = PROGRAMS[language]
     with tempfile.TemporaryDirectory() as folder:
@@ -213,8 +214,9 @@ def _tried(language: str, path: str) -> Compiler:
         if result.returncode:
             lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
             return Compiler(path, False, lines[0][:300])
-    record.parent.mkdir(parents=True, exist_ok=True)
-    write_json(record, {"language": language, "path": str(real)})
+    with suppress(OSError):  # a home that cannot be written, a full disk: it is tried again next time
+        record.parent.mkdir(parents=True, exist_ok=True)
+        write_json(record, {"language": language, "path": str(real)})
     return Compiler(path, True)
 
 

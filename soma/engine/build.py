@@ -39,9 +39,17 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     texts = [path.read_text() for path in sorted(SOURCES.glob("*.[ch]"))]
     key = hash_lines([*texts, define, *FLAGS, str(EXTRAS), found.path, cpu_model()])[:20]
     target = cache_root() / "native" / f"forward-{key}.so"
-    if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if said := _build(found.path, define, target):
+    if not os.path.isfile(target):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            said = _build(found.path, define, target)
+        except OSError as error:
+            where = (
+                f"{error.filename or target.parent}: {error.strerror}; SOMA_CACHE names a folder that can be written"
+            )
+            progress.current().note(f"the engine's C sources cannot be built ({where}): {WITHOUT}")
+            return None
+        if said:
             progress.current().note(f"the engine's C sources do not build ({said}): {WITHOUT}")
             return None
     try:

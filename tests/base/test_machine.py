@@ -95,6 +95,12 @@ def test_a_compiler_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert log.read_text() == "called\n"
 
 
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOMA_CACHE", str(Path(__file__) / "cache"))
+    monkeypatch.setenv("CXX", script(tmp_path / "my++", "true"))
+    assert machine.compiler("c++") == machine.Compiler(str(tmp_path / "my++"), True)
+
+
 def test_torch_is_read_without_importing_it() -> None:
     build = machine.torch_build()
     assert build is not None

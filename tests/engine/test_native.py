@@ -315,6 +315,14 @@ def test_a_compiler_that_fails_is_quoted(fresh: Notes, monkeypatch: pytest.Monke
     assert list((tmp_path / "cache" / "native").iterdir()) == []
 
 
+def test_a_cache_that_cannot_be_written_is_named(fresh: Notes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOMA_CACHE", str(Path(__file__) / "cache"))
+    monkeypatch.setattr(build, "compiler", lambda language: Compiler("cc", True))
+    assert build.library(torch.float32) is None
+    assert f"{Path(__file__)}" in fresh.said[0]
+    assert "SOMA_CACHE names a folder that can be written" in fresh.said[0]
+
+
 @pytest.mark.parametrize("flags", ["", "-mavx2 -mfma", "-mavx512f -mavx512bw", "-march=native -mno-amx-tile"])
 def test_other_instructions(fresh: Notes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: str) -> None:
     """Where native instructions and OpenMP are refused, and on lesser processors, it builds and is right."""
