@@ -92,7 +92,7 @@ def test_the_last_block_of_an_array_is_not_lost(tmp_path: Path) -> None:
     code = (
         "import resource, sys; from pathlib import Path; import numpy as np;"
         "from soma.data.dedup.files import save_array;"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20)); save_array(Path(sys.argv[1]), np.zeros(131_156))"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20)); save_array(Path(sys.argv[1]), np.zeros(131_071))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.npy")], capture_output=True, text=True)
     assert "OSError: [Errno 27]" in done.stderr

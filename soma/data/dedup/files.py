@@ -19,7 +19,7 @@ def save_array(path: Path, array: np.ndarray) -> None:
     try:
         with open(temporary, "wb") as file:
             # Not the file itself: numpy would write by way of C's and lose the error of the last block, so that on a
-            # full disk a shortened array looks whole (numpy 2.4: 1,049,248 bytes asked for, 1,048,576 there, no error).
+            # full disk a shortened array looks whole (numpy 2.4: 1,048,696 bytes asked for, 1,048,576 there, no error).
             np.save(SimpleNamespace(write=file.write), array, allow_pickle=False)
         os.replace(temporary, path)
     finally:
