@@ -60,12 +60,17 @@ def test_the_same_generator_as_the_masks() -> None:
         assert np.array_equal(next_word(seeds, np.array([number])).view(np.int64), theirs.numpy())
 
 
-def gradients(shape: Any, mode: bool | str, numbers: torch.Tensor) -> dict[str, torch.Tensor | None]:
+def gradients(
+    shape: Any, mode: bool | str, numbers: torch.Tensor, compiled: bool = False
+) -> dict[str, torch.Tensor | None]:  # fmt: skip
     model = Transformer(shape, dtype=torch.float32)
     add_lora(model, LoRAConfig(r=4, lora_dropout=0.5))
     for layer in lora_layers(model).values():
         torch.nn.init.ones_(layer.lora_B)
     recompute_layers(model, mode)
+    if compiled:
+        for layer in model.layers:
+            layer.forward = torch.compile(layer.forward, dynamic=False, backend="aot_eager")
     with stamped(numbers):
         loss = model.train()(torch.arange(24)[None]).square().sum()
     with stamped(numbers + 1):  # another pass is under way when the layers are computed again
@@ -83,6 +88,20 @@ def test_a_layer_that_is_computed_again_has_the_same_mask(shape: Any, mode: bool
         assert gradient is not None
         assert torch.equal(gradient, again[name])
         assert not torch.equal(gradient, other[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [False, True])
+def test_compiled_layers_share_one_graph_and_have_the_same_mask(shape: Any, mode: bool) -> None:
+    """A layer's salt is no constant of its graph: ten layers are compiled at most twice."""
+    shape = shape.model_copy(update={"num_hidden_layers": 10})
+    numbers = torch.arange(24)[None]
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        found = gradients(shape, mode, numbers, compiled=True)
+    for name, gradient in gradients(shape, False, numbers).items():
+        assert gradient is not None
+        torch.testing.assert_close(found[name], gradient, atol=0, rtol=1e-4)
 
 
 def test_layers_that_share_one_input_share_its_mask() -> None:
