@@ -4,7 +4,7 @@
 
 Layouts × schedules × {dense, MoE} × {fp32, bf16} × {few, four times as many microbatches} × {AdamW, Muon}. It is
 generated: a new schedule, or a new size in `inner`, is in it. Pipelines have models whose layers lie unevenly on their
-stages; all have tied embeddings and unequal numbers of targets.
+stages; all of the product have tied embeddings and unequal numbers of targets.
 """
 
 from collections.abc import Iterator
@@ -12,12 +12,12 @@ from itertools import product
 from typing import Any
 
 from soma.train.parallel.config import Layout
-from soma.train.parallel.pipeline.schedules import SCHEDULES
+from soma.train.parallel.pipeline.search import NAMED
 from tests.train.parity import MOE, ROWS, Case
 
 Sizes = dict[str, Any]  # a `layout:` block
 RANKS = 4
-FOLDED = ("interleaved", "zb-v", "dualpipe-v")  # two stages on each rank
+FOLDED = ("interleaved", "zb-v", "dualpipe-v", "v-half")  # two stages on each rank (v-half: or one, as it finds)
 DEPTH = {1: "", 2: "3", 4: "5", 8: "9"}  # layers of the models for so many stages ("": 2)
 
 
@@ -49,7 +49,7 @@ def inner(ranks: int) -> Iterator[Sizes]:
 
 def pipelines(stages: int, ranks: int) -> Iterator[Sizes]:
     """Every schedule on `stages` ranks, over every layout of the ranks that are left."""
-    for schedule, rest in product(SCHEDULES, inner(ranks // stages)):
+    for schedule, rest in product(NAMED, inner(ranks // stages)):
         chunks: Sizes = {"virtual_stages": 2} if schedule == "interleaved" else {}
         yield {"pp": stages, "schedule": schedule} | chunks | rest
 

@@ -5,6 +5,7 @@ numbers of targets.
 """
 
 import hashlib
+import json
 import os
 import pickle
 import tempfile
@@ -16,8 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from soma.data.loader import IGNORE, PADDING, Batch, PreferenceBatch
 from soma.model.config import ModelConfig
@@ -41,6 +42,7 @@ from soma.train.start import fill
 from soma.train.tracking import NullTracker
 from soma.train.trainer import make_objective
 from soma.train.world import World
+from tests.train.pieces import collect
 from tests.train.pool import device
 from tests.train.replay import Choices, Replay
 
@@ -121,7 +123,25 @@ class Outcome:
     norms: list[float] = field(default_factory=list)
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
+    start: dict[str, Tensor] = field(default_factory=dict)  # of one process: the weights before the first step
+    unlike: list[str] = field(default_factory=list)  # what ranks that hold the same tensor do not have alike
     choices: Choices | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle, which makes a file of its own of each tensor: arrays."""
+        return changed(self.__dict__, Tensor, Tensor.numpy)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(changed(state, np.ndarray, torch.from_numpy))
+
+
+def changed(value: Any, kind: type, to: Callable[[Any], Any]) -> Any:
+    """A value in which all that is of a kind, in its lists and dictionaries, is made `to` something else."""
+    if isinstance(value, dict):
+        return {key: changed(each, kind, to) for key, each in value.items()}
+    if isinstance(value, list):
+        return [changed(each, kind, to) for each in value]
+    return to(value) if isinstance(value, kind) else value
 
 
 class Recording(Trainer):
@@ -134,10 +154,10 @@ class Recording(Trainer):
         own: dict[str, Any] = {name: parameter.grad for name, parameter in self.model.named_parameters()}
         if isinstance(self.parallel, DeepSpeedParallel):
             own = deepspeed_gradients(self.model)
-        trained = {name: like for name, like in self.twin.named_parameters() if like.requires_grad}
-        self.outcome.gradients.append(
-            {name: whole(self.parallel.share(own.get(name), name, like)) for name, like in trained.items()}
-        )
+        shapes = {name: like.shape for name, like in self.twin.named_parameters() if like.requires_grad}
+        whole, unlike = collect({name: gradient for name, gradient in own.items() if gradient is not None}, shapes)
+        self.outcome.gradients.append(whole)
+        self.outcome.unlike += [f"gradient {len(self.outcome.gradients)}, {name}" for name in unlike]
         return super().clip()
 
     def count_step(self, loss: float, norm: float, rate: float, seconds: float) -> None:
@@ -219,12 +239,6 @@ def rows_of(batch: Batch, rows: slice) -> Batch:
     return Batch(batch.tokens[rows], batch.targets[rows], batch.positions[rows], batch.document_ids[rows])
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be cut, as float32."""
-    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return full.detach().to("cpu", torch.float32, copy=True)
-
-
 def make_trainer(case: Case, world: World, folder: Path, choices: Choices | None = None) -> Recording:
     """The loop of a case on this rank. `choices`: what the routers of one process chose, for a case that replays it."""
     kind = PreferenceConfig if case.pairs else TrainConfig
@@ -234,11 +248,10 @@ def make_trainer(case: Case, world: World, folder: Path, choices: Choices | None
         router_bias_rate=0.05, evaluate_batches=2, weight_decay=0.1,
         activation_checkpointing=case.checkpointing, isolate_documents=case.isolate, layout=world.mesh.layout,
     )  # fmt: skip
-    whole = make_model(case, "cpu")
     is_rounded = case.lora not in ("", "full")
-    model = whole.to(device()) if is_rounded else make_model(case, "meta")
+    model = make_model(case, "cpu").to(device()) if is_rounded else make_model(case, "meta")
     in_ram = world.mesh.layout.cpu_offload or starts_in_ram(world.mesh.layout)
-    filled = partial(fill, model, whole.state_dict().__getitem__, device(), in_ram)
+    filled = partial(fill, model, first_weights(case).__getitem__, device(), in_ram)
     reference, filled_reference = make_reference(case) if case.pairs and not case.lora else (None, filled)
     world.mesh.layout.check_model(model.config)
     world.mesh.layout.check_batch(ROWS, case.microbatch)
@@ -264,7 +277,7 @@ def make_trainer(case: Case, world: World, folder: Path, choices: Choices | None
         compute=compute, tokenizer=tokenizer, identity="parity", world=world,
         journal=Journal(folder / "metrics.jsonl", NullTracker(), False),
     )  # fmt: skip
-    trainer.outcome, trainer.twin = Outcome(), make_model(case, "meta")
+    trainer.outcome, trainer.twin = Outcome(), twin(case)
     if case.replays:
         replay = make_replay(trainer, choices)
         replay.attach(trainer.model)
@@ -290,11 +303,35 @@ def make_replay(trainer: Recording, choices: Choices | None) -> Replay:
 
 def make_model(case: Case, place: str) -> Transformer:
     """The model; updates begin somewhere, so that both of their matrices have gradients from the first step on."""
-    model = Transformer(ModelConfig(**MODELS[case.model]), device=place, dtype=torch.float32)
-    if case.lora:
-        if case.lora != "full" and place != "meta":
-            quantize(model, {"int8": 8, "int4": 4}[case.lora], head=False)
-        more = {"lora_dropout": case.dropout, "target_modules": ".*"} if case.dropout else {}
+    return build(json.dumps(MODELS[case.model]), case.lora, case.dropout, place)
+
+
+def twin(case: Case) -> Transformer:
+    """Names and shapes of the model."""
+    return kept(json.dumps(MODELS[case.model]), case.lora, case.dropout, "meta")
+
+
+def first_weights(case: Case, other: bool = False) -> dict[str, Tensor]:
+    """What the model begins with, or `other` weights. They must not be written to."""
+    return kept(json.dumps(MODELS[case.model]), case.lora, case.dropout, "cpu", 7 if other else 0).state_dict()
+
+
+@cache
+def kept(shape: str, lora: str, dropout: float, place: str, seed: int = 0) -> Transformer:
+    """A model that many cases look at."""
+    model = build(shape, lora, dropout, place)
+    if seed:
+        model.init_weights(seed)
+    return model
+
+
+def build(shape: str, lora: str, dropout: float, place: str) -> Transformer:
+    """`make_model`, of a shape in JSON."""
+    model = Transformer(ModelConfig(**json.loads(shape)), device=place, dtype=torch.float32)
+    if lora:
+        if lora != "full" and place != "meta":
+            quantize(model, {"int8": 8, "int4": 4}[lora], head=False)
+        more = {"lora_dropout": dropout, "target_modules": ".*"} if dropout else {}
         add_lora(model, LORA.model_copy(update=more), seed=1)
         generator = torch.Generator().manual_seed(2)
         for layer in lora_layers(model).values():
@@ -304,10 +341,8 @@ def make_model(case: Case, place: str) -> Transformer:
 
 def make_reference(case: Case) -> tuple[Transformer, Callable[[], None]]:
     """Other weights than those that are trained, so that a pair's margin is not 0; and what fills them in."""
-    other = make_model(case, "cpu")
-    other.init_weights(7)
     model = make_model(case, "meta")
-    return model, partial(fill, model, other.state_dict().__getitem__, device())
+    return model, partial(fill, model, first_weights(case, other=True).__getitem__, device())
 
 
 def train(case: Case, world: World, choices: Choices | None = None, steps: int = STEPS) -> Outcome:
@@ -318,15 +353,39 @@ def train(case: Case, world: World, choices: Choices | None = None, steps: int =
             trainer.train_step()
             trainer.at.done += 1
         trainer.outcome.validation = trainer.validation_loss()
-        trainer.outcome.weights = gathered(trainer.parallel, case)
+        finish(trainer, case)
         return trainer.outcome
 
 
+def finish(trainer: Recording, case: Case) -> None:
+    """Write down the weights, and what the ranks do not have alike."""
+    outcome, world = trainer.outcome, trainer.world
+    if isinstance(trainer.parallel, DeepSpeedParallel):  # its pieces are its own
+        outcome.weights = gathered(trainer.parallel, case)
+        return
+    shapes = weight_shapes(case)
+    outcome.weights, unlike = collect(trainer.model.state_dict(), {name: like.shape for name, like in shapes.items()})
+    outcome.unlike += [f"weights, {name}" for name in unlike]
+    if world.size == 1:
+        before = first_weights(case)
+        outcome.start = {name: before[name] for name in outcome.weights}
+        return
+    figures: list[Any] = [None] * world.size
+    dist.all_gather_object(figures, (outcome.losses, outcome.norms, outcome.validation))
+    outcome.unlike += ["figures"] * (figures != figures[:1] * world.size)
+    if device().type != "cpu":  # a GPU's atomic sums differ by a bit from rank to rank
+        outcome.unlike = []
+
+
+def weight_shapes(case: Case) -> dict[str, Tensor]:
+    """Names and shapes of all weights and buffers; without those that are rounded."""
+    shapes = twin(case).state_dict()
+    return shapes if case.lora in ("", "full") else {name: like for name, like in shapes.items() if "lora_" in name}
+
+
 def gathered(parallel: Parallel, case: Case) -> dict[str, Tensor]:
-    """All weights and buffers, whole; without those that are rounded."""
-    shapes = make_model(case, "meta").state_dict()
-    if case.lora not in ("", "full"):
-        shapes = {name: like for name, like in shapes.items() if "lora_" in name}
+    """All weights and buffers, whole, as the product brings them together; without those that are rounded."""
+    shapes = weight_shapes(case)
     fetch = Gather(parallel, shapes)
     return {name: fetch(name).clone() for name in shapes}
 
@@ -373,48 +432,76 @@ def on_rank(rank: int, world_size: int, layout: dict[str, Any], jobs: list[Job])
     return outcomes if rank == 0 else None
 
 
-# The bounds: norm of a tensor's difference over its norm, or, of a small tensor, over this share of the norm of all;
-# the same of all tensors as one; relative difference of losses and norms. In fp32 only the order of sums differs. In
-# bf16 (fp16) every rank's matrix product is rounded to 8 (11) bits before the sum over the ranks.
-BOUNDS = {"fp32": (2e-5, 1e-3, 1e-5, 1e-5), "fp16": (6e-3, 1e-2, 3e-3, 1e-3), "bf16": (4e-2, 1e-2, 3e-2, 5e-3)}
+@dataclass(frozen=True)
+class Bounds:
+    """What a precision is held to. In fp32 only the order of sums differs. In bf16 (fp16) every rank's matrix product
+    is rounded to 8 (11) bits before the sum over the ranks.
+
+    tensor: norm of the difference of a gradient over its norm, or, of a small one, over `least` of the norm of all.
+    together: the same of all gradients as one. scalar: relative difference of losses and norms. update, updates: as
+    tensor and together, of what three steps have added to the weights. AdamW adds the sign of a gradient more than its
+    size, and Muon's iteration lifts what is small, so that a rounding which turns a sign counts whole.
+    """
+
+    tensor: float
+    least: float
+    together: float
+    scalar: float
+    update: float
+    updates: float
+
+    def limit(self, what: str) -> float:
+        """The bound of an entry of `errors`."""
+        if what.endswith(" together"):
+            return self.updates if what.startswith("update") else self.together
+        kinds = {"loss": self.scalar, "norm": self.scalar, "held-out": 4 * self.scalar, "update,": self.update}
+        return kinds.get(what.split(" ")[0], self.tensor)
+
+
+BOUNDS = {
+    "fp32": Bounds(2e-5, 1e-3, 1e-5, 1e-5, 5e-5, 2e-5),
+    "fp16": Bounds(6e-3, 1e-2, 3e-3, 1e-3, 0.02, 0.01),
+    "bf16": Bounds(4e-2, 1e-2, 3e-2, 5e-3, 0.2, 0.08),
+}
 
 
 def errors(ours: Outcome, expected: Outcome, bounds: str) -> dict[str, float]:
-    """Relative differences by what they are of; of a tensor that of its norm, and infinity where names differ."""
-    least, found = BOUNDS[bounds][1], {}
+    """Relative differences by what they are of; infinity where names differ, where ranks do, or where there is nothing
+    to compare with."""
+    least, found = BOUNDS[bounds].least, {}
     for name, mine, theirs in (("loss", ours.losses, expected.losses), ("norm", ours.norms, expected.norms)):
         for step, (a, b) in enumerate(zip(mine, theirs, strict=True), 1):
             found[f"{name} of step {step}"] = abs(a - b) / abs(b)
     assert expected.validation is not None
     away = float("inf") if ours.validation is None else abs(ours.validation - expected.validation)
     found["held-out loss"] = away / expected.validation
-    pairs = [
-        (f"gradient {step}", a, b)
-        for step, (a, b) in enumerate(zip(ours.gradients, expected.gradients, strict=True), 1)
-    ]
-    for what, mine_, theirs_ in [*pairs, ("weights", ours.weights, expected.weights)]:
-        if mine_.keys() != theirs_.keys():
-            found[f"{what}, names {sorted(mine_.keys() ^ theirs_.keys())[:4]}"] = float("inf")
-            continue
-        everything = float(torch.stack([value.norm() for value in theirs_.values()]).norm())
-        gaps = {name: float((mine_[name] - value).norm()) for name, value in theirs_.items()}
-        for name, value in theirs_.items():
-            if what == "weights" and name.endswith("k_proj.bias"):
-                continue  # it moves all scores of a query alike: its gradient is rounding and nothing else
-            found[f"{what}, {name}"] = gaps[name] / max(least * everything, float(value.norm()))
-        found[f"{what} together"] = sum(gap**2 for gap in gaps.values()) ** 0.5 / everything
-    return found
+    for step, (mine_, theirs_) in enumerate(zip(ours.gradients, expected.gradients, strict=True), 1):
+        found |= apart(f"gradient {step}", mine_, theirs_, theirs_, least)
+        found |= {f"gradient {step}, {name} is 0 in one process": float("inf")
+                  for name, value in theirs_.items() if not value.any()}  # fmt: skip
+    added = {name: value - expected.start[name] for name, value in expected.weights.items()}
+    found |= {
+        what: error for what, error in apart("update", ours.weights, expected.weights, added, least).items()
+        if not what.endswith("k_proj.bias")  # it moves all scores of a query alike: its gradient is rounding alone
+    }  # fmt: skip
+    return found | {f"{name} on several ranks": float("inf") for name in ours.unlike}
+
+
+def apart(
+    what: str, ours: dict[str, Tensor], expected: dict[str, Tensor], sizes: dict[str, Tensor], least: float
+) -> dict[str, float]:
+    """Norms of the differences of tensors over those of `sizes`, each and of all together."""
+    if ours.keys() != expected.keys():
+        return {f"{what}, names {sorted(ours.keys() ^ expected.keys())[:4]}": float("inf")}
+    everything = float(torch.stack([size.norm() for size in sizes.values()]).norm())
+    gaps = {name: float((ours[name] - value).norm()) for name, value in expected.items()}
+    found = {f"{what}, {name}": gap / max(least * everything, float(sizes[name].norm())) for name, gap in gaps.items()}
+    return found | {f"{what} together": sum(gap**2 for gap in gaps.values()) ** 0.5 / everything}
 
 
 def differences(ours: Outcome, expected: Outcome, bounds: str) -> list[str]:
     """What is out of bounds, in words; empty if the outcomes are equal."""
-    bound, _, together, scalar = BOUNDS[bounds]
-
-    def limit(what: str) -> float:
-        if what.endswith(" together"):
-            return together
-        return {"loss": scalar, "norm": scalar, "held-out": 4 * scalar}.get(what.split(" ")[0], bound)
-
+    limit = BOUNDS[bounds].limit
     found = errors(ours, expected, bounds)
     return [f"{what}: {error:.2g} apart" for what, error in found.items() if not error <= limit(what)]
 

@@ -12,7 +12,7 @@ import pytest
 from soma.model.config import ModelConfig
 from soma.train.parallel.config import Layout
 from soma.train.parallel.pipeline.schedule import layers_of_stages
-from soma.train.parallel.pipeline.schedules import SCHEDULES
+from soma.train.parallel.pipeline.search import NAMED
 from tests.train.grid import EIGHT, GRID, RANKS, Sizes, cells, eight, inner, kinds, others
 from tests.train.parity import MODELS, ROWS, Case, alone, differences, jobs, on_rank
 from tests.train.pool import Pool
@@ -47,6 +47,7 @@ SLICE: dict[str, list[dict[str, Any]]] = {
     "pp2-zb-v-fsdp2-zero1": [{"model": "moe5", "precision": "bf16", "microbatch": 2, "optimizer": "muon"}],
     "pp2-interleaved-fsdp2": [{"model": "dense5", "microbatch": 2, "checkpointing": True}],
     "pp2-zb-h2-fsdp2-ep2": [{"model": "moe3", "microbatch": 2}],
+    "pp2-v-half-tp2": [{"model": "dense5", "microbatch": 4}],
 }
 
 
@@ -116,13 +117,13 @@ def test_the_slice_has_every_value_of_every_axis() -> None:
     }.items():  # fmt: skip
         assert values <= {getattr(case, axis) for case in cases}, axis
     parts = {(key, value) for name in SLICE for key, value in GRID[name].items()}
-    assert {("schedule", schedule) for schedule in SCHEDULES} <= parts
+    assert {("schedule", schedule) for schedule in NAMED} <= parts
     assert {key for key, _ in parts} >= {key for sizes in GRID.values() for key in sizes}
 
 
 def test_the_grid_is_whole() -> None:
     """Every schedule over every layout of the ranks that are left, and no cell twice."""
-    assert len(GRID) == len(list(inner(4))) + len(SCHEDULES) * (len(list(inner(2))) + 1)
+    assert len(GRID) == len(list(inner(4))) + len(NAMED) * (len(list(inner(2))) + 1)
     for sizes in [*GRID.values(), *EIGHT.values()]:
         found = cells(sizes)
         assert len(found) == len(set(found)) == len(kinds(sizes)) * 2 * 2 * 2 or sizes in EIGHT.values()

@@ -1,7 +1,7 @@
 """Negative controls of the parity grid: what is wrong under a layout is seen, in fp32 and in bf16.
 
-For every kind of layout one sum is left out, a rank's loss counts too much, or two microbatches are swapped. A fault is
-a function that plants it on a rank, by a patch that lasts for one case.
+For every kind of layout one sum or one update is left out, a rank's loss counts too much, or two microbatches are
+swapped. A fault is a function that plants it on a rank, by a patch that lasts for one case.
 """
 
 from collections.abc import Callable
@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from soma.data.loader import Batch
 from soma.model import lora
 from soma.model.dropout import dropped
-from soma.train import loop
+from soma.model.transformer import Transformer
+from soma.train import loop, optim
 from soma.train.objective import LanguageModeling
 from soma.train.parallel import context, expert, local, norm, reduce, tensor
 from soma.train.parallel.apply import Parallel
@@ -196,6 +197,23 @@ def answers(patch: pytest.MonkeyPatch, world: World) -> None:
     patch.setattr(Parallel, "across", lambda self, logprobs_B: logprobs_B)
 
 
+def stale(patch: pytest.MonkeyPatch, world: World) -> None:
+    """The last rank's weights stay as they were: it drifts away from those that have the same."""
+    if world.rank == world.size - 1:
+        patch.setattr(torch.optim.AdamW, "step", lambda self: None)
+
+
+def unknown(patch: pytest.MonkeyPatch, world: World) -> None:
+    """No optimizer knows the last norm."""
+    right = optim.split_parameters
+
+    def short(model: Transformer) -> dict[str, list[nn.Parameter]]:
+        split, last = right(model), dict(model.named_parameters()).get("norm.weight")
+        return split | {"plain": [parameter for parameter in split["plain"] if parameter is not last]}
+
+    patch.setattr(optim, "split_parameters", short)
+
+
 def loss(patch: pytest.MonkeyPatch, world: World) -> None:
     """The loss of the first and the last rank (in a pipeline one of them has it) counts a quarter too much."""
 
@@ -237,11 +255,13 @@ SUMS: list[tuple[Fault, str, str]] = [  # fault, layout, model
     (bucket, "dp4", "dense"), (shard, "fsdp4", "dense"), (sum_, "tp4", "moe"), (scatter, "fsdp2-tp2-sp", "dense"),
     (ring, "cp4", "dense"), (gather, "cp4-all_gather", "moe"), (combine, "dp4-ep4", "moe"),
     (copies, "pp2-1f1b-dp2", "dense"), (send, "pp2-zb-v-cp2", "moe"), (shard, "pp2-1f1b-fsdp2-zero1", "dense"),
-    (pieces, "fsdp4", "dense"),
+    (pieces, "fsdp4", "dense"), (stale, "dp4", "dense"), (unknown, "fsdp4", "dense"),
 ]  # fmt: skip
 MORE_SUMS: list[tuple[Fault, str, str]] = [
     (bucket, "dp4", "moe"), (replicas, "dp2-fsdp2", "dense"), (sum_, "tp4", "dense"), (ring, "cp4", "moe"),
     (copies, "pp2-dualpipe-tp2", "dense"), (copies, "pp2-dualpipe-fsdp2", "moe"), (pieces, "tp4", "dense"),
+    (stale, "tp4", "dense"), (stale, "pp2-1f1b-dp2", "dense"), (stale, "pp2-dualpipe-fsdp2", "moe"),
+    (unknown, "pp2-zb-v-cp2", "moe"),
 ]  # fmt: skip
 KINDS = ["fsdp4", "fsdp4-zero1", "tp4", "fsdp2-tp2-sp", "cp4", "cp4-all_gather", "dp4-ep4", "pp2-1f1b-dp2",
          "pp2-dualpipe-fsdp2", "pp2-zb-v-cp2", "pp2-interleaved-tp2"]  # fmt: skip
@@ -273,8 +293,8 @@ def seen(pool: Pool, fault: Fault, name: str, **more: Any) -> list[list[str]]:
     cases = [Case(model, precision, few, **more) for precision in ("fp32", "bf16")]
     outcomes = pool.run(on_rank, RANKS, sizes, jobs(cases, alone), fault)[0]
     found = [differences(ours, alone(case), case.precision) for case, ours in zip(cases, outcomes, strict=True)]
-    first = "norm of step 1" if fault is pieces else "gradient 1"
-    return [[text for text in texts if text.startswith(first)] for texts in found]
+    shows = {pieces: "norm of step 1", stale: " on several ranks", unknown: "update, norm.weight"}
+    return [[text for text in texts if shows.get(fault, "gradient 1") in text] for texts in found]
 
 
 def label(value: Any) -> str:

@@ -158,6 +158,7 @@ class StagedParallel(Parallel):
     def share(self, tensor: Tensor | None, name: str, like: Tensor) -> Tensor:
         """A tensor of any stage, on every rank of the pipeline, in float32."""
         first = self.pipeline.replicas.holders(name)[0]
+        assert tensor is not None or self.pipeline.rank != first, name
         device = self.pipeline.device
         if isinstance(tensor, DTensor):
             tensor = tensor.full_tensor()
