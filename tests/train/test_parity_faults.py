@@ -28,6 +28,7 @@ from soma.train.parallel.pipeline.replicas import Replicas
 from soma.train.parallel.pipeline.stage import StageWorker
 from soma.train.parallel.pipeline.training import StagedLanguageModeling
 from soma.train.parallel.pipeline.transport import Transport
+from soma.train.scaler import LossScaler
 from soma.train.stamps import stamp
 from soma.train.world import World
 from tests.train import parity
@@ -200,7 +201,7 @@ def answers(patch: pytest.MonkeyPatch, world: World) -> None:
 def stale(patch: pytest.MonkeyPatch, world: World) -> None:
     """The last rank's weights stay as they were: it drifts away from those that have the same."""
     if world.rank == world.size - 1:
-        patch.setattr(torch.optim.AdamW, "step", lambda self: None)
+        patch.setattr(LossScaler, "step", lambda self, optimizers: None)
 
 
 def unknown(patch: pytest.MonkeyPatch, world: World) -> None:

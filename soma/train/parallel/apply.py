@@ -261,7 +261,8 @@ def replicate(model: Transformer, mesh: Mesh) -> list[Reducer]:
         dense = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
         first: list[nn.Parameter] = []
         if model.lm_head is None:  # its gradient comes in pieces: it is the head too, whose loss runs piece by piece
-            late += model.embed_tokens.parameters()
+            if model.embed_tokens is not None:  # (a pipeline rank may hold neither)
+                late += model.embed_tokens.parameters()
         elif mesh.layout.pp == 1:
             first += model.lm_head.parameters()
         reducers.append(Reducer(dense, late, group, first=first))
