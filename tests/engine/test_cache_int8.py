@@ -11,10 +11,8 @@ import numpy as np
 import pytest
 import torch
 from tiny import make_config
-from typer.testing import CliRunner
 
 from soma.base.errors import UserError
-from soma.cli import app
 from soma.engine.backends.choose import make_backend, why_not
 from soma.engine.backends.reference import ReferenceModel
 from soma.engine.batch import make_batch
@@ -23,7 +21,6 @@ from soma.engine.native import NativeModel
 from soma.engine.paged import PagedCache, cache_dtype_of, round_rows
 from soma.engine.params import SamplingParams
 from soma.model.transformer import Transformer
-from soma.serve import server
 
 V, BLOCKS, BLOCK = 203, 64, 8
 SHAPES = {"llama": {}, "odd sizes": {"head_dim": 10, "num_attention_heads": 6, "num_key_value_heads": 3},
@@ -151,10 +148,3 @@ def test_greedy_text_of_the_engine(make_engine: Callable[..., Engine], backend: 
                     assert dict(theirs.top)[mine.id] > theirs.logprob - 0.5
                     assert dict(mine.top)[theirs.id] > mine.logprob - 0.5
                     break
-
-
-def test_the_command_line_passes_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: dict[str, object] = {}
-    monkeypatch.setattr(server, "serve", lambda *_, **options: given.update(options))
-    assert CliRunner().invoke(app, ["serve", "somewhere", "--cache-dtype", "int8"]).exit_code == 0
-    assert given["cache_dtype"] == "int8"
