@@ -162,6 +162,8 @@ async def both(server: RedisServer, found: list[Rule], steps: list[Step]) -> Non
                 memory.settle(f"c{ends}", decided, ended)
                 if ended:
                     shared.settle(f"c{ends}", decided, ended)
+                    while shared.queue or shared.is_sending:  # Redis sees it at this time of the clock
+                        await asyncio.sleep(0)
                 continue
             asks = [
                 Ask(each, f"k{place}", amount if each.rule.unit == "tokens" else 1)

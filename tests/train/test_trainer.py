@@ -205,8 +205,8 @@ def test_nan_stops_with_step_batch_and_checkpoint(run: Run, small: dict, monkeyp
     calls = iter(range(100))
     true_backward = loss.backward
 
-    def poisoned(*arguments: object) -> torch.Tensor:
-        total = true_backward(*arguments)  # type: ignore[arg-type]
+    def poisoned(*arguments: object, **options: object) -> torch.Tensor:
+        total = true_backward(*arguments, **options)  # type: ignore[arg-type]
         return total * float("nan") if next(calls) == 6 else total
 
     monkeypatch.setattr(loss, "backward", poisoned)
