@@ -56,8 +56,9 @@ def channels(schedule: Schedule) -> dict[Channel, list[Action]]:
 def add_transfers(schedule: Schedule, ahead: int | None = None) -> Schedule:
     """A send after each step whose outcome another rank reads, and receives `ahead` of their readers (None: all).
 
-    A channel's receives come in the order of its sends. The first `ahead` open before the rank's first step, and as
-    many as keep that number open after each step that read one.
+    A channel's receives come in the order of its sends. The first `ahead` open before the rank's first step that
+    computes, which waits for a message, or after it, where it waits for none: what it sends is what others wait for. As
+    many as keep that number open follow each step that read one.
     """
     orders = channels(schedule)
     if ahead is None:
@@ -75,11 +76,14 @@ def add_transfers(schedule: Schedule, ahead: int | None = None) -> Schedule:
                 for _ in range(min(more, len(closed[channel])))
             ]
 
-        row = [receive for channel in closed for receive in open_until(channel, ahead)]
+        row: list[Step] = []
+        first = [receive for channel in closed for receive in open_until(channel, ahead)]
         for step in schedule.steps[rank]:
             wanted = [need for action in actions_of(step) if (need := needed_by(schedule, action)) is not None]
             read = [(need, (schedule.rank_of(need.stage, need.microbatch), rank)) for need in wanted]
             read = [(need, channel) for need, channel in read if channel in orders]
+            if read:
+                row, first = row + first, []
             for need, channel in read:
                 row += open_until(channel, number[need] + 1)
             row.append(step)
@@ -87,6 +91,8 @@ def add_transfers(schedule: Schedule, ahead: int | None = None) -> Schedule:
                 reader = reader_of(schedule, action)
                 if reader is not None and reader != rank:
                     row.append(Transfer("send", made_by(action), reader))
+            if actions_of(step):
+                row, first = row + first, []
             for need, channel in read:
                 row += open_until(channel, number[need] + 1 + ahead)
         rows.append(tuple(row))
