@@ -13,7 +13,7 @@ from soma.base.artefact import content_hash
 from soma.base.errors import UserError
 from soma.data.config import TokenizerConfig
 from soma.data.shards import write_shards
-from soma.data.tokenizer import NOT_THE_SAME, SPECIALS, UNKNOWN, load_tokenizer, train_tokenizer
+from soma.data.tokenizer import NOT_THE_SAME, SPECIALS, UNKNOWN, cut_long_runs, load_tokenizer, train_tokenizer
 from soma.data.tokenizer import build as build_inner
 from soma.model.tokenizer import Tokenizer
 from soma.stages.data import tokenizer_stage
@@ -80,6 +80,25 @@ def test_a_type_is_read_by_transformers_and_gives_texts_back(kind: str, corpus: 
         return
     train(corpus, tmp_path / "again", **CASES[kind])
     assert content_hash(tmp_path / "again") == content_hash(tmp_path / "t")
+
+
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
+def test_long_runs_are_trained_on_in_pieces(kind: str) -> None:
+    """Nothing is lost, texts without long runs are left alone, and 3 MB of one letter do not take hours."""
+    runs = [
+        "two words " * 1000,
+        "b" * 2000,
+        f"begin {'a' * 5000} {'c' * 2001} end",
+        "x" + " " * 4001 + "y",
+        "日" * 6000,
+        "",
+    ]
+    found = [list(cut_long_runs(iter([text]))) for text in runs]
+    assert ["".join(pieces) for pieces in found] == runs
+    assert [len(pieces) for pieces in found] == [1, 1, 4, 3, 3, 1]
+    assert max(len(word) for pieces in found for piece in pieces for word in piece.split()) == 2000
+    inner = build_inner(TokenizerConfig(**CASES[kind]), iter([*TEXTS, "a" * 3_000_000]))
+    assert len(inner.encode("a" * 1024).ids) < 1024
 
 
 def test_bytes_are_themselves() -> None:
