@@ -15,7 +15,8 @@ from soma.train.config import PreferenceConfig, TrainConfig
 from soma.train.parallel.bridge import bridge, check
 from soma.train.parallel.config import Layout
 from soma.train.parallel.mesh import Mesh
-from tests.train.parity import DENSE, Case, Exact, Job, Outcome, alone, differences, jobs, on_rank
+from tests.train.bounds import differences
+from tests.train.parity import DENSE, Case, Exact, Job, Outcome, alone, jobs, on_rank
 from tests.train.pool import Pool
 
 REASON = "accelerate is not installed: pip install 'somacube[accelerate]'"

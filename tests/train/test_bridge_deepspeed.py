@@ -22,7 +22,8 @@ from soma.train.parallel.config import Layout
 from soma.train.parallel.launch import OWN_STORE
 from soma.train.parallel.mesh import Mesh
 from soma.train.world import World
-from tests.train.parity import (
+from tests.train.bounds import differences
+from tests.train.parity import (  # fmt: skip
     DENSE,
     Case,
     Exact,
@@ -30,12 +31,11 @@ from tests.train.parity import (
     Outcome,
     alone,
     alone_on_rank,
-    differences,
     jobs,
     resume_on_rank,
     save_on_rank,
     train,
-)  # fmt: skip
+)
 from tests.train.pool import Pool, device
 from tests.train.test_topology import ENVIRONMENT, command, furthest_apart, last_step, trained, write_recipe
 

@@ -12,7 +12,8 @@ from soma.train.parallel.exchange import Arriving
 from soma.train.parallel.pipeline import execute, overlap
 from soma.train.parallel.pipeline.pieces import Piece
 from soma.train.world import World
-from tests.train.parity import Case, Outcome, alone, differences, jobs, train
+from tests.train.bounds import differences
+from tests.train.parity import Case, Outcome, alone, jobs, train
 from tests.train.pool import Pool
 
 LAYOUT = {"pp": 2, "dp": 2, "ep": 2, "schedule": "dualpipe"}

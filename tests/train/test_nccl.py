@@ -1,7 +1,7 @@
 """The grid on GPUs, over NCCL: a rank has a GPU, and one process on one of them is what it is held to.
 
 A slice of every layout and every schedule, and of each move from one layout's checkpoint to another layout; all of the
-product with `make test-parallel`. The bounds are those of the CPUs' grid (`parity.BOUNDS`), for schedules those below.
+product with `make test-parallel`. The bounds are those of the CPUs' grid (`bounds.BOUNDS`), for schedules those below.
 """
 
 from collections.abc import Iterator
@@ -15,8 +15,9 @@ import torch
 from soma.model.hub import load_model
 from soma.train.parallel.pipeline.schedules import SCHEDULES
 from tests.train import parity, pipeline_case
+from tests.train.bounds import differences, errors
 from tests.train.grid import GRID, cells, others
-from tests.train.parity import Case, Outcome, differences, errors, jobs, on_rank, resume_on_rank, save_on_rank
+from tests.train.parity import Case, Outcome, jobs, on_rank, resume_on_rank, save_on_rank
 from tests.train.pool import Pool
 from tests.train.test_bridge import REASON, under_torchrun
 from tests.train.test_parity import LORA_SLICE, PAIRS_SLICE, RANKS, SLICE

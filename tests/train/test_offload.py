@@ -19,7 +19,8 @@ from soma.train.parallel.norm import scale_gradients
 from soma.train.parallel.offload import Sums, offloading, optimizer_threads
 from soma.train.trainer import train
 from soma.train.world import World
-from tests.train.parity import Case, alone, differences, jobs, on_rank, resume_on_rank, save_on_rank
+from tests.train.bounds import differences
+from tests.train.parity import Case, alone, jobs, on_rank, resume_on_rank, save_on_rank
 from tests.train.pool import Pool
 from tests.train.test_topology import last_step
 

@@ -13,8 +13,9 @@ from soma.model.config import ModelConfig
 from soma.train.parallel.config import Layout
 from soma.train.parallel.pipeline.schedule import layers_of_stages
 from soma.train.parallel.pipeline.search import NAMED
+from tests.train.bounds import differences
 from tests.train.grid import EIGHT, GRID, RANKS, Sizes, cells, eight, inner, kinds, others
-from tests.train.parity import MODELS, ROWS, Case, alone, differences, jobs, on_rank
+from tests.train.parity import MODELS, ROWS, Case, alone, jobs, on_rank
 from tests.train.pool import Pool
 
 # Every layout once or twice; together every model, precision, accumulation and optimizer.

@@ -32,8 +32,9 @@ from soma.train.scaler import LossScaler
 from soma.train.stamps import stamp
 from soma.train.world import World
 from tests.train import parity
+from tests.train.bounds import differences
 from tests.train.grid import GRID, RANKS, Sizes, depth
-from tests.train.parity import Case, Job, Outcome, differences, jobs, train
+from tests.train.parity import Case, Job, Outcome, jobs, train
 from tests.train.pool import Pool
 
 Fault = Callable[[pytest.MonkeyPatch, World], None]

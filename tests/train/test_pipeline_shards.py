@@ -20,7 +20,8 @@ from soma.train.parallel.pipeline.training import stage_model
 from soma.train.parallel.shard import StageShards
 from soma.train.recompute import kept_bytes
 from soma.train.world import World
-from tests.train.parity import LENGTH, ROWS, Case, Outcome, alone, differences, make_model, make_trainer, train
+from tests.train.bounds import differences
+from tests.train.parity import LENGTH, ROWS, Case, Outcome, alone, make_model, make_trainer, train
 from tests.train.pool import Pool
 
 

@@ -15,18 +15,18 @@ from soma.model.hub import load_model
 from soma.model.lora import merge_lora, remove_lora
 from soma.train.checkpoint import torn
 from soma.train.world import World
-from tests.train.parity import (
+from tests.train.bounds import differences
+from tests.train.parity import (  # fmt: skip
     STEPS,
     Case,
     Outcome,
     alone,
-    differences,
     gathered,
     make_model,
     make_trainer,
     resume_on_rank,
     save_on_rank,
-)  # fmt: skip
+)
 from tests.train.pool import Pool
 
 RANKS = 4

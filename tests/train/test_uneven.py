@@ -12,7 +12,8 @@ from soma.train.parallel.config import Layout
 from soma.train.parallel.tensor import used_keys
 from soma.train.world import World
 from tests.train import parity
-from tests.train.parity import Case, Outcome, alone, differences, train
+from tests.train.bounds import differences
+from tests.train.parity import Case, Outcome, alone, train
 from tests.train.pool import Pool
 from tests.train.test_parity import check
 

@@ -15,17 +15,17 @@ from soma.train.parallel.matrices import local_part
 from soma.train.parallel.shard import parameter_groups
 from soma.train.parallel.zero import HAS_SINGLE, Bucket, SharedUpdates, keeps_whole
 from soma.train.world import World
-from tests.train.parity import (
+from tests.train.bounds import differences
+from tests.train.parity import (  # fmt: skip
     Case,
     Outcome,
     alone,
-    differences,
     jobs,
     make_trainer,
     on_rank,
     resume_on_rank,
     save_on_rank,
-)  # fmt: skip
+)
 from tests.train.pool import Pool
 from tests.train.test_topology import last_step
 
