@@ -5,7 +5,9 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -426,8 +428,22 @@ def test_the_largest_of_a_row(columns: int) -> None:
             assert (best_R[r], place_R[r]) == (x_RV[r, right], right)
 
 
-def thread_names() -> list[str]:
-    return [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+def helpers() -> set[str]:
+    """The threads that help to compute a step, by their places in /proc."""
+    found = set()
+    for path in Path("/proc/self/task").glob("*/comm"):
+        with suppress(OSError):  # it has ended
+            if path.read_text().strip() == "soma-step":
+                found.add(str(path))
+    return found
+
+
+def wait_for(condition: Callable[[], bool]) -> bool:
+    """A thread has its name, or is gone from /proc, a moment after it was started, or joined."""
+    deadline = time.monotonic() + 60
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()
 
 
 @pytest.mark.parametrize("bits", [0, 8])
@@ -445,15 +461,15 @@ def test_who_computes_what_does_not_change_a_bit(bits: int) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux's list of threads")
 def test_helpers_end_with_their_model() -> None:
-    before = thread_names().count("soma-step")
+    before = helpers()
     native = make_native(make_model("llama"))
     native.threads = 4
     native.step(one_text(random_ids(0, 20), np.arange(20)))
-    assert thread_names().count("soma-step") == before + 3
+    assert wait_for(lambda: len(helpers() - before) == 3)
     native.threads = 2
-    assert thread_names().count("soma-step") == before + 1
+    assert wait_for(lambda: len(helpers() - before) == 1)
     del native
-    assert thread_names().count("soma-step") == before
+    assert wait_for(lambda: not helpers() - before)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
