@@ -14,7 +14,7 @@ from soma.train.parallel.pipeline.transfers import add_transfers
 def lower(schedule: Schedule, zero: int = 0, ahead: int | None = None) -> Schedule:
     """The schedule with sends, receives and (for stages that are sharded in ZeRO's stage `zero`) shard actions.
 
-    ahead: receives that each channel has open before they are needed; None: all of them, from the start.
+    ahead: receives that each channel has open before they are needed; None: all of them.
     Worked example: rank 1 of 1F1B on two ranks with two microbatches, ahead 1:
     0>F0.0, F1.0, 0>F0.1, BW1.0, B1.0>0, F1.1, BW1.1, B1.1>0.
     """
