@@ -17,9 +17,9 @@ from soma.train.parallel.pipeline.transfers import Channel, sends
 class Transport:
     """One rank's ends of all channels of a lowered schedule.
 
-    Sends are asynchronous and keep their tensor alive until it is known to have left: Gloo tells that only to who waits,
-    so between CPUs until the end of the step. Receives are posted where the schedule has
-    them, into buffers made by `buffer(microbatch)`: what comes over a wire has that shape.
+    Sends are asynchronous and keep their tensor alive until it is known to have left. Gloo tells that only to who
+    waits, so between CPUs that is the end of the step. Receives are posted where the schedule has them, into buffers
+    made by `buffer(microbatch)`: what comes over a wire has that shape.
 
     groups: of each channel, from `open_channels`; None: `group` for all.
     when_needed: post no receive before it is needed. Between GPUs: a posted receive is a kernel that waits there, and
