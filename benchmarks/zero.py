@@ -13,8 +13,8 @@ and four.
 
 In a ratio more than 1 means that ours sends, launches or waits less (where one side has none of something, both
 have one more in the ratio). Bytes are those of rings (of n ranks each sends (n-1)/n of what is gathered or scattered,
-and twice that of an all-reduce). On CPUs the model is 200 times smaller than on GPUs, and so are our buckets;
-DeepSpeed's holds the whole model in either.
+and twice that of an all-reduce). On CPUs the model is 200 times smaller than on GPUs, and so are our
+buckets and Accelerate's; DeepSpeed's holds the whole model in either.
 """
 
 from typing import Any

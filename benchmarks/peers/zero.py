@@ -254,6 +254,11 @@ def serve(rank: int, size: int, folder: str, layout: dict[str, Any], microbatche
         os.sched_setaffinity(0, {cores[rank % len(cores)]})
         apply.Reducer = partial(Reducer, bucket_bytes=BUCKET_BYTES // SCALE)  # type: ignore[misc]
         apply.SharedUpdates = partial(SharedUpdates, bucket_bytes=SHARED_BUCKET_BYTES // SCALE)  # type: ignore[misc]
+        if layout.get("engine") == "accelerate":
+            import accelerate
+
+            options = partial(accelerate.DistributedDataParallelKwargs, bucket_cap_mb=(BUCKET_BYTES >> 20) / SCALE)
+            accelerate.DistributedDataParallelKwargs = options
     torch.set_num_threads(1)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=size)

@@ -32,12 +32,16 @@ def own_pool() -> Iterator[Pool]:
 
 
 def under_torchrun(rank: int, world_size: int, jobs: list[Job]) -> list[Outcome] | None:
-    """`on_rank`, with what torchrun says and Accelerate reads."""
+    """`on_rank`, with what torchrun says and Accelerate reads; it leaves this process its number of threads."""
+    threads = torch.get_num_threads()
+    os.environ.pop("OMP_NUM_THREADS", None)  # without it Accelerate would take all cores for each rank
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "29500",
     }  # fmt: skip
-    return on_rank(rank, world_size, LAYOUT, jobs)
+    outcomes = on_rank(rank, world_size, LAYOUT, jobs)
+    assert torch.get_num_threads() == threads
+    return outcomes
 
 
 def verify(pool: Pool, ranks: int, cases: list[Case]) -> None:

@@ -103,9 +103,11 @@ class AccelerateParallel(Parallel):
             ) from error
         # Routers count the tokens of their own rank in a buffer.
         options = DistributedDataParallelKwargs(broadcast_buffers=False)
+        threads = torch.get_num_threads()
         self.accelerator = Accelerator(
             cpu=compute.device.type == "cpu", mixed_precision="no", kwargs_handlers=[options]
         )  # fmt: skip
+        torch.set_num_threads(threads)  # it takes all cores of the machine where OMP_NUM_THREADS says nothing
         if self.accelerator.num_processes != mesh.size:
             raise UserError(
                 f"layout: engine accelerate sees {self.accelerator.num_processes} processes of {mesh.size}: start them "
